@@ -1,0 +1,258 @@
+"""
+evaluate.py: the toy's own numbers, in one place                                          (Transfusion App. B.1, in miniature)
+
+THE IDEA    A falling loss proves little: models with a leaking mask or a wrong t train with a beautiful curve. So measure what
+            the model does. In the `scenes` world that needs no judge: the parser reads the drawn picture, the grammar reads
+            the written caption, and the entropy of the language is known.
+THE TABLE   the paper's                      here
+              GenEval                        the same six categories and rule, by the exact parser        `geneval`
+              CIDEr of captions              share of captions that are true of the picture               `captioning`
+              C4 / Wikipedia perplexity      excess nats per token over the language's own entropy        `excess_nats`
+              Llama suite, ranked 0-shot     two-choice deductions, ranked by likelihood                  `deductions`
+              (not in the paper)             conditioning gap: does the model use its caption at all?     `conditioning_gap`
+              (MNIST)                        digits that a separate classifier reads as asked             `digits`
+PAPER/HERE  same: GenEval's include / exclude / position rule, ranked classification, greedy captions.
+            our choice: beside GenEval's rule the stricter `exact`: nothing unnamed may be in the picture.
+READ NEXT   train.py, which ends with this report      TRY IT  python evaluate.py      TEST  tests/test_evaluate.py
+"""
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import data
+import scenes
+import vae as vae_module
+from sample import decode_latents, describe, draw, encode_pixels, load_kit
+
+CLASSIFIER = Path(__file__).parent / "assets" / "mnist_classifier.pt"
+
+
+def geneval(kit, categories, n=50, held_out=False, seed=0, **drawing):
+    """{category: {"rule", "exact": shares in 0..1, "n"}} over n prompts each; also the prompts and pictures, as
+    (text, picture, exact). held_out: only prompts that name a colour-shape pair never seen in training."""
+    rng, prompts = np.random.default_rng([seed, 7]), []
+    for category in categories:
+        if options := scenes.captions(category, held_out):             # every caption in turn, so that n prompts cover them
+            order = rng.permutation(len(options))
+            prompts += [options[order[k % len(options)]] for k in range(n)]
+    pictures = np.concatenate([draw(kit, [text for text, _ in prompts[k: k + 200]], seed=seed + k, **drawing)
+                               for k in tqdm(range(0, len(prompts), 200), desc="drawing", leave=False)])
+    seen = [scenes.parse(picture) for picture in pictures]
+    verdicts = [[scenes.holds(claim, things, exact) for exact in (False, True)] for (_, claim), things in zip(prompts, seen)]
+    table = {}
+    for category in dict.fromkeys(claim.category for _, claim in prompts):
+        rows = [v for v, (_, claim) in zip(verdicts, prompts) if claim.category == category]
+        table[category] = {"rule": float(np.mean([v[0] for v in rows])), "exact": float(np.mean([v[1] for v in rows])),
+                           "n": len(rows)}
+    return table, [(text, picture, v[1]) for (text, _), picture, v in zip(prompts, pictures, verdicts)]
+
+
+def captioning(kit, categories, n=200, seed=0):
+    """({"true", "complete"}: shares of greedy captions of n unseen scenes; list of (caption, picture, true)).
+    true: GenEval's rule, and nothing in the picture is left unnamed. complete: it also is the caption drawn for it."""
+    rng, world = np.random.default_rng([seed, 8]), scenes.World(tuple(categories))
+    drawn = [scenes.draw_scene(world.caption(rng)[1], rng) for _ in range(n)]
+    pictures = np.stack([scenes.render(things) for things in drawn])
+    said = describe(kit, encode_pixels(kit, pictures))
+    true = [(claim := scenes.read_caption(text)) is not None and scenes.holds(claim, things)
+            for text, things in zip(said, drawn)]
+    return float(np.mean(true)), list(zip(said, pictures, true))
+
+
+@torch.no_grad()
+def excess_nats(kit, documents, n=500, seed=0):
+    """(excess, entropy) in nats per token: the model's loss on n unseen documents minus the loss of a perfect model, on
+    the same documents; and the latter. Text-only and caption-first documents: their words' probability is known exactly."""
+    rng, chosen = np.random.default_rng([seed, 9]), []
+    while len(chosen) < n:
+        document = documents.draw(rng)
+        if isinstance(document[0], str):
+            chosen.append([part[1] if part[0] == "dropped" else part for part in document])
+    sequences = [data.lay_out(document, kit.words, kit.model.config.patches) for document in chosen]
+    ideal, total, words = -sum(documents.log_prob(document) for document in chosen), 0.0, 0
+    for k in range(0, n, 100):                                          # pictures are noise (t = T): no word depends on them
+        batch = data.pack(sequences[k: k + 100], kit.model.config.context)
+        noise = torch.randn(len(batch.images), *kit.model.config.latent, generator=torch.Generator().manual_seed(k))
+        logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, noise,
+                              torch.full((len(noise),), kit.diffusion.T))
+        total += F.cross_entropy(logits, batch.tokens.roll(-1, 1)[batch.learn], reduction="sum").item()
+        words += int(batch.learn.sum())
+    return (total - ideal) / words, ideal / words
+
+
+@torch.no_grad()
+def deductions(kit, n=200, seed=0):
+    """Share of two-choice deductions in which the right ending is likelier than the wrong one. Chance: 0.5."""
+    rng, right = np.random.default_rng([seed, 10]), 0
+    pairs = scenes.captions("color_attr")
+    for _ in range(n):
+        (_, claim), rel = pairs[rng.integers(len(pairs))], list(scenes.RELATIONS)[rng.integers(4)]
+        back, scores = bool(rng.integers(2)), []
+        for wrong in (False, True):
+            sequence = data.lay_out([scenes.deduction_text(claim.objects, rel, back, wrong)], kit.words, kit.model.config.patches)
+            batch = data.pack([sequence], len(sequence.tokens))
+            logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn,
+                                  torch.zeros(0, *kit.model.config.latent), torch.zeros(0, dtype=torch.long))
+            scores.append(-F.cross_entropy(logits, batch.tokens[0, 1:]).item())
+        right += scores[0] > scores[1]
+    return right / n
+
+
+@torch.no_grad()
+def conditioning_gap(model, words, diffusion, captions, latents, seed=0):
+    """Diffusion loss with a wrong caption minus that with the right one, same noise, same t: 0 means that the model
+    ignores its caption, however good the loss looks (PAPER.md §4.12). captions: N str; latents (N, c, h, w)."""
+    g, N = torch.Generator().manual_seed(seed), len(captions)
+    t = (torch.arange(N) * diffusion.T // N + 1)[torch.randperm(N, generator=g)]      # every noise level alike
+    eps, means = torch.randn(latents.shape, generator=g), []
+    other = [next(c for c in captions[k + 1:] + captions[:k] + [own] if c != own or c is captions[k])
+             for k, own in enumerate(captions)]                         # the next different caption
+    for texts in (captions, other):
+        rows = [data.lay_out([text, ("image", k, diffusion.T)], words, model.config.patches) for k, text in enumerate(texts)]
+        batch = data.pack(rows, model.config.context)
+        k = batch.images
+        out = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, diffusion.add_noise(latents[k], eps[k], t[k]), t[k])[1]
+        means.append((out - diffusion.target(latents[k], eps[k])).square().mean().item())
+    return means[1] - means[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------- MNIST
+def digit_network():
+    """A small convolutional classifier of 32x32 grey pictures, (M, 1, 32, 32) in [-1, 1] -> (M, 10)."""
+    conv = lambda a, b: [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*conv(1, 16), *conv(16, 32), *conv(32, 64), nn.Flatten(), nn.Linear(64 * 16, 10))
+
+
+def train_classifier(train, test, path=CLASSIFIER, epochs=3, seed=0):
+    """Train the judge of drawn digits, save it in 16 bits, print its test accuracy."""
+    torch.manual_seed(seed)
+    net, rng = digit_network(), np.random.default_rng(seed)
+    steps = epochs * len(train.pixels) // 128
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in tqdm(range(steps), desc="training the classifier"):
+        k = rng.integers(len(train.pixels), size=128)
+        loss = F.cross_entropy(net(vae_module.to_float(train.pixels[k])), torch.from_numpy(train.labels[k]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    vae_module.save(path, {"kind": "classifier", "weights": {k: v.half() if v.is_floating_point() else v
+                                                             for k, v in net.state_dict().items()}})
+    print(f"wrote {path}: {(classify(load_classifier(path), test.pixels) == test.labels).mean():.2%} of the test digits")
+
+
+def load_classifier(path=CLASSIFIER):
+    """The saved judge."""
+    net = digit_network()
+    net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in vae_module.load(path, "classifier")["weights"].items()})
+    return net.eval()
+
+
+@torch.no_grad()
+def classify(net, pixels):
+    """(M,) int: the digit in each of (M, 32, 32, 1 or 3) uint8 pictures."""
+    return torch.cat([net(vae_module.to_float(pixels[k: k + 500, ..., :1])).argmax(1) for k in range(0, len(pixels), 500)]).numpy()
+
+
+def digits(kit, test, n=200, seed=0, guidance=3.0, **drawing):
+    """{"guided", "unguided": share of n drawn digits that the classifier reads as asked, "captions": share of n
+    test digits captioned right, "classifier": its accuracy on the test digits}; and the guided pictures."""
+    net, asked = load_classifier(), np.arange(n) % 10
+    prompts, found = [f"the digit {data.DIGITS[k]}" for k in asked], {}
+    for name, w in (("guided", guidance), ("unguided", 1.0)):
+        pictures = draw(kit, prompts, guidance=w, seed=seed, **drawing)
+        right = classify(net, pictures) == asked
+        found[name] = float(right.mean())
+        if name == "guided":
+            shown = list(zip(prompts, pictures, right))
+    chosen = np.random.default_rng(seed).permutation(len(test.pixels))[: max(n, 1000)]
+    said = sum((describe(kit, encode_pixels(kit, test.pixels[part])) for part in np.array_split(chosen, 4)), [])
+    found["captions"] = float(np.mean([text == test.captions[k] for text, k in zip(said, chosen)]))
+    found["classifier"] = float((classify(net, test.pixels) == test.labels).mean())
+    return found, shown
+
+
+# ------------------------------------------------------------------------------------------------------------------ report
+def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, held_out=True, **drawing):
+    """(dict of numbers, lines to print, list of (prompt, picture, right) to show). name: "scenes", "mnist" or "folder";
+    categories: those the model was trained on; test: data.Pairs, unseen; n: how many samples; drawing: as `sample.draw`."""
+    began = time.time()
+    if name == "mnist":
+        found, shown = digits(kit, test, n, seed, **drawing)
+    elif name == "scenes":
+        asked = [c for c in categories if c in scenes.CATEGORIES]
+        table, shown = geneval(kit, asked, -(-n // len(asked)), seed=seed, **drawing)
+        found = {"geneval": table, "exact": float(np.mean([row["exact"] for row in table.values()])),
+                 "rule": float(np.mean([row["rule"] for row in table.values()]))}
+        if held_out:
+            found["held_out"] = geneval(kit, asked, 50, held_out=True, seed=seed, **drawing)[0]
+        found["captions"], _ = captioning(kit, categories, n, seed)
+        documents = data.Documents(data.load_scenes(5000, [seed, 2], categories, progress=False), kit.model.config.patches)
+        found["excess_nats"], found["entropy"] = excess_nats(kit, documents, 500, seed)
+        found["deductions"] = deductions(kit, n, seed)
+    else:
+        texts = [test.captions[k] for k in range(min(n, 32, len(test.captions)))]
+        found, shown = {}, [(t, p, True) for t, p in zip(texts, draw(kit, texts, seed=seed, **drawing))]
+    if test is not None:
+        k = np.arange(min(256, len(test.captions)))
+        found["conditioning_gap"] = conditioning_gap(kit.model, kit.words, kit.diffusion, [test.captions[j] for j in k],
+                                                     encode_pixels(kit, test.pixels[k]), seed)
+    found["seconds"] = time.time() - began
+    return found, describe_report(found, drawing), shown
+
+
+def describe_report(found, drawing):
+    """The report as lines of text."""
+    lines = [f"pictures drawn with {drawing}"]
+    for key in ("geneval", "held_out"):
+        for category, row in found.get(key, {}).items():
+            lines.append(f"  {key:9s} {category:14s} exact {row['exact']:6.1%}   GenEval's rule {row['rule']:6.1%}   (n = {row['n']})")
+    words = {"exact": "mean over categories, exact", "rule": "mean over categories, GenEval's rule",
+             "guided": "guided digits read as asked", "unguided": "unguided digits read as asked",
+             "classifier": "the classifier on test digits", "captions": "captions true of unseen pictures",
+             "deductions": "two-choice deductions (chance 50%)"}
+    lines += [f"  {text:40s} {found[key]:6.1%}" for key, text in words.items() if key in found]
+    if "excess_nats" in found:
+        lines.append(f"  {'text loss above the language entropy':40s} {found['excess_nats']:6.3f} nats per token (entropy {found['entropy']:.3f})")
+    if "conditioning_gap" in found:
+        lines.append(f"  {'conditioning gap':40s} {found['conditioning_gap']:6.3f} (0 = the caption is ignored)")
+    return lines + [f"  measured in {found['seconds']:.0f} s"]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Measure a trained model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--checkpoint", default=str(Path(__file__).parent / "assets/scenes.pt"), help="a model.pt of train.py")
+    parser.add_argument("--data", choices=("scenes", "mnist"), default="scenes", help="what the model was trained on")
+    parser.add_argument("--data-dir", help="folder of the MNIST idx files")
+    parser.add_argument("--world", choices=tuple(scenes.WORLDS), default="six", help="which captions of scenes")
+    parser.add_argument("--n", type=int, default=600, help="pictures to draw, over all categories")
+    parser.add_argument("--steps", type=int, default=250, help="diffusion steps")
+    parser.add_argument("--guidance", type=float, default=3.0, help="guidance weight")
+    parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim or dpm++")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and noise")
+    parser.add_argument("--json", help="also write the numbers here")
+    parser.add_argument("--train-classifier", action="store_true", help="train the judge of MNIST digits anew, then stop")
+    args = parser.parse_args(argv)
+    if args.data == "mnist" and args.train_classifier:
+        return train_classifier(*(data.load_mnist(args.data_dir, split) for split in ("train", "test")))
+    if args.n < 1 or args.guidance < 0:
+        raise data.UserError("--n must be at least 1 and --guidance 0 or more")
+    categories = scenes.WORLDS[args.world]
+    test = data.load_pairs(args.data, args.data_dir, split="test", n=256, seed=args.seed, categories=categories, progress=False)
+    found, lines, _ = report(load_kit(args.checkpoint), args.data, categories, test, args.n, args.seed,
+                             steps=args.steps, guidance=args.guidance, sampler=args.sampler)
+    print("\n".join(lines))
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    data.run_command(main)

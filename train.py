@@ -1,0 +1,377 @@
+"""
+train.py: the loop                                                            (Transfusion §4.1 "Optimization", eq. 4)
+
+THE IDEA    Draw documents, mix noise into their pictures, ask the transformer for the next words and for the noise, add the
+            two losses, step. `python train.py` does it in five minutes on a laptop and ends with a report and pictures.
+A PICTURE   data.Documents -> data.pack -> Batch --t, eps--> model.losses -> LM + 5 DDPM -> AdamW -> EMA -> evaluate.report
+THE RULE    L = (sum of LM over all words) / words + lambda (sum of DDPM over all pictures) / pictures           eq. 4
+            words and pictures are counted over all micro-batches of a step before anything is divided.
+OUT         out/<name>/: config.json, log.jsonl, curves.png, samples.png, report.json,
+            model.pt (the averaged weights, all that sample.py needs), last.pt (everything, to resume to the bit)
+PAPER/HERE  same: AdamW (0.9, 0.95), decay 0.1, clip 1, warm-up, cosine to a twentieth, lambda = 5.
+            our choice: no weight decay on vectors (norms, biases); sampling from an average of the weights (EMA);
+            a toy learns at 1e-3 to 2e-3 where the paper's billions of parameters take 3e-4.
+            The data of a step is a function of (seed, step, micro-batch), so a resumed run repeats an uninterrupted one.
+READ NEXT   sample.py, evaluate.py        TRY IT  python train.py        TEST  tests/test_train.py
+"""
+import argparse
+import copy
+import json
+import math
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import evaluate
+import scenes
+import vae as vae_module
+from diffusion import Diffusion
+from model import Transfusion, count, losses, sized
+from patchify import PATCHES
+from sample import Kit, save_kit
+
+
+def option(default, help, choices=None):
+    """A field of Config that is also a command-line option."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """Every number of a run. The defaults are the first run's; PRESETS change numbers, not code."""
+    data: str = option("scenes", "what to learn from", ("scenes", "mnist", "folder"))
+    data_dir: str = option("", "folder of MNIST idx files, or of pictures with captions.jsonl")
+    world: str = option("one", "which captions of scenes: one object, or all six categories", tuple(scenes.WORLDS))
+    image_size: int = option(32, "pixels per side (folder)")
+    pairs: int = option(20000, "how many scenes to draw (scenes)")
+    vae: str = option("", "a vae.pt to use; default: assets/<data>_vae.pt if there is one, else one is trained first")
+    vae_steps: int = option(400, "training steps of that VAE")
+    size: str = option("toy", "a row of model.SIZES")
+    patch: int = option(2, "side of a patch, in latent pixels (§4.3.2)")
+    encoder: str = option("linear", "patch encoder (§4.3.3)", tuple(PATCHES))
+    patch_position: bool = option(False, "add a learned vector per place in the picture")
+    bidirectional: bool = option(True, "patches of a picture see each other; --no-bidirectional is Table 3's ablation")
+    diffusion: str = option("ddpm", "the paper's DDPM, or rectified flow", ("ddpm", "flow"))
+    shift: float = option(1.0, "move the noise schedule: noise-to-signal ratio times this (1: the paper's)")
+    lam: float = option(5.0, "lambda of eq. 4")
+    drop: float = option(0.1, "share of captions dropped, for guidance")
+    seq_len: int = option(128, "T, positions per row: documents are packed into rows of this length")
+    documents: int = option(64, "documents per micro-batch")
+    accumulate: int = option(1, "micro-batches per step")
+    steps: int = option(1400, "optimizer steps")
+    lr: float = option(2e-3, "peak learning rate; ends at a twentieth of it (the paper: 3e-4, ends at 1.5e-5)")
+    warmup: int = option(100, "steps of linear warm-up (the paper: 4000)")
+    decay: float = option(0.1, "weight decay")
+    clip: float = option(1.0, "gradient clipping, by global norm")
+    ema: float = option(0.998, "decay of the averaged weights")
+    seed: int = option(0, "seed of weights, data and noise")
+    log_every: int = option(50, "steps between lines of log.jsonl")
+    gap_every: int = option(200, "steps between measurements of the conditioning gap")
+    save_every: int = option(500, "steps between checkpoints")
+    samples: int = option(200, "pictures to draw for the report; 0: no report")
+    sample_steps: int = option(50, "diffusion steps of the report's pictures")
+    guidance: float = option(3.0, "guidance of the report's pictures")
+    sampler: str = option("ddpm", "sampler of the report's pictures", ("ddpm", "ddim", "dpm++"))
+    out: str = option("", "folder of this run; default: out/<preset>")
+
+
+PRESETS = {
+    "scenes": {},                                                       # one object, five minutes on two CPU cores
+    "mnist": dict(data="mnist", steps=1500, vae_steps=300),
+    "folder": dict(data="folder", steps=3000, vae_steps=2000),
+    "six": dict(world="six", size="small", pairs=60000, steps=12000, documents=64, save_every=1000),
+}
+AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_steps", "guidance", "sampler"}   # may change on resume
+
+
+# ------------------------------------------------------------------------------------------------------------ preparation
+def prepare_vae(config, pairs, out):
+    """The VAE: given by name, shipped with the repository, or trained on the spot (and kept in the run's folder)."""
+    shipped, own = Path(__file__).parent / "assets" / f"{config.data}_vae.pt", out / "vae.pt"
+    path = Path(config.vae) if config.vae else next((p for p in (own, shipped) if p.exists()), None)
+    if path:
+        vae = vae_module.unpack_vae(vae_module.load(path, "vae"))
+    else:
+        vae = vae_module.train_vae(pairs.pixels, vae_module.VAEConfig(image_channels=pairs.pixels.shape[-1]),
+                                   config.vae_steps, seed=config.seed)
+        vae_module.save(own, vae_module.pack_vae(vae))
+    side = pairs.pixels.shape[1]
+    if vae.config.image_channels != pairs.pixels.shape[-1] or side % vae.f:
+        raise data.UserError(f"{path} takes pictures with {vae.config.image_channels} channels and sides divisible by "
+                             f"{vae.f}; --data {config.data} has {pairs.pixels.shape[-1]} channels and {side} pixels")
+    return vae
+
+
+@dataclass
+class Run:
+    """Everything that a step needs. latents: (mean, deviation) of all pictures, each (N, c, h, w)."""
+    config: Config
+    model: Transfusion
+    average: Transfusion
+    optimizer: torch.optim.Optimizer
+    words: data.Words
+    vae: vae_module.VAE
+    diffusion: Diffusion
+    documents: data.Documents
+    latents: tuple
+    step: int = 0
+
+    def kit(self):
+        """The averaged model, ready to sample."""
+        return Kit(self.average.eval(), self.words, self.vae, self.diffusion)
+
+
+def prepare(config, out):
+    """The Run at step 0."""
+    pairs = data.load_pairs(config.data, config.data_dir or None, config.image_size, n=config.pairs, seed=config.seed,
+                            categories=scenes.WORLDS[config.world])
+    vae = prepare_vae(config, pairs, out)
+    latents = vae_module.encode_all(vae, pairs.pixels)
+    words = data.Words(pairs.vocabulary())
+    torch.manual_seed(config.seed)
+    model = Transfusion(sized(config.size, vocabulary=len(words), latent=tuple(latents[0].shape[1:]), patch=config.patch,
+                              encoder=config.encoder, patch_position=config.patch_position,
+                              bidirectional=config.bidirectional, context=config.seq_len))
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.decay), dict(params=vectors, weight_decay=0.0)],
+                                  lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)          # Paper App. B.1
+    return Run(config, model, copy.deepcopy(model).requires_grad_(False), optimizer, words, vae,
+               Diffusion(config.diffusion, shift=config.shift),
+               data.Documents(pairs, model.config.patches, drop=config.drop), latents)
+
+
+# --------------------------------------------------------------------------------------------------------------- one step
+def draw_batch(run, step, micro):
+    """The Batch of a micro-batch, with latents, t and eps: a pure function of (seed, step, micro)."""
+    rng = np.random.default_rng([run.config.seed, step, micro])
+    rows = [data.lay_out(run.documents.draw(rng), run.words, run.documents.patches) for _ in range(run.config.documents)]
+    batch, (mean, deviation) = data.pack(rows, run.config.seq_len), run.latents
+    g = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
+    normal = lambda: torch.randn(len(batch.images), *mean.shape[1:], generator=g)
+    batch.latents = mean[batch.images] + deviation[batch.images] * normal()                       # a draw from q(z | x)
+    batch.t = 1 + (torch.rand(len(batch.images), generator=g) * batch.t_max).long()               # uniform in 1..t_max
+    batch.eps = normal()
+    return batch
+
+
+def learning_rate(config, step):
+    """Linear warm-up, then half a cosine down to a twentieth. Paper §4.1: 3e-4 to 1.5e-5."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    share = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def train_step(run):
+    """One optimizer step. Returns a dict of its sums: lm, words, per-picture losses and their t, grad_norm, tokens."""
+    config, model = run.config, run.model.train()
+    batches = [draw_batch(run, run.step, micro) for micro in range(config.accumulate)]
+    words = sum(int(b.learn.sum()) for b in batches)                    # TRAP: counted over the whole step, before dividing
+    pictures = max(1, sum(len(b.images) for b in batches))
+    lm_total, per_picture, t = 0.0, [], []
+    for batch in batches:
+        lm, _, each = losses(model, batch, run.diffusion)
+        (lm / words + config.lam * each.sum() / pictures).backward()    # eq. 4
+        lm_total += lm.item()
+        per_picture.append(each.detach())
+        t.append(batch.t)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(config, run.step)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    run.step += 1
+    keep = min(config.ema, (1 + run.step) / (10 + run.step))            # the average forgets its random start quickly
+    torch._foreach_lerp_(list(run.average.parameters()), list(run.model.parameters()), 1 - keep)
+    return {"lm": lm_total, "words": words, "each": torch.cat(per_picture), "t": torch.cat(t), "grad_norm": norm.item(),
+            "tokens": sum(int((b.tokens != data.PAD).sum()) for b in batches)}
+
+
+# ------------------------------------------------------------------------------------------------------------ bookkeeping
+def save_run(run, out):
+    """Write last.pt: everything that a resumed run needs to repeat the uninterrupted one to the bit."""
+    vae_module.save(out / "last.pt", {"kind": "training", "config": asdict(run.config), "step": run.step,
+                                      "model": run.model.state_dict(), "average": run.average.state_dict(),
+                                      "optimizer": run.optimizer.state_dict()})
+
+
+def resume_run(run, out):
+    """Load last.pt into the Run. Raises UserError if the configuration has changed in a way that changes the run."""
+    saved = vae_module.load(out / "last.pt", "training")
+    changed = [k for k, v in asdict(run.config).items() if saved["config"].get(k, v) != v and k not in AFTERWARDS]
+    if changed:
+        raise data.UserError(f"{out}/last.pt was trained with " +
+                             ", ".join(f"--{k.replace('_', '-')} {saved['config'][k]}" for k in changed) +
+                             "; resume with the same options, or start a new run with another --out")
+    run.model.load_state_dict(saved["model"])
+    run.average.load_state_dict(saved["average"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.step = saved["step"]
+
+
+def summarize(window, run, seconds):
+    """One line of log.jsonl from the dicts of the last steps."""
+    each, t = (torch.cat([w[k] for w in window]) for k in ("each", "t"))
+    edges = range(0, run.diffusion.T, run.diffusion.T // 5)             # loss by noise level: the first thing to look at
+    bins = [each[(t > lo) & (t <= lo + run.diffusion.T // 5)] for lo in edges]
+    return {"step": run.step, "lm": sum(w["lm"] for w in window) / sum(w["words"] for w in window),
+            "diffusion": each.mean().item(), "by_t": [round(b.mean().item(), 4) if len(b) else None for b in bins],
+            "grad_norm": window[-1]["grad_norm"], "lr": learning_rate(run.config, run.step - 1),
+            "tokens_per_s": round(sum(w["tokens"] for w in window) / seconds)}
+
+
+def plot_curves(log, path):
+    """curves.png: both losses, the loss by noise level, the conditioning gap."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    steps = [row["step"] for row in log]
+    axes[0].plot(steps, [row["lm"] for row in log], label="LM (nats per word)")
+    axes[0].plot(steps, [row["diffusion"] for row in log], label="diffusion (mean square)")
+    axes[0].set_title("the two losses")
+    for k in range(5):
+        axes[1].plot(steps, [row["by_t"][k] for row in log], label=f"t in {200 * k + 1}..{200 * k + 200}", color=plt.cm.viridis(k / 5))
+    axes[1].set_title("diffusion loss by noise level")
+    gaps = [(row["step"], row["gap"]) for row in log if "gap" in row]
+    axes[2].plot(*zip(*gaps) if gaps else ([], []), marker=".")
+    axes[2].axhline(0, color="grey", linewidth=0.8)
+    axes[2].set_title("conditioning gap (0: caption ignored)")
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False, fontsize=8)
+    axes[0].set_yscale("log")
+    axes[1].set_yscale("log")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_samples(shown, path, columns=6, rows=4):
+    """samples.png: pictures under their prompts; a red title marks one that is not what was asked for."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    chosen = [shown[k] for k in np.linspace(0, len(shown) - 1, min(len(shown), columns * rows)).astype(int)]
+    figure, axes = plt.subplots(-(-len(chosen) // columns), columns, figsize=(2 * columns, 2.2 * -(-len(chosen) // columns)),
+                                squeeze=False, constrained_layout=True)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (text, picture, right) in zip(axes.flat, chosen):
+        axis.imshow(picture, interpolation="nearest")
+        halves = text.split() if len(text) > 18 else [text]
+        middle = len(halves) // 2
+        axis.set_title(" ".join(halves[:middle]) + "\n" + " ".join(halves[middle:]) if len(halves) > 1 else text,
+                       fontsize=9, color="black" if right else "red")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------------------- the loop
+def fit(run, out, test):
+    """Train to the last step, logging and saving. Returns the log. Ctrl-C saves, says how to go on, and stops."""
+    config, log, window, began = run.config, [], [], time.time()
+    log_path = out / "log.jsonl"
+    if run.step and log_path.exists():
+        log = [row for row in map(json.loads, log_path.read_text().splitlines()) if row["step"] <= run.step]
+    log_path.write_text("".join(json.dumps(row) + "\n" for row in log))
+    captions, latents = test.captions[:128], vae_module.encode_all(run.vae, test.pixels[:128], progress=False)[0]
+    bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1)
+    try:
+        while run.step < config.steps:
+            window.append(train_step(run))
+            bar.update()
+            if run.step % config.log_every == 0 or run.step == config.steps:
+                row = summarize(window, run, time.time() - began)
+                if run.step % config.gap_every == 0 or run.step == config.steps:
+                    row["gap"] = evaluate.conditioning_gap(run.average.eval(), run.words, run.diffusion, captions, latents)
+                row["seconds_left"] = round(bar.format_dict["elapsed"] / (run.step - bar.initial) * (config.steps - run.step))
+                log.append(row)
+                with open(log_path, "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                bar.set_postfix(lm=f"{row['lm']:.3f}", diff=f"{row['diffusion']:.3f}",
+                                gap=next((f"{r['gap']:.3f}" for r in reversed(log) if "gap" in r), "-"))
+                window, began = [], time.time()
+            if run.step % config.save_every == 0 and run.step < config.steps:
+                save_run(run, out)
+    except KeyboardInterrupt:
+        save_run(run, out)
+        raise KeyboardInterrupt(f"stopped at step {run.step}; the same command with --resume goes on from there") from None
+    finally:
+        bar.close()
+    save_run(run, out)
+    return log
+
+
+def parse_arguments(argv=None):
+    """(Config, resume, overwrite) of a command line."""
+    parser = argparse.ArgumentParser(description="Train a Transfusion model. `python train.py` alone trains the first toy.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--preset", choices=tuple(PRESETS), help="a named set of options; default: that of --data")
+    parser.add_argument("--resume", action="store_true", help="go on from last.pt in the run's folder")
+    parser.add_argument("--overwrite", action="store_true", help="start anew although the run's folder has a checkpoint")
+    kinds = {f.name: type(f.default) for f in fields(Config)}
+    for f in fields(Config):
+        more = dict(action=argparse.BooleanOptionalAction) if kinds[f.name] is bool else dict(type=kinds[f.name], choices=f.metadata["choices"])
+        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
+                            help=f"{f.metadata['help']} (default: {f.default})", **more)
+    given = vars(parser.parse_args(argv))
+    preset, resume, overwrite = (given.pop(k) for k in ("preset", "resume", "overwrite"))
+    preset = preset or given.get("data", "scenes")
+    config = Config(**{"out": f"out/{preset}", **PRESETS[preset], **given})
+    for name in ("steps", "documents", "accumulate", "seq_len", "pairs", "vae_steps", "log_every", "gap_every", "save_every", "patch"):
+        if getattr(config, name) < 1:
+            raise data.UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+    for name in ("lr", "lam", "guidance", "shift"):
+        if not getattr(config, name) >= 0:
+            raise data.UserError(f"--{name} must be 0 or more, got {getattr(config, name)}")
+    return config, resume, overwrite
+
+
+def main(argv=None):
+    """Train as the command line says; returns the report's numbers."""
+    config, resume, overwrite = parse_arguments(argv)
+    out, began = Path(config.out), time.time()
+    if (out / "last.pt").exists() and not (resume or overwrite):
+        raise data.UserError(f"{out} already holds a run: add --resume to go on with it, --overwrite to start anew, or "
+                             f"name another folder with --out")
+    if resume and not (out / "last.pt").exists():
+        raise data.UserError(f"there is nothing to resume: {out}/last.pt does not exist")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
+    run = prepare(config, out)
+    test = data.load_pairs(config.data, config.data_dir or None, config.image_size, split="test", n=256, seed=config.seed,
+                           categories=scenes.WORLDS[config.world], progress=False)
+    if resume:
+        resume_run(run, out)
+    print(f"{config.data}: {len(run.documents.pairs.captions):,} pictures, {len(run.words)} words; model: {count(run.model):,} "
+          f"parameters, {run.model.config.patches} patches per picture; {config.steps - run.step} steps to go; "
+          f"prepared in {time.time() - began:.0f} s")
+    try:
+        log = fit(run, out, test)
+    except KeyboardInterrupt as stop:
+        return print(f"\n{stop}")
+    plot_curves(log, out / "curves.png")
+    save_kit(out / "model.pt", run.kit())
+    trained = time.time() - began
+    if not config.samples:
+        return print(f"trained in {trained:.0f} s; wrote {out}/model.pt")
+    found, lines, shown = evaluate.report(run.kit(), config.data, scenes.WORLDS[config.world], test, config.samples, config.seed,
+                                          steps=config.sample_steps, guidance=config.guidance, sampler=config.sampler)
+    found["train_seconds"] = trained
+    plot_samples(shown, out / "samples.png")
+    (out / "report.json").write_text(json.dumps(found, indent=1))
+    print("\n".join(lines))
+    print(f"trained in {trained:.0f} s, all in {time.time() - began:.0f} s; look at {out}/samples.png and {out}/curves.png")
+    return found
+
+
+if __name__ == "__main__":
+    data.run_command(main)
