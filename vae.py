@@ -34,9 +34,9 @@ import data
 
 @dataclass
 class VAEConfig:
-    """The numbers of the network. The defaults are the toy's: 32x32 pixels to 8x8x4 latents with 0.5M parameters."""
+    """The numbers of the network. The defaults are the toy's: 32x32 pixels to 8x8x4 latents with 0.24M parameters."""
     image_channels: int = 3
-    channels: int = 24                                  # width of the first stage
+    channels: int = 16                                  # width of the first stage
     multipliers: tuple = (1, 2, 2)                      # width of each stage, in units of `channels`
     blocks: int = 1                                     # residual blocks per stage (the decoder has one more)
     z: int = 4                                          # latent channels
@@ -112,6 +112,7 @@ class VAE(nn.Module):
         self.register_buffer("shift", torch.zeros(config.z))
         self.register_buffer("scale", torch.ones(config.z))
         self.register_buffer("reach", torch.tensor(4.0))
+        self.to(memory_format=torch.channels_last)      # a quarter faster on CPU
 
     @property
     def f(self):
@@ -171,7 +172,7 @@ def train_vae(pixels, config, steps=400, batch=64, lr=2e-3, kl_weight=1e-6, seed
     """A trained VAE. pixels: (N, h, w, c) uint8. One-cycle learning rate, then shift, scale and reach are measured."""
     torch.manual_seed(seed)
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    vae = VAE(config).train().to(memory_format=torch.channels_last)         # a quarter faster on CPU
+    vae = VAE(config).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     bar = tqdm(range(steps), desc="training the VAE", disable=not progress)
