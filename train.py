@@ -60,7 +60,7 @@ class Config:
     shift: float = option(1.0, "move the noise schedule: noise-to-signal ratio times this (1: the paper's)")
     lam: float = option(5.0, "lambda of eq. 4")
     drop: float = option(0.1, "share of captions dropped, for guidance")
-    seq_len: int = option(128, "T, positions per row: documents are packed into rows of this length")
+    seq_len: int = option(96, "T, positions per row: documents are packed into rows of this length")
     documents: int = option(64, "documents per micro-batch")
     accumulate: int = option(1, "micro-batches per step")
     steps: int = option(1400, "optimizer steps")
@@ -84,7 +84,7 @@ PRESETS = {
     "scenes": {},                                                       # one object, five minutes on two CPU cores
     "mnist": dict(data="mnist", steps=1500, vae_steps=300),
     "folder": dict(data="folder", steps=3000, vae_steps=2000),
-    "six": dict(world="six", size="small", pairs=60000, steps=12000, documents=64, save_every=1000),
+    "six": dict(world="six", size="small", seq_len=128, pairs=60000, steps=12000, documents=64, save_every=1000),
 }
 AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_steps", "guidance", "sampler"}   # may change on resume
 

@@ -34,10 +34,10 @@ import data
 
 @dataclass
 class VAEConfig:
-    """The numbers of the network. The defaults are the toy's: 32x32 pixels to 8x8x4 latents with 0.24M parameters."""
+    """The numbers of the network. The defaults are the toy's: 32x32 pixels to 8x8x4 latents with 0.17M parameters."""
     image_channels: int = 3
-    channels: int = 16                                  # width of the first stage
-    multipliers: tuple = (1, 2, 2)                      # width of each stage, in units of `channels`
+    channels: int = 8                                   # width of the first stage
+    multipliers: tuple = (1, 2, 4)                      # width of each stage, in units of `channels`
     blocks: int = 1                                     # residual blocks per stage (the decoder has one more)
     z: int = 4                                          # latent channels
     attention: bool = True                              # in the middle, at the smallest size
@@ -168,7 +168,7 @@ def encode_all(vae, pixels, progress=True):
     return torch.cat([m for m, _ in parts]), torch.cat([s for _, s in parts])
 
 
-def train_vae(pixels, config, steps=400, batch=64, lr=2e-3, kl_weight=1e-6, seed=0, progress=True):
+def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed=0, progress=True):
     """A trained VAE. pixels: (N, h, w, c) uint8. One-cycle learning rate, then shift, scale and reach are measured."""
     torch.manual_seed(seed)
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
@@ -255,7 +255,7 @@ def main(argv=None):
     parser.add_argument("--data", choices=("scenes", "mnist", "folder"), default="scenes", help="what to learn from")
     parser.add_argument("--data-dir", help="folder of MNIST idx files, or of pictures with captions.jsonl")
     parser.add_argument("--image-size", type=int, default=32, help="pixels per side (scenes, folder)")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of 64 pictures")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of 32 pictures")
     parser.add_argument("--kl-weight", type=float, default=1e-6, help="weight of the KL term; App. C has 1e-6")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and noise")
     parser.add_argument("--out", default="out/vae", help="folder for vae.pt and reconstructions.png")

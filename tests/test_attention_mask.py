@@ -1,0 +1,143 @@
+"""test_attention_mask.py: who may look at whom, on random rows. Each test names the bug it is for (PAPER.md §4)."""
+import random
+
+import pytest
+import torch
+
+import data
+from attention_mask import dense_mask, intervals, or_mask
+
+
+def random_row(rng):
+    """Labels of a row, one per position: (document, None) for a word, (document, picture) for a patch. One to three
+    documents of zero to three pictures; pictures may touch each other, or the ends; padding is one more document."""
+    labels = []
+    for document in range(rng.randint(1, 3)):
+        parts = [(document, None)] * rng.randint(0, 3)
+        for picture in range(rng.randint(0, 3)):
+            parts += [(document, picture)] * rng.randint(1, 4)
+            parts += [(document, None)] * rng.choice([0, 0, 1, 2])
+        labels += parts
+    return labels + [("padding", None)] * rng.choice([0, 0, 3])
+
+
+def to_ids(labels):
+    """image_id, doc_id (1, T) of a row: pictures are numbered over the row, documents too."""
+    pictures = list(dict.fromkeys(label for label in labels if label[1] is not None))
+    documents = list(dict.fromkeys(label[0] for label in labels))
+    image_id = [pictures.index(label) if label[1] is not None else -1 for label in labels]
+    return torch.tensor([image_id]), torch.tensor([[documents.index(label[0]) for label in labels]])
+
+
+def rows(how_many=300):
+    """Random rows that are not empty, as (labels, image_id, doc_id)."""
+    rng = random.Random(0)
+    drawn = [random_row(rng) for _ in range(how_many)]
+    return [(labels, *to_ids(labels)) for labels in drawn if labels]
+
+
+def brute_force(labels, bidirectional=True):
+    """The rule, position by position, from the labels alone: no ids, no -1."""
+    def may_look(q, k):
+        (doc_q, picture_q), (doc_k, picture_k) = labels[q], labels[k]
+        same_picture = picture_q is not None and picture_q == picture_k
+        return doc_q == doc_k and (k <= q or (bidirectional and same_picture))
+    return torch.tensor([[may_look(q, k) for k in range(len(labels))] for q in range(len(labels))])
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_mask_is_the_rule(bidirectional):
+    """Any wrong mask (§4.1): "both are patches", adjacent pictures merged, spans one off, documents seeing each other."""
+    for labels, image_id, doc_id in rows():
+        truth = brute_force(labels, bidirectional)
+        assert torch.equal(or_mask(image_id, doc_id, bidirectional)[0], truth), labels
+        assert torch.equal(dense_mask(*intervals(image_id, doc_id, bidirectional))[0], truth), labels
+
+
+def test_mask_as_drawn_in_the_docstring():
+    """The picture that students look at says something else than the code."""
+    drawn = """#.......
+               ##......
+               ###.....
+               ######..
+               ######..
+               ######..
+               #######.
+               ########"""
+    image_id = torch.tensor([[-1, -1, -1, 0, 0, 0, -1, -1]])
+    wanted = torch.tensor([[cell == "#" for cell in line.strip()] for line in drawn.splitlines()])
+    assert torch.equal(dense_mask(*intervals(image_id, torch.zeros_like(image_id)))[0], wanted)
+
+
+def test_no_row_is_empty():
+    """A position that may look at nothing: softmax over nothing is NaN, and one NaN spoils the whole batch (§4.1)."""
+    for _, image_id, doc_id in rows():
+        lo, hi = intervals(image_id, doc_id)
+        pos = torch.arange(lo.shape[1])
+        assert (lo <= pos).all() and (pos <= hi).all()
+        assert (0 <= lo).all() and (hi < lo.shape[1]).all()
+
+
+def test_padding_of_a_packed_batch_looks_at_something():
+    """Padding without a document of its own: empty rows, or padding that reads the last document (§4.1)."""
+    words = data.Words(["red"])
+    documents = [["red red", ("image", 0, 1000)], ["red"]]
+    batch = data.pack([data.lay_out(document, words, 4) for document in documents], T=20)
+    mask, padding = or_mask(batch.image_id, batch.doc_id)[0], batch.tokens[0] == data.PAD
+    assert padding.any() and mask.any(1).all()
+    assert not mask[padding][:, ~padding].any() and not mask[~padding][:, padding].any()
+
+
+def test_text_alone_is_causal():
+    """-1 == -1: all words of a row belong to "the same picture", and text becomes bidirectional (§4.1)."""
+    image_id = torch.full((1, 6), -1)
+    for mask in (or_mask(image_id, image_id + 1), dense_mask(*intervals(image_id, image_id + 1))):
+        assert torch.equal(mask[0], torch.ones(6, 6).tril().bool())
+
+
+def test_adjacent_pictures_stay_apart():
+    """Two pictures without a word between them become one, and picture 1 is painted knowing picture 2 (§4.1)."""
+    image_id = torch.tensor([[0, 0, 1, 1]])
+    mask = dense_mask(*intervals(image_id, torch.zeros_like(image_id)))[0]
+    assert mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+
+
+def test_causal_ablation_differs_only_inside_pictures():
+    """`bidirectional=False` (Table 3) changes nothing, or changes words too."""
+    for labels, image_id, doc_id in rows(50):
+        both, causal = (dense_mask(*intervals(image_id, doc_id, b))[0] for b in (True, False))
+        for q, k in (both != causal).nonzero().tolist():
+            assert labels[q] == labels[k] and labels[q][1] is not None and k > q
+
+
+def test_rows_of_a_batch_are_independent():
+    """A cumulative maximum along the wrong axis: row 2's documents start where row 1's do."""
+    same_length = [row for row in rows(1000) if len(row[0]) == 12]
+    image_id, doc_id = (torch.cat([row[k] for row in same_length]) for k in (1, 2))
+    lo, hi = intervals(image_id, doc_id)
+    assert len(lo) > 3
+    for b, (_, image_id, doc_id) in enumerate(same_length):
+        assert [x.tolist() for x in intervals(image_id, doc_id)] == [[lo[b].tolist()], [hi[b].tolist()]]
+
+
+def test_mask_over_a_longer_cache():
+    """`keys` ignored: decoding against a cache needs more columns than there are new positions."""
+    mask = dense_mask(torch.tensor([[0, 0]]), torch.tensor([[5, 6]]), keys=9)
+    assert mask.int().tolist() == [[[1, 1, 1, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0, 0]]]
+
+
+def test_inputs_are_left_alone():
+    """A mask that writes into the batch spoils the targets that are read from it afterwards."""
+    for _, image_id, doc_id in rows(50):
+        before = image_id.clone(), doc_id.clone()
+        or_mask(image_id, doc_id)
+        dense_mask(*intervals(image_id, doc_id))
+        assert torch.equal(image_id, before[0]) and torch.equal(doc_id, before[1])
+
+
+@pytest.mark.parametrize("shapes", [[(8,), (8,)], [(1, 8), (1, 7)], [(2, 8), (1, 8)], [(1, 8, 1), (1, 8, 1)]])
+@pytest.mark.parametrize("form", [or_mask, intervals])
+def test_wrong_shapes_raise(form, shapes):
+    """A shape that broadcasts gives a mask of the wrong row without a word."""
+    with pytest.raises(ValueError, match=r"\(B, T\)"):
+        form(*(torch.zeros(shape, dtype=torch.long) for shape in shapes))

@@ -1,0 +1,598 @@
+"""
+test_data.py: from documents to batches, and from files to documents     (data.py; Transfusion §3, §4.1, App. B.2; PAPER §4.8-9)
+
+First the stream of documents, counted over many draws; then one document laid out by hand; then packing; then the files
+that users have, good and bad.
+"""
+import gzip
+import hashlib
+import http.client
+import json
+import struct
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+import scenes
+from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH, UserError, lay_out, pack
+
+P = 4                                                   # patches per picture, in the tests by hand
+
+
+def scene_pairs(categories=scenes.WORLDS["one"], n=4000, seed=0):
+    """Pairs whose pictures are empty: what a stream of documents needs, without drawing anything."""
+    rng, world = np.random.default_rng(seed), scenes.World(categories)
+    return data.Pairs("scenes", [world.caption(rng)[0] for _ in range(n)], np.zeros((n, 1, 1, 3), np.uint8), world)
+
+
+PAIRS = scene_pairs()
+WORDS = data.Words(PAIRS.vocabulary())
+
+
+def drawn(n=20000, seed=0, **options):
+    """(Documents, n documents drawn from it)."""
+    stream, rng = data.Documents(PAIRS, patches=16, **options), np.random.default_rng(seed)
+    return stream, [stream.draw(rng) for _ in range(n)]
+
+
+def close(count, n, p):
+    """Whether `count` of n is what a coin of probability p may give (five deviations)."""
+    return abs(count - n * p) < 5 * np.sqrt(n * p * (1 - p))
+
+
+is_picture = lambda part: part[0] == "image" and not isinstance(part, str)
+
+
+# ------------------------------------------------------------------------------------------------ the stream of documents
+def test_caption_comes_first_in_four_fifths_of_the_pairs():
+    """PAPER §4.9, 80/20 reversed: catches pictures before their captions in 80% instead of 20%."""
+    _, documents = drawn()
+    pairs = [d for d in documents if any(map(is_picture, d))]
+    assert close(sum(not is_picture(d[0]) for d in pairs), len(pairs), 0.8)
+    for d in pairs:                                     # words and pictures alternate, in one order within a document
+        assert [is_picture(part) for part in d] == [is_picture(d[0]), not is_picture(d[0])] * (len(d) // 2)
+
+
+def test_noise_limit_is_for_pictures_before_their_caption_only():
+    """PAPER §4.9, the noise limit on every picture: catches t <= 500 for pictures that follow their caption, and the reverse."""
+    stream, documents = drawn()
+    limits = {first: {part[2] for d in documents if is_picture(d[0]) == first for part in d if is_picture(part)}
+              for first in (True, False)}
+    assert limits == {True: {500}, False: {stream.T}} and stream.T == 1000
+
+
+def test_the_picture_belongs_to_the_caption():
+    """Catches a caption beside the next picture: the model then cannot learn to obey, while its losses fall (PAPER §4.12)."""
+    _, documents = drawn(5000)
+    for d in documents:
+        if any(map(is_picture, d)):
+            for a, b in zip(d[::2], d[1::2]):
+                caption, picture = (b, a) if is_picture(a) else (a, b)
+                assert PAIRS.captions[picture[1]] == (caption if isinstance(caption, str) else caption[1])
+
+
+def test_captions_are_dropped_for_guidance():
+    """PAPER §4.8, no caption dropout though sampling guides: catches none dropped, too many, or captions after pictures too."""
+    for share in (0.1, 0.5):
+        _, documents = drawn(drop=share)
+        first = [part for d in documents if len(d) > 1 and not is_picture(d[0]) for part in d[::2]]
+        after = [part for d in documents if is_picture(d[0]) for part in d[1::2]]
+        assert close(sum(not isinstance(part, str) for part in first), len(first), share)
+        assert all(isinstance(part, str) for part in after)
+
+
+def test_some_documents_hold_two_pairs():
+    """Catches a stream without sequences of several pictures, though sampling can make them."""
+    for share in (0.1, 0.4):
+        _, documents = drawn(second=share)
+        pairs = [d for d in documents if len(d) > 1]
+        assert {len(d) for d in pairs} == {2, 4}
+        assert close(sum(len(d) == 4 for d in pairs), len(pairs), share)
+
+
+@pytest.mark.parametrize("patches", [16, 64])
+@pytest.mark.parametrize("world", scenes.WORLDS)
+def test_as_many_words_as_patches(world, patches):
+    """Transfusion §4.1, text : image tokens = 1 : 1. Catches a mixture whose share of text alone was miscounted."""
+    pairs, rng = scene_pairs(scenes.WORLDS[world]), np.random.default_rng(1)
+    stream, words, pictures = data.Documents(pairs, patches), 0, 0
+    for _ in range(20000):
+        sequence = lay_out(stream.draw(rng), WORDS, patches)
+        words += sequence.image_id.count(-1)
+        pictures += patches * len(sequence.images)
+    assert words / pictures == pytest.approx(1, abs=0.02)
+
+
+def test_a_source_without_text_alone_gives_only_pairs():
+    """Catches a stream that asks MNIST, or a folder, for deductions."""
+    stream = data.Documents(data.Pairs("mnist", ["the digit two"], np.zeros((1, 1, 1, 1), np.uint8)), patches=16)
+    rng = np.random.default_rng(0)
+    assert all(len(stream.draw(rng)) > 1 for _ in range(100))
+
+
+def test_probabilities_of_documents_sum_to_what_they_cover():
+    """Catches a wrong floor of the text loss: ln p, summed over every document with words first, by brute force."""
+    stream = data.Documents(PAIRS, patches=16)
+    texts = [text for category in PAIRS.world.categories for text, _ in scenes.captions(category)]
+    image = ("image", 0, 1000)
+    total = sum(np.exp(stream.log_prob([a, image])) for a in texts)
+    total += sum(np.exp(stream.log_prob([a, image, b, image])) for a in texts for b in texts)
+    alone = [scenes.deduction_text(claim.objects, rel, back) for _, claim in scenes.captions("color_attr")
+             for rel in scenes.RELATIONS for back in (True, False)]
+    text_only = sum(np.exp(stream.log_prob([text])) for text in alone)
+    assert text_only == pytest.approx(stream.text_share)
+    assert total == pytest.approx((1 - stream.text_share) * 0.8)
+
+
+def test_documents_are_drawn_with_their_probability():
+    """Catches a stream that speaks with other frequencies than `log_prob` states."""
+    stream, documents = drawn(40000, drop=0.0)
+    seen = Counter(tuple(part for part in d if isinstance(part, str)) for d in documents if isinstance(d[0], str))
+    for caption, n in Counter(PAIRS.captions).items():  # the pairs are a sample of the language: their own share is meant
+        expected = (1 - stream.text_share) * 0.8 * 0.9 * n / len(PAIRS.captions)
+        assert close(seen[(caption,)], len(documents), expected), caption
+        rarely = np.exp(stream.log_prob([caption, ("image", 0, 1000)]))
+        assert rarely == pytest.approx(expected, rel=0.5)
+
+
+def test_a_draw_is_a_function_of_its_generator():
+    """Catches a stream with a memory or with a global random number in it: no run could be resumed or repeated."""
+    stream = data.Documents(PAIRS, patches=16)
+    once = [stream.draw(np.random.default_rng([7, k])) for k in range(200)]
+    np.random.seed(1)
+    other = data.Documents(PAIRS, patches=16)
+    assert [other.draw(np.random.default_rng([7, k])) for k in reversed(range(200))][::-1] == once
+    assert once != [stream.draw(np.random.default_rng([8, k])) for k in range(200)]
+
+
+# ----------------------------------------------------------------------------------------------- document -> one sequence
+def spell(sequence):
+    """(tokens as words, image_id as digits, learn as x) of a Sequence: three strings to compare by eye."""
+    return (" ".join({"<patch>": "#"}.get(WORDS.words[t], WORDS.words[t]) for t in sequence.tokens),
+            " ".join("." if i < 0 else str(i) for i in sequence.image_id),
+            " ".join("x" if x else "." for x in sequence.learn))
+
+
+def test_lay_out_by_hand():
+    """PAPER §4.2, spans one position off: catches any change of the layout, caption first."""
+    sequence = lay_out(["a red circle", ("image", 7, 1000)], WORDS, P)
+    assert spell(sequence) == ("<bos> a red circle <boi> # # # # <eoi> <eos>",
+                               ". . . . . 0 0 0 0 . .",
+                               "x x x x . . . . . x .")
+    assert (sequence.images, sequence.t_max) == ([7], [1000])
+
+
+def test_lay_out_two_pictures_by_hand():
+    """PAPER §4.2: the same with pictures first, twice: ids count up, limits keep their picture."""
+    sequence = lay_out([("image", 3, 500), "a circle", ("image", 9, 400), "a red circle"], WORDS, P)
+    assert spell(sequence) == ("<bos> <boi> # # # # <eoi> a circle <boi> # # # # <eoi> a red circle <eos>",
+                               ". . 0 0 0 0 . . . . 1 1 1 1 . . . . .",
+                               "x . . . . . x x x . . . . . x x x x .")
+    assert (sequence.images, sequence.t_max) == ([3, 9], [500, 400])
+
+
+def test_lay_out_dropped_captions_by_hand():
+    """PAPER §4.8, LM loss on dropped captions: catches a loss on <drop>, on the way into it, and on BOI after it."""
+    sequence = lay_out([("dropped", "a red circle"), ("image", 7, 1000), ("dropped", "a circle"), ("image", 8, 1000)], WORDS, P)
+    assert spell(sequence) == ("<bos> <drop> <drop> <drop> <boi> # # # # <eoi> <drop> <drop> <boi> # # # # <eoi> <eos>",
+                               ". . . . . 0 0 0 0 . . . . 1 1 1 1 . .",
+                               ". . . . . . . . . . . . . . . . . x .")
+
+
+def test_a_dropped_caption_keeps_every_position():
+    """PAPER §4.8, guidance branches of different length: catches a dropped caption that is shorter, or takes BOI with it."""
+    for text in ("a circle", "a red circle left of a blue square"):
+        kept, dropped = (lay_out([part, ("image", 0, 1000)], WORDS, P) for part in (text, ("dropped", text)))
+        assert kept.image_id == dropped.image_id
+        n = len(text.split())
+        assert dropped.tokens == [BOS] + [DROP] * n + kept.tokens[1 + n:]
+
+
+def test_text_alone_and_prompts_by_hand():
+    """PAPER §4.2, sampled layout other than the trained one: a prompt is the same row, left open, with nothing after it."""
+    assert spell(lay_out(["a circle"], WORDS, P)) == ("<bos> a circle <eos>", ". . . .", "x x x .")
+    assert spell(lay_out(["a circle"], WORDS, P, ends=False)) == ("<bos> a circle", ". . .", "x x .")
+    assert spell(lay_out([], WORDS, P, ends=False)) == ("<bos>", ".", ".")
+    document = ["a circle", ("image", 0, 0), "a red circle"]
+    whole, open_ = lay_out(document, WORDS, P), lay_out(document, WORDS, P, ends=False)
+    assert whole.tokens == open_.tokens + [EOS] and whole.image_id == open_.image_id + [-1]
+
+
+def test_what_is_learned_in_any_document():
+    """Transfusion §3: BOI is predicted, EOI and patches never, nothing from BOI, nothing after a document's last token."""
+    _, documents = drawn(2000, drop=0.3, second=0.3)
+    targets = Counter()
+    for document in documents:
+        sequence = lay_out(document, WORDS, 16)
+        assert len(sequence.tokens) == len(sequence.image_id) == len(sequence.learn)
+        assert sequence.learn[-1] is False
+        for token, following, learn in zip(sequence.tokens, sequence.tokens[1:], sequence.learn):
+            predictable = following in (BOI, EOS) or following >= len(data.SPECIAL)
+            assert learn == (predictable and token != DROP), (document, token, following)
+            targets.update([following] * learn)
+    assert {BOI, EOS} <= set(targets) and not {EOI, PATCH, DROP, PAD, BOS} & set(targets)
+
+
+# ------------------------------------------------------------------------------------------------------------------- pack
+def packed(n=60, T=128, seed=3):
+    """(sequences, Batch) of n random documents; every picture of the batch has its own index and limit."""
+    rng, stream = np.random.default_rng(seed), data.Documents(PAIRS, patches=16, second=0.3)
+    sequences = [lay_out(stream.draw(rng), WORDS, 16) for _ in range(n)]
+    k = 0
+    for sequence in sequences:
+        for m in range(len(sequence.images)):
+            sequence.images[m], sequence.t_max[m], k = 100 + k, 1 + k, k + 1
+    return sequences, pack(sequences, T)
+
+
+def unpack(batch):
+    """The documents of a Batch, as (tokens, image ids of the batch, learn, images, t_max)."""
+    found = []
+    for b in range(len(batch.tokens)):
+        for d in range(int(batch.doc_id[b].max()) + 1):
+            here = batch.doc_id[b] == d
+            tokens = batch.tokens[b][here].tolist()
+            if tokens and tokens[0] != PAD:
+                at = np.flatnonzero(here.numpy())
+                assert (np.diff(at) == 1).all()         # a document is one stretch
+                ids = batch.image_id[b][here].tolist()
+                own = sorted({i for i in ids if i >= 0})
+                found.append((tokens, ids, batch.learn[b][here].tolist(), batch.images[own].tolist(), batch.t_max[own].tolist()))
+    return found
+
+
+def test_pack_loses_nothing_and_cuts_nothing():
+    """Catches a document that is cut at the end of a row, lost, doubled, or given another document's picture or limit."""
+    sequences, batch = packed()
+    key = lambda tokens, learn, images, t_max: (tuple(tokens), tuple(learn), tuple(images), tuple(t_max))
+    assert Counter(key(s.tokens, s.learn, s.images, s.t_max) for s in sequences) == \
+           Counter(key(tokens, learn, images, t_max) for tokens, _, learn, images, t_max in unpack(batch))
+
+
+def test_pack_numbers_pictures_in_reading_order():
+    """PAPER §4.1 and the model's scatter: catches picture ids that restart in a row, repeat, or disagree with `images`."""
+    _, batch = packed()
+    ids = batch.image_id[batch.image_id >= 0].tolist()
+    assert ids == [m for m in range(len(batch.images)) for _ in range(16)]
+    assert ((batch.tokens == PATCH) == (batch.image_id >= 0)).all()
+
+
+def test_pack_fills_rows_and_marks_padding():
+    """Catches padding that belongs to a document (it would be attended to), learns something, or fills half the batch."""
+    sequences, batch = packed()
+    pad = batch.tokens == PAD
+    assert not batch.learn[pad].any() and (batch.image_id[pad] == -1).all()
+    for b in range(len(batch.tokens)):
+        ids = batch.doc_id[b]
+        assert (ids.diff() >= 0).all() and (ids.diff() <= 1).all() and ids[0] == 0
+        assert not set(ids[pad[b]].tolist()) & set(ids[~pad[b]].tolist())
+    rows = -(-sum(len(s.tokens) for s in sequences) // 128)
+    assert len(batch.tokens) <= rows + 1
+
+
+def test_a_document_may_fill_its_row_exactly():
+    """Catches the last token of a full row learning the first of the same row (roll), and a row without padding."""
+    sequence = lay_out(["a red circle", ("image", 0, 1000)], WORDS, P)
+    batch = pack([sequence, sequence], len(sequence.tokens))
+    assert batch.tokens.shape == (2, len(sequence.tokens)) and not batch.learn[:, -1].any()
+    assert batch.images.tolist() == [0, 0] and batch.image_id.max() == 1
+
+
+def test_a_document_longer_than_the_context_is_an_error():
+    """Catches a document that is silently cut: its picture would lose patches. The sentence says what to do."""
+    sequence = lay_out(["a red circle", ("image", 0, 1000)], WORDS, 16)
+    with pytest.raises(UserError, match="23 tokens.*context of 22.*--seq-len"):
+        pack([sequence], len(sequence.tokens) - 1)
+
+
+# ------------------------------------------------------------------------------------------------------------------ words
+def test_words_roundtrip():
+    """Catches ids that depend on the order of a set, and special tokens that the text can collide with."""
+    words = data.Words({"red", "circle", "a", "<pad>"})
+    assert words.words == [*data.SPECIAL, "a", "circle", "red"] and len(words) == len(data.SPECIAL) + 3
+    assert words.decode(words.encode("a  red circle")) == "a red circle"
+    assert words.decode([BOS, *words.encode("a circle"), BOI, PATCH, EOI, EOS]) == "a circle"
+    for text in scenes.all_claims():
+        assert WORDS.decode(WORDS.encode(text)) == text
+    again = data.Words(WORDS.words)                     # as a checkpoint gives it back
+    assert again.words == WORDS.words
+
+
+def test_unknown_word():
+    """Catches an unknown word that becomes another one, or an error that does not help to find it."""
+    with pytest.raises(UserError, match="'circel'.*nearest known word is 'circle'"):
+        WORDS.encode("a red circel")
+    with pytest.raises(UserError, match="'x'"):
+        data.Words([]).encode("x")
+
+
+@pytest.mark.parametrize("word", data.SPECIAL)
+def test_special_tokens_cannot_be_written_in_a_text(word):
+    """Catches a prompt or a caption file that smuggles in a marker: BOI without patches, or a padding that is read."""
+    with pytest.raises(UserError, match=word):
+        WORDS.encode(f"a {word} circle")
+
+
+def test_every_world_has_the_same_words():
+    """Catches checkpoints of two worlds, or of a small and a large sample, whose word ids differ."""
+    six = scene_pairs(scenes.WORLDS["six"], n=3).vocabulary()
+    assert six == PAIRS.vocabulary()
+    assert {w for category in scenes.WORLDS["six"] for text, _ in scenes.captions(category, True) for w in text.split()} <= six
+
+
+# ---------------------------------------------------------------------------------------------------------------- scenes
+def test_scenes_are_what_their_captions_say_and_depend_on_the_seed_only():
+    """Catches pictures beside other captions, a test split that repeats the training split, and global random numbers."""
+    train, again = (data.load_pairs("scenes", n=40, seed=5, progress=False) for _ in range(2))
+    test = data.load_pairs("scenes", n=40, seed=5, split="test", progress=False)
+    assert train.captions == again.captions and (train.pixels == again.pixels).all()
+    assert not {p.tobytes() for p in train.pixels} & {p.tobytes() for p in test.pixels}
+    for pairs in (train, test):
+        assert pairs.pixels.shape == (40, 32, 32, 3) and pairs.pixels.dtype == np.uint8
+        for text, picture in zip(pairs.captions, pairs.pixels):
+            assert scenes.holds(scenes.read_caption(text), scenes.parse(picture)), text
+
+
+def test_held_out_scenes():
+    """Catches an evaluation set of unseen pairs that has seen ones in it."""
+    pairs = data.load_scenes(20, 0, held_out=True, progress=False)
+    assert all(any(f"{c} {s}" in text for c, s in scenes.HELD_OUT) for text in pairs.captions)
+
+
+# ----------------------------------------------------------------------------------------------------------------- MNIST
+def idx(array):
+    """The bytes of an idx file: two zeros, 8 for uint8, the number of dimensions, their sizes, the numbers."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+DIGITS = np.random.default_rng(0).integers(0, 256, (5, 28, 28)).astype(np.uint8)
+LABELS = np.array([7, 2, 1, 0, 4])
+
+
+def write_mnist(folder, zipped=True, images=DIGITS, labels=LABELS):
+    """A folder with the four files of a tiny MNIST; returns {name: bytes}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name in data.MNIST_FILES:
+        raw = idx(images if "images" in name else labels)
+        files[name + ".gz" * zipped] = gzip.compress(raw, mtime=0) if zipped else raw
+    for name, raw in files.items():
+        (folder / name).write_bytes(raw)
+    return files
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["gz", "raw"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_mnist_from_files(tmp_path, zipped, split):
+    """Catches a wrong header, a transposed picture, a caption that is not the label's, padding on one side only."""
+    write_mnist(tmp_path, zipped)
+    pairs = data.load_mnist(tmp_path, split)
+    assert pairs.pixels.shape == (5, 32, 32, 1) and pairs.pixels.dtype == np.uint8
+    assert (pairs.pixels[:, 2:30, 2:30, 0] == DIGITS).all()
+    frame = pairs.pixels.copy()
+    frame[:, 2:30, 2:30] = 0
+    assert frame.sum() == 0
+    assert pairs.captions == ["the digit seven", "the digit two", "the digit one", "the digit zero", "the digit four"]
+    assert pairs.labels.tolist() == LABELS.tolist()
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["gz", "raw"])
+@pytest.mark.parametrize("damage", ["truncated", "longer", "other", "empty", "flipped"])
+def test_damaged_mnist_files(tmp_path, damage, zipped):
+    """Catches a traceback, or silently missing digits, where a download broke off or a file is something else."""
+    files = write_mnist(tmp_path, zipped)
+    name = "train-images-idx3-ubyte" + ".gz" * zipped
+    raw = bytearray(files[name])
+    flipped = raw.copy()
+    flipped[len(raw) // 2 if zipped else 2] ^= 0xFF
+    (tmp_path / name).write_bytes({"truncated": raw[:-100], "longer": raw + b"more", "other": b"<html>not found</html>",
+                                   "empty": b"", "flipped": flipped}[damage])
+    with pytest.raises(UserError, match=name):
+        data.load_mnist(tmp_path)
+
+
+@pytest.mark.parametrize("place", range(10, 60, 3))
+def test_a_flipped_bit_in_a_gz_file(tmp_path, place):
+    """Catches zlib's own error class, which is neither an OSError nor an EOFError, escaping as a traceback."""
+    raw = bytearray(gzip.compress(idx(LABELS), mtime=0))
+    raw[min(place, len(raw) - 1)] ^= 0xFF
+    (tmp_path / "labels.gz").write_bytes(raw)
+    with pytest.raises(UserError, match="labels.gz"):
+        data.read_idx(tmp_path, "labels")
+
+
+def test_mnist_files_that_do_not_belong_together(tmp_path):
+    """Catches labels of another split beside the pictures, and a folder without the files."""
+    write_mnist(tmp_path / "a", labels=LABELS[:4])
+    with pytest.raises(UserError, match="5 images but 4 labels"):
+        data.load_mnist(tmp_path / "a")
+    with pytest.raises(UserError, match="--data-dir must name a folder"):
+        data.load_mnist(tmp_path / "nowhere")
+
+
+def test_the_real_mnist():
+    """Catches a reader that only reads what this file wrote: 60,000 and 10,000 real digits, the first labels known."""
+    folder = Path(__file__).resolve().parents[2] / "shared/data/mnist"
+    if not folder.exists():
+        pytest.skip(f"{folder} is not here: the real MNIST files were not given to this checkout")
+    train, test = (data.load_mnist(folder, split) for split in ("train", "test"))
+    assert train.pixels.shape == (60000, 32, 32, 1) and test.pixels.shape == (10000, 32, 32, 1)
+    assert train.labels[:8].tolist() == [5, 0, 4, 1, 9, 2, 1, 3] and test.labels[:5].tolist() == [7, 2, 1, 0, 4]
+    assert 0.13 < train.pixels[:, 2:30, 2:30].mean() / 255 < 0.132
+
+
+def mirror(folder, monkeypatch):
+    """A folder that serves a tiny MNIST by file://, whose checksums become the published ones; returns (URL, {name: bytes})."""
+    files = write_mnist(folder)
+    monkeypatch.setattr(data, "MNIST_FILES", {name[:-3]: hashlib.md5(raw).hexdigest() for name, raw in files.items()})
+    return folder.as_uri() + "/", files
+
+
+def test_download_falls_through_to_the_mirror_that_works(tmp_path, monkeypatch):
+    """Catches a download that stops at the first mirror: one is gone, one serves something else, one is right."""
+    good, files = mirror(tmp_path / "good", monkeypatch)
+    liar = tmp_path / "liar"
+    liar.mkdir()
+    for name in files:
+        (liar / name).write_bytes(b"<html>please log in</html>")
+    out = tmp_path / "out/mnist"
+    data.fetch_mnist(out, (f"file://{tmp_path}/gone/", liar.as_uri() + "/", good))
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == files
+    assert (data.load_mnist(out).labels == LABELS).all()
+
+
+def test_download_falls_through_a_mirror_that_hangs_up(tmp_path, monkeypatch):
+    """Catches http.client's errors (a connection cut in mid-file), which are not OSErrors, ending the download."""
+    good, files = mirror(tmp_path / "good", monkeypatch)
+    real = data.urllib.request.urlopen
+
+    class HangsUp:
+        def read(self):
+            raise http.client.IncompleteRead(b"half")
+    monkeypatch.setattr(data.urllib.request, "urlopen", lambda url, **kw: HangsUp() if "broken" in url else real(url, **kw))
+    data.fetch_mnist(tmp_path / "out", ("http://broken/", good))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == files
+
+
+def test_download_that_fails_says_so_and_leaves_nothing_wrong_behind(tmp_path, monkeypatch):
+    """Catches a file with a wrong checksum that is kept and read later."""
+    mirror(tmp_path / "good", monkeypatch)
+    monkeypatch.setattr(data, "MNIST_FILES", dict.fromkeys(data.MNIST_FILES, "0" * 32))
+    with pytest.raises(UserError, match="wrong checksum.*--data-dir"):
+        data.fetch_mnist(tmp_path / "out", ((tmp_path / "good").as_uri() + "/",))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------ folder of pictures
+def striped(w=60, h=20, mode="RGB"):
+    """A wide picture: left third red, middle green, right blue. Its centre square is green."""
+    picture = np.zeros((h, w, 3), np.uint8)
+    for k in range(3):
+        picture[:, k * w // 3: (k + 1) * w // 3, k] = 255
+    return Image.fromarray(picture).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L", "LA", "1", "CMYK", "YCbCr", "I", "F", "I;16"])
+@pytest.mark.parametrize("w, h", [(60, 20), (20, 60), (7, 5), (16, 16)])
+def test_any_picture_becomes_a_square_of_three_channels(mode, w, h):
+    """Catches a mode, or a shape, that ends in an error or in another array."""
+    picture = data.crop_and_resize(Image.new(mode, (w, h)), 16)
+    assert picture.shape == (16, 16, 3) and picture.dtype == np.uint8
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK"])
+def test_centre_crop(mode):
+    """Transfusion §4.1, centre-cropped: catches a squeezed picture, or its left end."""
+    wide = data.crop_and_resize(striped(mode=mode), 16)
+    high = data.crop_and_resize(striped(mode="RGB").rotate(90, expand=True).convert(mode), 16)
+    for picture in (wide, high):
+        assert (np.abs(picture[2:-2, 2:-2].astype(int) - [0, 255, 0]).max(-1) < 8).all()
+
+
+def test_resize_keeps_the_directions():
+    """Catches rows and columns swapped, or a picture turned upside down."""
+    corner = np.zeros((40, 40, 3), np.uint8)
+    corner[:20, 20:] = 255                              # top right
+    small = data.crop_and_resize(Image.fromarray(corner), 8)
+    assert small[1, 6].min() > 250 and max(small[1, 1].max(), small[6, 6].max(), small[6, 1].max()) < 5
+
+
+def test_transparency_is_laid_on_black():
+    """Catches the arbitrary colour that hides under a transparent pixel."""
+    clear = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    assert data.crop_and_resize(clear, 16).max() == 0
+    palette = Image.new("P", (16, 16), 0)
+    palette.putpalette([255, 0, 0] + [0] * 765)
+    palette.info["transparency"] = 0
+    assert data.crop_and_resize(palette, 16).max() == 0
+
+
+def test_sixteen_bit_pictures(tmp_path):
+    """Catches 16-bit grey (scanners, microscopes) clipped to white: Pillow's own conversion does that."""
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    picture = data.open_picture(tmp_path / "deep.png", 32)
+    assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
+    assert picture[0].max() < 20 and abs(int(picture[16, 16, 0]) - 128) < 10 and picture[-1].min() > 235
+
+
+def test_exif_rotation(tmp_path):
+    """Catches photographs from telephones that lie on their side."""
+    picture = np.zeros((32, 32, 3), np.uint8)
+    picture[:, :16] = 255                               # bright on the left; orientation 6 turns it clockwise: bright on top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    turned = data.open_picture(tmp_path / "photo.jpg", 32)
+    assert turned[4].min() > 240 and turned[-4].max() < 15
+
+
+def write_folder(folder, n=12, extra=()):
+    """A folder of n small pictures of different sizes and types, with captions.jsonl; extra: more lines."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for k in range(n):
+        name = f"{k}.{('png', 'jpg', 'gif', 'bmp')[k % 4]}"
+        Image.new("RGB", (20 + 3 * k, 40 - k), (10 * k, 255 - 10 * k, 128)).save(folder / name, **({"quality": 95} if k % 4 == 1 else {}))
+        lines.append(json.dumps({"image": name, "caption": f"Picture  number {k % 3}"}))
+    (folder / "captions.jsonl").write_text("\n".join([*lines, *extra]) + "\n\n", encoding="utf-8")
+    return folder
+
+
+def test_folder_of_pictures(tmp_path):
+    """Catches captions beside other pictures, a test split inside the training split, capital letters and double spaces."""
+    write_folder(tmp_path, 21)
+    train, test = (data.load_pairs("folder", tmp_path, 16, split) for split in ("train", "test"))
+    assert train.pixels.shape == (19, 16, 16, 3) and test.pixels.shape == (2, 16, 16, 3)
+    for pairs, numbers in ((train, [k for k in range(21) if k % 10 != 9]), (test, [9, 19])):
+        assert pairs.captions == [f"picture number {k % 3}" for k in numbers]
+        for k, picture in zip(numbers, pairs.pixels):
+            assert np.abs(picture.reshape(-1, 3).mean(0) - [10 * k, 255 - 10 * k, 128]).max() < 4
+    assert train.vocabulary() == {"picture", "number", "0", "1", "2"}
+
+
+def test_bad_pictures_are_counted_named_and_skipped(tmp_path, capsys):
+    """Catches one bad file among thousands that ends the run, vanishes without a word, or shifts the captions."""
+    lines = [json.dumps({"image": name, "caption": "bad"}) for name in ("text.png", "cut.png", "absent.png", "folder.png")]
+    write_folder(tmp_path, 12, lines)
+    (tmp_path / "text.png").write_text("not a picture")
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "folder.png").mkdir()
+    pairs = data.load_folder(tmp_path, 16)
+    said = capsys.readouterr().out
+    assert len(pairs.captions) == len(pairs.pixels) == 11 and "bad" not in pairs.captions
+    assert "skipped 4 of 16" in said and all(name in said for name in ("text.png", "cut.png", "absent.png", "folder.png"))
+
+
+@pytest.mark.parametrize("line", ["{not json", '{"image": "0.png"}', '{"caption": "a cat"}', '["0.png", "a cat"]', "7", "null",
+                                  '{"image": null, "caption": "a cat"}', '{"image": "0.png", "caption": null}'])
+def test_broken_caption_lines_are_named(tmp_path, line):
+    """Catches a mistake in line 13 that is reported without its number, or trained on (null becomes the word "none")."""
+    write_folder(tmp_path, 12, [line])
+    with pytest.raises(UserError, match="captions.jsonl line 13"):
+        data.load_folder(tmp_path, 16)
+
+
+def test_captions_in_other_scripts(tmp_path):
+    """Catches a reader that takes the machine's own encoding (on Windows not UTF-8), and bytes that are no text at all."""
+    write_folder(tmp_path, 10, [json.dumps({"image": "0.png", "caption": "ein Kätzchen 猫"}, ensure_ascii=False)])
+    assert "ein kätzchen 猫" in data.load_folder(tmp_path, 16).captions
+    (tmp_path / "captions.jsonl").write_bytes(b"\xff\xfe\x00\x01\n")
+    with pytest.raises(UserError, match="captions.jsonl"):
+        data.load_folder(tmp_path, 16)
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    """Catches a missing file, or nine pictures (no test split), found out in the middle of a run."""
+    with pytest.raises(UserError, match="captions.jsonl is missing"):
+        data.load_folder(tmp_path)
+    with pytest.raises(UserError, match="--data folder needs --data-dir"):
+        data.load_pairs("folder")
+    write_folder(tmp_path, 9)
+    with pytest.raises(UserError, match="at least ten"):
+        data.load_folder(tmp_path, 16, "test")

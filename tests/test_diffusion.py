@@ -1,0 +1,269 @@
+"""test_diffusion.py: the schedule, the samplers, and `diffusers` as a second opinion. Bugs: PAPER.md §4.3, §4.6."""
+import math
+
+import pytest
+import torch
+
+from diffusion import SAMPLERS, Diffusion, ancestral_step, cosine_alpha_bar, ddim_step, guide, respace, sample
+
+KINDS = ("ddpm", "flow")
+MEAN, DEV = 2.0, 0.5                                    # the Gaussian world of the sampler tests
+
+
+def pictures(how_many=3):
+    """Random latents (M, 4, 2, 2) and noise of the same shape."""
+    return torch.randn(how_many, 4, 2, 2), torch.randn(how_many, 4, 2, 2)
+
+
+def best_network(d):
+    """The perfect network of a world where x0 ~ N(MEAN, DEV^2) in each element: E[target | xt] is a formula."""
+    def network(x, t):
+        a, s = d.a[t].item(), d.s[t].item()
+        x0 = MEAN + a * DEV ** 2 / (a ** 2 * DEV ** 2 + s ** 2) * (x - a * MEAN)
+        return d.target(x0, (x - a * x0) / s)
+    return network
+
+
+# --------------------------------------------------------------------------------------------------------------- schedule
+def test_closed_form_is_the_iterated_chain():
+    """A schedule one step off, or clipped betas without the product that follows from them (§4.6)."""
+    f = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+    d, mean, variance = Diffusion("ddpm"), 1.0, 0.0
+    assert d.a[0] == 1 and d.s[0] == 0
+    for t in range(1, 1001):                            # x_t = sqrt(1 - beta) x_(t-1) + sqrt(beta) noise, one step at a time
+        beta = min(1 - f(t) / f(t - 1), 0.999)
+        mean, variance = mean * math.sqrt(1 - beta), (1 - beta) * variance + beta
+        assert d.a[t].item() == pytest.approx(mean, rel=1e-6), t
+        assert d.s[t].item() == pytest.approx(math.sqrt(variance), rel=1e-6), t
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_schedule_runs_from_picture_to_noise(kind):
+    """t counted from 1 in one place and from 0 in another: t = 0 must be the clean picture, T the noise (§4.6)."""
+    d = Diffusion(kind)
+    assert len(d.a) == len(d.s) == 1001
+    assert d.a[0] == 1 and d.s[0] == 0 and d.a[1000] < 1e-3 and d.s[1000] > 0.999
+    assert (d.a.diff() < 0).all() and (d.s.diff() >= 0).all()
+    total = d.a ** 2 + d.s ** 2 if kind == "ddpm" else d.a + d.s
+    assert torch.allclose(total, torch.ones_like(total))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_picture_has_its_own_t(kind):
+    """One t for the whole batch (§4.3)."""
+    d, (x0, eps), t = Diffusion(kind), pictures(), torch.tensor([1, 500, 1000])
+    together = d.add_noise(x0, eps, t)
+    for k in range(3):
+        assert torch.allclose(together[k], d.a[t[k]].item() * x0[k] + d.s[t[k]].item() * eps[k], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_network_output_is_read_as_it_is_trained(kind):
+    """Trained on one target, sampled as if it were another: the exact target must give back exactly x0 and eps."""
+    d, (x0, eps), t = Diffusion(kind), pictures(), torch.tensor([10, 500, 900])
+    xt = d.add_noise(x0, eps, t)
+    found_x0, found_eps = d.x0_and_eps(xt, d.target(x0, eps), t)
+    assert torch.allclose(found_x0, x0, atol=1e-4) and torch.allclose(found_eps, eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_clipping_keeps_the_estimates_consistent(kind):
+    """x0 clipped but eps left: the two no longer mix to xt, and DDIM drifts away from the chain."""
+    d, t = Diffusion(kind), torch.tensor([200, 600, 1000])
+    xt, out = pictures()
+    x0, eps = d.x0_and_eps(xt, 5 * out, t, reach=1.5)
+    assert x0.abs().max() <= 1.5
+    assert torch.allclose(d.add_noise(x0, eps, t), xt, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shift_multiplies_noise_to_signal(kind):
+    """A shift that lowers the noise, moves t = 0, or leaves a and s on another curve."""
+    plain, more = Diffusion(kind), Diffusion(kind, shift=3.0)
+    assert torch.equal(Diffusion(kind, shift=1.0).s, plain.s)
+    assert torch.allclose(more.s / more.a, 3 * plain.s / plain.a)
+    assert (more.s >= plain.s).all() and (more.a <= plain.a).all() and (more.s[1:-1] > plain.s[1:-1]).any()
+    assert more.a[0] == 1 and more.s[0] == 0
+    total = more.a ** 2 + more.s ** 2 if kind == "ddpm" else more.a + more.s
+    assert torch.allclose(total, torch.ones_like(total))
+
+
+def test_unknown_kind_raises():
+    """A spelling mistake that trains something else."""
+    with pytest.raises(ValueError, match="choose 'ddpm'"):
+        Diffusion("edm")
+
+
+# -------------------------------------------------------------------------------------------------------------- respacing
+def test_respaced_steps_are_a_subset():
+    """250 of 1000 steps that begin below T, end above 0, or repeat one (§4.6)."""
+    assert respace(1000, 250) == list(range(1000, -1, -4))
+    for steps in (1, 2, 3, 7, 25, 333, 667, 999, 1000):
+        times = respace(1000, steps)
+        assert len(times) == steps + 1 and times[0] == 1000 and times[-1] == 0
+        assert all(type(t) is int and t > u for t, u in zip(times, times[1:]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("t, u", [(1000, 996), (1000, 500), (500, 499), (500, 496), (500, 4), (4, 0)])
+def test_ancestral_step_keeps_the_marginals(kind, t, u):
+    """Betas of the 1000-step chain used in a 250-step one (§4.6): if x_t ~ q(x_t | x0), then x_u must be ~ q(x_u | x0)."""
+    d, one, none = Diffusion(kind), torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    step = lambda xt, x0, noise: ancestral_step(d, xt, x0, t, u, noise).item()
+    # The step is linear, so its coefficients can be read off; a and s of the x_u it makes follow from them.
+    signal = step(d.a[t].float() * one, one, none)
+    variance = step(d.s[t].float() * one, none, none) ** 2 + step(none, none, one) ** 2
+    assert signal == pytest.approx(d.a[u].item(), abs=1e-5)
+    assert variance == pytest.approx(d.s[u].item() ** 2, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_last_step_adds_no_noise(kind):
+    """Noise on the last step: every picture comes out grainy (§4.6)."""
+    d, (xt, x0) = Diffusion(kind), pictures()
+    assert torch.allclose(ancestral_step(d, xt, x0, 4, 0, torch.full_like(xt, 1e4)), x0, atol=1e-5)
+    for sampler in SAMPLERS:
+        *_, (_, _, x0), (t, x, _) = sample(best_network(d), xt, d, 5, sampler)
+        assert t == 0 and torch.allclose(x, x0, atol=1e-5), sampler
+
+
+# --------------------------------------------------------------------------------------------------------------- samplers
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampler, steps", [("ddpm", 250), ("ddim", 250), ("dpm++", 25), ("dpm++", 250)])
+def test_sampler_draws_the_gaussian_it_was_told_of(kind, sampler, steps):
+    """Any wrong coefficient in a sampler: with the perfect network it must give back the mean and the deviation."""
+    d = Diffusion(kind)
+    g = torch.Generator().manual_seed(0)
+    *_, (_, x, _) = sample(best_network(d), torch.randn(20000, 1, 1, 1, generator=g), d, steps, sampler, g)
+    assert x.mean().item() == pytest.approx(MEAN, abs=0.015)           # 4 standard errors of 20000 draws
+    assert x.std().item() == pytest.approx(DEV, abs=0.012)
+
+
+def test_second_order_beats_first_order():
+    """DPM-Solver++(2M) with its correction lost or turned round: still converges, but no better than DDIM."""
+    d, xT = Diffusion("ddpm"), torch.linspace(-2, 2, 64).view(-1, 1, 1, 1)
+    last = lambda sampler, steps: list(sample(best_network(d), xT, d, steps, sampler))[-1][1]
+    exact = last("ddim", 1000)
+    errors = {sampler: (last(sampler, 25) - exact).abs().mean().item() for sampler in ("ddim", "dpm++")}
+    assert errors["dpm++"] < 0.5 * errors["ddim"], errors
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_network_is_told_the_t_of_its_input(sampler):
+    """The network told u or an index instead of t (§4.3), or called twice a step."""
+    d, told = Diffusion("ddpm"), []
+    xT, _ = pictures()
+
+    def network(x, t):
+        told.append((t, x))
+        return best_network(d)(x, t)
+
+    trajectory = list(sample(network, xT, d, 8, sampler))
+    assert [t for t, _ in told] == [1000, 875, 750, 625, 500, 375, 250, 125]
+    assert [t for t, _, _ in trajectory] == [1000, 875, 750, 625, 500, 375, 250, 125, 0]
+    assert all(x is seen for (_, x), (_, seen, _) in zip(told, trajectory))
+
+
+def test_ddim_on_flow_is_eulers_method():
+    """Flow sampled backwards or at the wrong pace: the step is dx = velocity * dt."""
+    d, (xt, velocity) = Diffusion("flow"), pictures()
+    x0, eps = d.x0_and_eps(xt, velocity, 600)
+    assert torch.allclose(ddim_step(d, x0, eps, 550), xt - 0.05 * velocity, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_same_seed_same_picture_and_input_left_alone(sampler):
+    """Noise from the global generator (no seed repeats a picture), or xT overwritten while sampling."""
+    d, (xT, _) = Diffusion("ddpm"), pictures()
+    before = xT.clone()
+    draw = lambda: list(sample(best_network(d), xT, d, 6, sampler, torch.Generator().manual_seed(5)))[-1][1]
+    first = draw()
+    torch.randn(7)
+    assert torch.equal(first, draw()) and torch.equal(xT, before)
+
+
+def test_guidance_ends():
+    """Guidance with its branches swapped or its scale off by one: 1 is the plain model, 0 ignores the caption (§4.8)."""
+    conditional, unconditional = pictures()
+    assert torch.allclose(guide(conditional, unconditional, 1.0), conditional, atol=1e-6)
+    assert torch.equal(guide(conditional, unconditional, 0.0), unconditional)
+    assert torch.allclose(guide(conditional, unconditional, 3.0), 3 * conditional - 2 * unconditional, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_impossible_steps_raise(steps):
+    """No step at all returns the noise as if it were a picture."""
+    d = Diffusion("ddpm")
+    with pytest.raises(ValueError, match=f"between 1 and 1000, got {steps}"):
+        list(sample(best_network(d), pictures()[0], d, steps))
+
+
+def test_unknown_sampler_raises():
+    """A spelling mistake that falls through to another sampler."""
+    d = Diffusion("ddpm")
+    with pytest.raises(ValueError, match="choose from ddpm, ddim, dpm"):
+        list(sample(best_network(d), pictures()[0], d, 5, "euler"))
+
+
+# --------------------------------------------------------------------------------- a second opinion: diffusers' schedulers
+def diffusers_scheduler(name, **options):
+    """A scheduler on the paper's schedule. Their timestep index + 1 = our t; "trailing" spacing starts at T as we do."""
+    diffusers = pytest.importorskip("diffusers", reason="the second opinion on schedule and samplers needs `diffusers`")
+    return getattr(diffusers, name)(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing",
+                                    **options)
+
+
+def test_schedule_equals_diffusers():
+    """A schedule one step off, in their eyes (§4.6)."""
+    theirs = diffusers_scheduler("DDPMScheduler").alphas_cumprod
+    assert torch.allclose(cosine_alpha_bar()[1:].float(), theirs, rtol=1e-3, atol=1e-7)
+
+
+def test_add_noise_equals_diffusers():
+    """eq. 2 with a and s swapped or squared."""
+    (x0, eps), t = pictures(5), torch.tensor([1, 2, 500, 999, 1000])
+    theirs = diffusers_scheduler("DDPMScheduler").add_noise(x0, eps, t - 1)
+    assert torch.allclose(Diffusion("ddpm").add_noise(x0, eps, t), theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [250, 1000])
+def test_ddpm_step_equals_diffusers(steps):
+    """Posterior mean or deviation wrong, on the full chain and on the respaced one (§4.6)."""
+    d, scheduler = Diffusion("ddpm"), diffusers_scheduler("DDPMScheduler", clip_sample=False)
+    scheduler.set_timesteps(steps)
+    times = respace(1000, steps)
+    assert times[:-1] == [int(t) + 1 for t in scheduler.timesteps]
+    for k in (steps // 4, steps // 2, steps - 2, steps - 1):
+        t, u, (xt, eps) = times[k], times[k + 1], pictures()
+        x0, _ = d.x0_and_eps(xt, eps, t)
+        noise = torch.randn(xt.shape, generator=torch.Generator().manual_seed(k))       # the noise that they will draw
+        theirs = scheduler.step(eps, t - 1, xt, generator=torch.Generator().manual_seed(k)).prev_sample
+        assert torch.allclose(ancestral_step(d, xt, x0, t, u, noise), theirs, atol=1e-4), (t, u)
+
+
+@pytest.mark.parametrize("steps", [50, 1000])
+def test_ddim_step_equals_diffusers(steps):
+    """DDIM's re-mixing at the wrong t."""
+    d, scheduler = Diffusion("ddpm"), diffusers_scheduler("DDIMScheduler", clip_sample=False)
+    scheduler.set_timesteps(steps)
+    times = respace(1000, steps)
+    for k in (steps // 4, steps // 2, steps - 1):
+        t, u, (xt, out) = times[k], times[k + 1], pictures()
+        theirs = scheduler.step(out, t - 1, xt).prev_sample
+        assert torch.allclose(ddim_step(d, *d.x0_and_eps(xt, out, t), u), theirs, atol=1e-4), (t, u)
+
+
+@pytest.mark.filterwarnings("ignore:__array__")         # theirs, about numpy 2
+def test_dpm_steps_equal_diffusers():
+    """DPM-Solver++(2M): the ratio of the two step lengths upside down, or the correction missing or half of it."""
+    d, scheduler = Diffusion("ddpm"), diffusers_scheduler("DPMSolverMultistepScheduler", algorithm_type="dpmsolver++",
+                                                          solver_order=2, solver_type="midpoint", final_sigmas_type="zero")
+    scheduler.set_timesteps(25)
+    assert [int(t) + 1 for t in scheduler.timesteps] == respace(1000, 25)[:-1]
+    xT, _ = pictures()
+    ours = [x for _, x, _ in sample(best_network(d), xT, d, 25, "dpm++")]
+    theirs = [xT]
+    for t in scheduler.timesteps:
+        theirs.append(scheduler.step(best_network(d)(theirs[-1], int(t) + 1), t, theirs[-1]).prev_sample)
+    for k, (a, b) in enumerate(zip(ours, theirs)):
+        assert torch.allclose(a, b, atol=2e-3), k

@@ -1,0 +1,338 @@
+"""test_model.py: the whole network: who is heard by whom, both losses by hand, and Llama as a second opinion.
+Bugs: PAPER.md §4.1, §4.3, §4.4, §4.5, §4.10."""
+import math
+
+import pytest
+import torch
+
+import data
+from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH
+from diffusion import Diffusion
+from model import SIZES, Block, Cache, ModelConfig, Transfusion, count, losses, rope_tables, sized
+
+WORDS = data.Words("a and blue circle red square the".split())
+LONG = ["a red circle", ("image", 0, 1000), "and a blue square", ("image", 1, 1000), "the circle"]
+SHORT = ["the square", ("image", 2, 1000)]
+DROPPED = [("dropped", "a red square"), ("image", 3, 1000)]
+TEXT = ["a red circle and a blue square"]
+
+
+def make_batch(documents, T=48):
+    """The packed Batch of documents, with latents, t and eps. A picture has the same three in every batch it is in."""
+    batch = data.pack([data.lay_out(document, WORDS, patches=4) for document in documents], T)
+    picture = lambda index: torch.Generator().manual_seed(int(index))
+    normal = lambda index, offset: torch.randn(4, 4, 4, generator=picture(index + offset))
+    batch.latents = torch.stack([normal(k, 100) for k in batch.images]) if len(batch.images) else torch.zeros(0, 4, 4, 4)
+    batch.eps = torch.stack([normal(k, 200) for k in batch.images]) if len(batch.images) else torch.zeros(0, 4, 4, 4)
+    batch.t = torch.tensor([(50, 400, 700, 990)[k] for k in batch.images], dtype=torch.long)
+    return batch
+
+
+def run(model, batch, xt):
+    """(logits (B, T, V) at *every* position, picture outputs (M, c, h, w)) of one training forward."""
+    everywhere = torch.ones_like(batch.learn)
+    with torch.no_grad():
+        logits, out = model(batch.tokens, batch.image_id, batch.doc_id, everywhere, xt, batch.t)
+    return logits.view(*batch.tokens.shape, -1), out
+
+
+def differs(a, b):
+    """For each position (or picture), whether anything at all has changed, to the bit."""
+    return (a != b).flatten(1).any(1).tolist()
+
+
+# ------------------------------------------------------------------------------------------------ leaks, by perturbation
+def test_a_word_changes_nothing_before_it(model):
+    """The mask is built and never passed on, or is a column off: the model reads the word it should predict (§4.1)."""
+    batch = make_batch([LONG, SHORT])
+    assert len(batch.tokens) == 1                       # both documents share a row
+    before, pictures = run(model, batch, batch.latents)
+    for k in (batch.tokens[0] >= len(data.SPECIAL)).nonzero().flatten().tolist():
+        old, batch.tokens[0, k] = batch.tokens[0, k].item(), WORDS.ids["and" if batch.tokens[0, k] != WORDS.ids["and"] else "a"]
+        after, pictures_after = run(model, batch, batch.latents)
+        batch.tokens[0, k] = old
+        same_document = batch.doc_id[0] == batch.doc_id[0, k]
+        heard = [bool(same_document[q]) and q >= k for q in range(48)]
+        assert differs(before[0], after[0]) == heard, f"the word at {k} is heard at other positions than those after it"
+        for m in range(3):
+            first = (batch.image_id[0] == m).nonzero()[0].item()
+            assert differs(pictures, pictures_after)[m] == heard[first], f"word {k}, picture {m}"
+
+
+def test_a_picture_changes_nothing_before_it(model):
+    """"Both are patches" instead of "same picture": picture 2 leaks into picture 1; or BOI sees the picture (§4.1)."""
+    batch = make_batch([LONG, SHORT])
+    before, pictures = run(model, batch, batch.latents)
+    for m in range(3):
+        noisier = batch.latents.clone()
+        noisier[m] += torch.randn(4, 4, 4)
+        after, pictures_after = run(model, batch, noisier)
+        place = (batch.image_id[0] == m).nonzero().flatten()
+        same_document = batch.doc_id[0] == batch.doc_id[0, place[0]]
+        assert differs(before[0], after[0]) == [bool(same_document[q]) and q >= place[0] for q in range(48)], f"picture {m}"
+        # Pictures 0 and 1 are one document, 2 is another: 1 depends on 0, and that is all.
+        assert differs(pictures, pictures_after) == [m == 0, m in (0, 1), m == 2], f"picture {m}"
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_one_patch_is_heard_by_all_patches_of_its_picture(make_model, bidirectional):
+    """Causal attention inside a picture although bidirectional was asked for, and the other way round (§4.1, Table 3)."""
+    model, batch = make_model(bidirectional=bidirectional), make_batch([SHORT])
+    _, before = run(model, batch, batch.latents)
+    corners = [(0, 0), (0, 2), (2, 0), (2, 2)]          # of the four 2x2 patches, in raster order
+    for k, (y, x) in enumerate(corners):
+        changed = batch.latents.clone()
+        changed[0, :, y: y + 2, x: x + 2] += 1
+        _, after = run(model, batch, changed)
+        heard = [bool((before[0] != after[0])[:, i: i + 2, j: j + 2].any()) for i, j in corners]
+        assert heard == ([True] * 4 if bidirectional else [q >= k for q in range(4)])
+
+
+def test_patches_know_their_place(make_model):
+    """All patches of a picture share one position: the model cannot tell left from right (§4.5)."""
+    model, batch = make_model(), make_batch([SHORT])
+    turned = torch.cat([batch.latents[..., 2:], batch.latents[..., :2]], -1)            # the left half and the right half
+    out, out_turned = (run(model, batch, xt)[1] for xt in (batch.latents, turned))
+    assert (torch.cat([out_turned[..., 2:], out_turned[..., :2]], -1) - out).abs().max() > 1e-2
+
+
+def test_patch_position_is_added(make_model):
+    """--patch-position changes nothing, or is the same vector for every patch."""
+    model, batch = make_model(patch_position=True), make_batch([SHORT])
+    assert model.place.shape == (4, 32)
+    _, before = run(model, batch, batch.latents)
+    for k in range(4):
+        with torch.no_grad():
+            model.place[k] += 1
+        assert not torch.allclose(run(model, batch, batch.latents)[1], before, atol=1e-4)
+
+
+def test_packing_changes_nothing(model):
+    """Documents in one row see each other, or the second one's positions start where the first one's ended."""
+    batch = make_batch([LONG, SHORT, DROPPED], T=64)
+    together, pictures = run(model, batch, batch.latents)
+    assert len(batch.tokens) == 1
+    m = 0
+    for d, document in enumerate([LONG, SHORT, DROPPED][k] for k in (0, 2, 1)):         # `pack` puts the longest first
+        alone = make_batch([document], T=40)
+        logits, out = run(model, alone, alone.latents)
+        n = int((alone.tokens != PAD).sum())
+        assert torch.allclose(together[0, batch.doc_id[0] == d], logits[0, :n], atol=1e-4)
+        assert torch.allclose(pictures[m: m + len(out)], out, atol=1e-4)
+        m += len(out)
+    assert m == 4
+
+
+def test_pictures_go_to_their_own_places(model):
+    """Two rows whose pictures are handed out in the wrong order: each row alone must give what it gives in the batch."""
+    joint = make_batch([LONG, SHORT, DROPPED], T=31)
+    assert len(joint.tokens) == 2
+    logits, out = run(model, joint, joint.latents)
+    m = 0
+    for b, documents in enumerate(([LONG], [DROPPED, SHORT])):
+        alone = make_batch(documents, T=31)
+        logits_alone, out_alone = run(model, alone, alone.latents)
+        assert torch.equal(alone.tokens[0], joint.tokens[b])
+        assert torch.allclose(logits[b], logits_alone[0], atol=1e-4)
+        assert torch.allclose(out[m: m + len(out_alone)], out_alone, atol=1e-4)
+        m += len(out_alone)
+
+
+# ------------------------------------------------------------------------------------------------------------- the losses
+@pytest.mark.parametrize("kind", ["ddpm", "flow"])
+def test_network_is_told_the_t_that_noised_the_picture(model, kind, monkeypatch):
+    """The t that noises is not the t that is told; or one t per batch; or noise comes after patchification (§4.3, §4.4)."""
+    batch, d, told = make_batch([LONG, SHORT]), Diffusion(kind), {}
+    for name in ("encode", "decode"):
+        real = getattr(model.pictures, name)
+        monkeypatch.setattr(model.pictures, name, lambda x, t, *kept, name=name, real=real: told.update({name: (x, t)}) or real(x, t, *kept))
+    losses(model, batch, d)
+    assert told["encode"][1].tolist() == told["decode"][1].tolist() == batch.t.tolist() == [50, 400, 700]
+    for m, t in enumerate(batch.t.tolist()):            # eq. 2 on the latent picture, one by one
+        mixed = d.a[t].item() * batch.latents[m] + d.s[t].item() * batch.eps[m]
+        assert torch.allclose(told["encode"][0][m], mixed, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "flow"])
+def test_losses_by_hand(model, kind):
+    """A target one place off, loss where the input is BOI or a patch, EOI as a target, loss on dropped captions (§4.8),
+    a sum where a mean is meant: everything once more in plain loops, from the paper's words (§3, eq. 1-4)."""
+    documents, d = [LONG, SHORT, DROPPED], Diffusion(kind)
+    batch = make_batch(documents, T=64)
+    lm, words, per_picture = losses(model, batch, d)
+    logits, out = run(model, batch, d.add_noise(batch.latents, batch.eps, batch.t))
+    tokens, by_hand, how_many = batch.tokens[0].tolist(), 0.0, 0
+    for k in range(len(tokens) - 1):
+        now, then = tokens[k], tokens[k + 1]
+        if now in (BOI, PATCH, EOS, PAD) or then in (DROP, PAD):        # a picture, another document, or nothing comes next
+            continue
+        if now == DROP and then != BOI:
+            continue
+        if now == DROP:                                                 # our choice: a dropped caption teaches no words at all
+            continue
+        row = logits[0, k].double()
+        by_hand -= (row[then] - row.exp().sum().log()).item()
+        how_many += 1
+    assert words == how_many and lm.item() == pytest.approx(by_hand, rel=1e-4)
+    assert per_picture.shape == (4,)
+    for m in range(4):
+        eps, x0 = batch.eps[m].flatten().tolist(), batch.latents[m].flatten().tolist()
+        wanted = eps if kind == "ddpm" else [e - x for e, x in zip(eps, x0)]
+        error = [(w - o) ** 2 for w, o in zip(wanted, out[m].flatten().tolist())]
+        assert per_picture[m].item() == pytest.approx(sum(error) / len(error), rel=1e-4)
+
+
+def test_what_is_learned():
+    """LM loss where the input is BOI or a patch, EOI predicted, BOI or a word never predicted (§3; §4.8)."""
+    batch = make_batch([LONG, SHORT, DROPPED], T=64)
+    tokens, learn = batch.tokens[0].tolist(), batch.learn[0].tolist()
+    inputs = [tokens[k] for k in range(64) if learn[k]]
+    targets = [tokens[k + 1] for k in range(64) if learn[k]]
+    assert not {BOI, PATCH, EOS, PAD, DROP} & set(inputs)
+    assert not {EOI, PATCH, BOS, PAD, DROP} & set(targets)
+    assert targets.count(BOI) == 3 and targets.count(EOS) == 3          # the dropped caption's BOI is not learned
+    written = [token for token in tokens if token >= len(data.SPECIAL)]
+    assert [token for token in targets if token >= len(data.SPECIAL)] == written
+
+
+def test_micro_batches_add_up(model):
+    """A mean of means: words in short batches weigh more, pictures in small ones too (§4.10)."""
+    d = Diffusion()
+    lm, words, per_picture = losses(model, make_batch([LONG, SHORT, DROPPED, TEXT], T=80), d)
+    parts = [losses(model, make_batch(documents, T), d) for documents, T in (([LONG], 30), ([SHORT], 9), ([DROPPED, TEXT], 22))]
+    assert sum(part[1] for part in parts) == words
+    assert sum(part[0] for part in parts).item() == pytest.approx(lm.item(), rel=1e-5)
+    assert torch.allclose(torch.cat([part[2] for part in parts]).sort().values, per_picture.sort().values, atol=1e-4)
+
+
+@pytest.mark.parametrize("encoder", ["linear", "unet"])
+def test_losses_at_the_start(encoder):
+    """"Is this loss normal?" (§4.14): ln V before any learning, and the size of the noise itself."""
+    model = Transfusion(ModelConfig(vocabulary=len(WORDS), latent=(4, 4, 4), layers=2, width=64, heads=2, encoder=encoder))
+    batch = make_batch([LONG, SHORT, DROPPED])
+    lm, words, per_picture = losses(model, batch, Diffusion())
+    assert lm.item() / words == pytest.approx(math.log(len(WORDS)), abs=0.1)
+    assert torch.allclose(per_picture, batch.eps.square().flatten(1).mean(1)) and 0.7 < per_picture.mean() < 1.3
+
+
+@pytest.mark.parametrize("encoder", ["linear", "unet"])
+def test_one_batch_is_learned_by_heart(encoder):
+    """Something that no gradient reaches: a model that cannot memorise one document has a broken wire."""
+    model = Transfusion(ModelConfig(vocabulary=len(WORDS), latent=(4, 4, 4), layers=2, width=64, heads=2, encoder=encoder))
+    batch, d = make_batch([LONG], T=30), Diffusion()
+    optimizer, history = torch.optim.Adam(model.parameters(), lr=3e-3), []
+    for _ in range(60):
+        lm, words, per_picture = losses(model, batch, d)
+        history.append((lm.item() / words, per_picture.mean().item()))
+        optimizer.zero_grad()
+        (lm / words + per_picture.mean()).backward()
+        optimizer.step()
+    missing = [name for name, w in model.named_parameters() if w.grad is None or not w.grad.any()]
+    assert not missing, f"no gradient reaches {missing}"
+    assert history[-1][0] < 0.05 * history[0][0] and history[-1][1] < 0.3 * history[0][1], (history[0], history[-1])
+
+
+@pytest.mark.parametrize("encoder", ["linear", "unet"])
+def test_text_alone_is_a_batch(make_model, encoder):
+    """A batch without any picture crashes: with small batches it is only a question of time until one is drawn."""
+    model = make_model(encoder)
+    lm, words, per_picture = losses(model, make_batch([TEXT]), Diffusion())
+    (lm / words + per_picture.sum()).backward()
+    assert words == 8 and per_picture.shape == (0,) and model.head.weight.grad.any()
+
+
+def test_inputs_are_left_alone(model):
+    """A forward that writes into the batch: the second use of the same batch is another one."""
+    batch, before = make_batch([LONG, SHORT]), make_batch([LONG, SHORT])
+    losses(model, batch, Diffusion())
+    for name, value in vars(before).items():
+        assert torch.equal(getattr(batch, name), value), name
+
+
+# ------------------------------------------------------------------------------------------------- mistakes of the caller
+@pytest.mark.parametrize("how_many", [1, 3])
+def test_wrong_number_of_pictures_raises(model, how_many):
+    """Pictures beyond the places (or places beyond the pictures) silently left out."""
+    batch = make_batch([DROPPED, SHORT])
+    x = torch.randn(how_many, 4, 4, 4)
+    with pytest.raises(ValueError, match=f"8 patch positions, but {how_many} pictures of 4 patches"):
+        model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, x, torch.ones(how_many, dtype=torch.long))
+
+
+@pytest.mark.parametrize("shape, t", [((2, 4, 8, 8), (2,)), ((2, 3, 4, 4), (2,)), ((2, 4, 4, 4), (1,)), ((2, 4, 4, 4), ())])
+def test_wrong_picture_shapes_raise(model, shape, t):
+    """One t that broadcasts over all pictures (§4.3), or latents of another size."""
+    with pytest.raises(ValueError, match=r"pictures must be \(M, 4, 4, 4\) with one t each"):
+        model.encode_pictures(torch.zeros(shape), torch.ones(t, dtype=torch.long))
+
+
+def test_impossible_configurations_raise():
+    """A width or a patch side that fails much later, inside a reshape."""
+    with pytest.raises(ValueError, match="width 30 must be divisible"):
+        ModelConfig(vocabulary=9, width=30, heads=2)
+    with pytest.raises(ValueError, match="latents of 4x4 cannot be cut into 3x3"):
+        ModelConfig(vocabulary=9, latent=(4, 4, 4), patch=3)
+    with pytest.raises(ValueError, match="choose from toy, small"):
+        sized("8b", vocabulary=9)
+
+
+# --------------------------------------------------------------------------------------------------- Llama, second opinion
+def llama(config):
+    """transformers' LlamaForCausalLM of the same size, random weights in every layer, the norms too."""
+    transformers = pytest.importorskip("transformers", reason="the second opinion on the block needs `transformers`")
+    hidden = config["gate_up"] // 2
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=config["V"], hidden_size=config["D"], intermediate_size=hidden, num_hidden_layers=config["L"],
+        num_attention_heads=config["N"], num_key_value_heads=config["N"], rms_norm_eps=1e-5, rope_theta=10000.0,
+        max_position_embeddings=64, tie_word_embeddings=False, attn_implementation="eager")).eval()
+    for weight in theirs.parameters():
+        torch.nn.init.normal_(weight, mean=float(weight.ndim == 1), std=0.3)
+    return theirs.requires_grad_(False)
+
+
+def copy_layer(layer, block):
+    """Weights of a transformers LlamaDecoderLayer into our Block."""
+    a, m = layer.self_attn, layer.mlp
+    block.load_state_dict({
+        "norm1.weight": layer.input_layernorm.weight, "norm2.weight": layer.post_attention_layernorm.weight,
+        "qkv.weight": torch.cat([a.q_proj.weight, a.k_proj.weight, a.v_proj.weight]), "out.weight": a.o_proj.weight,
+        "gate_up.weight": torch.cat([m.gate_proj.weight, m.up_proj.weight]), "down.weight": m.down_proj.weight})
+
+
+def test_block_is_llamas():
+    """Norm after instead of before, SwiGLU's halves swapped, RoPE in the other layout, q and k exchanged."""
+    theirs, block = llama(dict(V=9, D=32, N=2, L=1, gate_up=512)), Block(32, 2)
+    copy_layer(theirs.model.layers[0], block)
+    x, pos, T = torch.randn(2, 10, 32), torch.stack([torch.arange(10), torch.arange(30, 40)]), 10
+    mask = torch.ones(T, T, dtype=torch.bool).tril()
+    wanted = theirs.model.layers[0](x, attention_mask=torch.where(mask, 0.0, -torch.inf)[None, None],
+                                    position_embeddings=theirs.model.rotary_emb(x, pos))
+    wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+    ours = block(x, rope_tables(pos, 16), mask[None, None].expand(2, 1, T, T))
+    assert torch.allclose(ours, wanted, atol=1e-4)
+
+
+def test_text_model_is_llama(make_model):
+    """The final norm missing, embeddings tied, layers in another order: words alone must come out as Llama's do."""
+    model = make_model(vocabulary=len(WORDS))
+    theirs = llama(dict(V=len(WORDS), D=32, N=2, L=2, gate_up=512))
+    for layer, block in zip(theirs.model.layers, model.blocks):
+        copy_layer(layer, block)
+    for ours, weight in ((model.words, theirs.model.embed_tokens), (model.norm, theirs.model.norm), (model.head, theirs.lm_head)):
+        ours.load_state_dict(weight.state_dict())
+    tokens = torch.randint(len(data.SPECIAL), len(WORDS), (2, 12))
+    words = lambda b: torch.arange(12).expand(b, 12)
+    logits = model.read(tokens, torch.full_like(tokens, -1), torch.zeros(0, 4, 4, 4), words(2), Cache(model.config, 2, 12, model.head.weight))
+    assert torch.allclose(logits, theirs(tokens).logits, atol=1e-3, rtol=1e-4)
+
+
+def test_parameter_counts():
+    """A bias, a tied embedding or another hidden size: the 7B text part is Llama 2 7B to the last parameter (Table 8)."""
+    for size in SIZES:
+        with torch.device("meta"):                      # shapes only: no memory, no time
+            model = Transfusion(sized(size, vocabulary=32000, latent=(8, 32, 32)))
+        parameters = count(model) - count(model.pictures)
+        if size == "7b":
+            assert parameters == 6_738_415_616
+        if size.endswith("b"):
+            assert parameters / 1e9 == pytest.approx(float(size[:-1]), rel=0.04), size
