@@ -39,7 +39,7 @@ class Diffusion:
     """The forward process and the meaning of the network's output. kind: "ddpm" (the paper) or "flow".
     shift: multiplies the noise-to-signal ratio s/a at every t; 1 leaves the schedule alone."""
 
-    def __init__(self, kind="ddpm", T=1000, shift=1.0):
+    def __init__(self, kind="ddpm", T=1000, shift=1.0, skip=False):
         if kind == "ddpm":
             alpha_bar = cosine_alpha_bar(T)
             a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt() * shift
@@ -48,9 +48,12 @@ class Diffusion:
             s = torch.linspace(0, 1, T + 1, dtype=torch.float64)
             a, s = 1 - s, s * shift
             scale = a + s                                              # a + s = 1: a straight line from picture to noise
+            if skip:
+                raise ValueError("the skip belongs to eps prediction: flow's velocity needs none")
         else:
             raise ValueError(f"unknown diffusion {kind!r}: choose 'ddpm' (the paper) or 'flow'")
-        self.kind, self.T, self.shift, self.a, self.s = kind, T, shift, a / scale, s / scale
+        self.kind, self.T, self.shift, self.skip = kind, T, shift, skip
+        self.a, self.s = a / scale, s / scale
 
     def at(self, t, x):
         """(a, s) at t, shaped to multiply x. t: (M,) int64 or int; x: (M, c, h, w)."""
@@ -61,6 +64,15 @@ class Diffusion:
         """xt of eq. 2. TRAP: each picture has its own t, and the network must be told the same one."""
         a, s = self.at(t, x0)
         return a * x0 + s * eps
+
+    def output(self, xt, raw, t):
+        """The network's raw output, read as its estimate of the target. With `skip`, eps = s xt + a raw: the network need
+        not copy its input, which at high noise is nearly all of eps, and an error of it cannot become a large error of
+        x0 there (it is the v of Salimans & Ho 2022, App. D). The loss stays eq. 3's."""
+        if not self.skip:
+            return raw
+        a, s = self.at(t, xt)
+        return s * xt + a * raw
 
     def target(self, x0, eps):
         """What the network must say: eps, or for flow the velocity eps - x0."""
@@ -117,13 +129,21 @@ def dpm_step(diffusion, xt, x0, x0_before, t, u, t_before):
     return su / st * xt + (au - su / st * at) * x0
 
 
+def fresh_noise(x, generator):
+    """Normal noise like x. With one generator per picture, a picture's noise does not depend on the rest of the batch."""
+    if isinstance(generator, list):
+        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generator]).to(x)
+    return torch.randn(x.shape, generator=generator).to(x)
+
+
 @torch.no_grad()
 def sample(network, xT, diffusion, steps=250, sampler="ddpm", generator=None, reach=None):
     """Generator of (t, x_t, x0 estimate), from the noisiest to t = 0; the last x is the picture. Transfusion §3 Inference.
 
     network: function (x_t (M, c, h, w), t int) -> out (M, c, h, w), guidance included.   xT: (M, c, h, w) ~ N(0, 1).
     steps: how many of the T steps are taken. sampler: "ddpm" (the paper), "ddim" or "dpm++" (fewer steps, no noise).
-    generator: torch.Generator of the noise, CPU; used by "ddpm" only. reach: see `x0_and_eps`.
+    generator: torch.Generator of the noise on the CPU, or a list with one per picture; only "ddpm" adds noise.
+    reach: see `x0_and_eps`.
     Raises ValueError for an unknown sampler or steps outside 1..T.     Usage: *trajectory, (_, x, _) = sample(...)"""
     if sampler not in SAMPLERS:
         raise ValueError(f"unknown sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
@@ -132,7 +152,7 @@ def sample(network, xT, diffusion, steps=250, sampler="ddpm", generator=None, re
         x0, eps = diffusion.x0_and_eps(x, network(x, t), t, reach)
         yield t, x, x0
         if sampler == "ddpm":
-            noise = torch.randn(x.shape, generator=generator).to(x) if u > 0 else torch.zeros_like(x)
+            noise = fresh_noise(x, generator) if u > 0 else torch.zeros_like(x)
             x = ancestral_step(diffusion, x, x0, t, u, noise)
         elif sampler == "ddim":
             x = ddim_step(diffusion, x0, eps, u)

@@ -118,7 +118,8 @@ def conditioning_gap(model, words, diffusion, captions, latents, seed=0):
         rows = [data.lay_out([text, ("image", k, diffusion.T)], words, model.config.patches) for k, text in enumerate(texts)]
         batch = data.pack(rows, model.config.context)
         k = batch.images
-        out = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, diffusion.add_noise(latents[k], eps[k], t[k]), t[k])[1]
+        xt = diffusion.add_noise(latents[k], eps[k], t[k])
+        out = diffusion.output(xt, model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, xt, t[k])[1], t[k])
         means.append((out - diffusion.target(latents[k], eps[k])).square().mean().item())
     return means[1] - means[0]
 

@@ -31,7 +31,7 @@ from attention_mask import dense_mask, intervals
 from patchify import PATCHES
 
 SIZES = {                                               # name: layers, width, heads
-    "toy": (4, 128, 4), "small": (6, 192, 6),           # ours: minutes and an hour on two CPU cores
+    "toy": (4, 128, 4), "small": (6, 128, 4),           # ours: minutes, and an hour, on two CPU cores
     "0.16b": (16, 768, 12), "0.37b": (24, 1024, 16), "0.76b": (24, 1536, 24), "1.4b": (24, 2048, 16), "7b": (32, 4096, 32)}
 #                                                         Paper Table 8
 
@@ -139,11 +139,9 @@ class Transfusion(nn.Module):
     def init_weights(self):
         """Normal, deviation 0.02; what adds to the residual stream is smaller by sqrt(2L), so that depth does not make it
         grow; the picture output starts at zero, so that its loss starts at 1, that of saying "no noise"."""
-        for module in self.modules():
+        for module in (self.words, self.head, *self.blocks.modules()):  # the patch encoder keeps PyTorch's own start
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
         for block in self.blocks:
             for layer in (block.out, block.down):
                 nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * self.config.layers))
@@ -188,7 +186,7 @@ class Transfusion(nn.Module):
         lo, hi = intervals(image_id, doc_id, self.config.bidirectional)
         pos = torch.arange(tokens.shape[1], device=tokens.device) - lo                                 # within a document
         h = self.trunk(x, pos, dense_mask(lo, hi))
-        out = self.pictures.decode(h[image_id >= 0].view(len(xt), self.config.patches, -1), t, kept)
+        out = self.pictures.decode(h[image_id >= 0].view(-1, self.config.patches, self.config.width), t, kept)
         return self.head(self.norm(h[learn])), out
 
     # ------------------------------------------------------------------------------------------ decoding, with a cache
@@ -219,7 +217,8 @@ def losses(model, batch, diffusion):
     logits, out = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, xt, batch.t)
     following = batch.tokens.roll(-1, 1)[batch.learn]                   # `learn` is never set on a document's last token
     lm = F.cross_entropy(logits.float(), following, reduction="sum")
-    per_picture = (out.float() - diffusion.target(batch.latents, batch.eps)).square().flatten(1).mean(1)
+    out = diffusion.output(xt, out.float(), batch.t)
+    per_picture = (out - diffusion.target(batch.latents, batch.eps)).square().flatten(1).mean(1)
     return lm, int(batch.learn.sum()), per_picture
 
 

@@ -64,7 +64,8 @@ def save_kit(path, kit):
     packed["weights"] = half(packed["weights"])
     vae_module.save(path, {"kind": "model", "config": vars(kit.model.config), "weights": half(kit.model.state_dict()),
                            "words": kit.words.words, "vae": packed,
-                           "diffusion": {"kind": kit.diffusion.kind, "T": kit.diffusion.T, "shift": kit.diffusion.shift}})
+                           "diffusion": {"kind": kit.diffusion.kind, "T": kit.diffusion.T, "shift": kit.diffusion.shift,
+                                         "skip": kit.diffusion.skip}})
 
 
 def choose(logits, temperature=0.0, top_p=1.0, generator=None):
@@ -151,9 +152,11 @@ class Decoder:
 
         def network(x, t):
             if guidance == 1:
-                return model.denoise(x, torch.full((n,), t, device=self.device), pos, cache)
-            both = model.denoise(torch.cat([x, x]), torch.full((2 * n,), t, device=self.device), pos2, cache)
-            return guide(both[:n], both[n:], guidance)
+                out = model.denoise(x, torch.full((n,), t, device=self.device), pos, cache)
+            else:
+                both = model.denoise(torch.cat([x, x]), torch.full((2 * n,), t, device=self.device), pos2, cache)
+                out = guide(both[:n], both[n:], guidance)
+            return self.kit.diffusion.output(x, out, t)
 
         for t, x, x0 in sample(network, noise.to(self.device), self.kit.diffusion, generator=generator,
                                reach=float(self.kit.vae.reach), **options):
@@ -204,7 +207,7 @@ def generate(kit, prompts, draw_now=False, max_words=64, max_pictures=1, seed=0,
                     writing.remove(b)
             continue
         noise = torch.stack([torch.randn(kit.model.config.latent, generator=generators[b]) for b in waiting])
-        steps = decoder.diffusion_steps(waiting, noise, generator=generators[waiting[0]], **diffusing)
+        steps = decoder.diffusion_steps(waiting, noise, generator=[generators[b] for b in waiting], **diffusing)
         for state in tqdm(steps, total=diffusing.get("steps", 250) + 1, desc="denoising", disable=not progress, leave=False):
             if watch:
                 watch(*state)

@@ -58,6 +58,7 @@ class Config:
     bidirectional: bool = option(True, "patches of a picture see each other; --no-bidirectional is Table 3's ablation")
     diffusion: str = option("ddpm", "the paper's DDPM, or rectified flow", ("ddpm", "flow"))
     shift: float = option(1.0, "move the noise schedule: noise-to-signal ratio times this (1: the paper's)")
+    skip: bool = option(False, "read the output as eps = s xt + a output, so that the network need not copy its input")
     lam: float = option(5.0, "lambda of eq. 4")
     drop: float = option(0.1, "share of captions dropped, for guidance")
     seq_len: int = option(96, "T, positions per row: documents are packed into rows of this length")
@@ -84,7 +85,8 @@ PRESETS = {
     "scenes": {},                                                       # one object, five minutes on two CPU cores
     "mnist": dict(data="mnist", steps=1500, vae_steps=300),
     "folder": dict(data="folder", steps=3000, vae_steps=2000),
-    "six": dict(world="six", size="small", seq_len=128, pairs=60000, steps=12000, documents=64, save_every=1000),
+    "six": dict(world="six", size="small", pairs=40000, steps=11000, seq_len=128, patch_position=True, diffusion="flow",
+                shift=3.0, save_every=1000, gap_every=500),
 }
 AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_steps", "guidance", "sampler"}   # may change on resume
 
@@ -142,7 +144,7 @@ def prepare(config, out):
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.decay), dict(params=vectors, weight_decay=0.0)],
                                   lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)          # Paper App. B.1
     return Run(config, model, copy.deepcopy(model).requires_grad_(False), optimizer, words, vae,
-               Diffusion(config.diffusion, shift=config.shift),
+               Diffusion(config.diffusion, shift=config.shift, skip=config.skip),
                data.Documents(pairs, model.config.patches, drop=config.drop), latents)
 
 

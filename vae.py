@@ -255,7 +255,7 @@ def main(argv=None):
     parser.add_argument("--data", choices=("scenes", "mnist", "folder"), default="scenes", help="what to learn from")
     parser.add_argument("--data-dir", help="folder of MNIST idx files, or of pictures with captions.jsonl")
     parser.add_argument("--image-size", type=int, default=32, help="pixels per side (scenes, folder)")
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of 32 pictures")
+    parser.add_argument("--steps", type=int, default=1200, help="training steps of 32 pictures")
     parser.add_argument("--kl-weight", type=float, default=1e-6, help="weight of the KL term; App. C has 1e-6")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and noise")
     parser.add_argument("--out", default="out/vae", help="folder for vae.pt and reconstructions.png")

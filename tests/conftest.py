@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-torch.set_num_threads(1)
+torch.set_num_threads(1)                                # models this small only wait for a second thread
 
 
 @pytest.fixture(autouse=True)

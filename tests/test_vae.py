@@ -224,8 +224,10 @@ def test_grid():
     assert (sheet[-6:, -8:] == 96).all()
 
 
-def test_main_writes_a_vae_and_reconstructions(tmp_path, capsys):
+def test_main_writes_a_vae_and_reconstructions(tmp_path, capsys, monkeypatch):
     """Catches a command line that trains and then loses the result."""
+    load_pairs = data.load_pairs
+    monkeypatch.setattr(data, "load_pairs", lambda *args, n, **more: load_pairs(*args, n=20, **more))
     vae_module.main(["--steps", "3", "--out", str(tmp_path / "run")])
     vae = unpack_vae(load(tmp_path / "run/vae.pt", "vae"))
     assert vae.config.image_channels == 3 and (tmp_path / "run/reconstructions.png").stat().st_size > 1000

@@ -1,0 +1,263 @@
+"""
+test_errors.py: the user's mistakes                                                   (every command line; DESIGN "What every command does")
+
+One sentence on stderr that says what was wrong, exit status 2, no traceback, and nothing written or damaged. Most tests call
+main() in this process, through data.run_command as the command line does; a few start a real one.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import sample
+import scenes
+import train
+import vae as vae_module
+from diffusion import Diffusion
+from model import Transfusion, sized
+
+ROOT = Path(__file__).resolve().parents[1]
+MAINS = {"sample.py": sample.main, "train.py": train.main, "evaluate.py": evaluate.main, "vae.py": vae_module.main}
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory):
+    """A folder with model.pt, vae.pt, and files that are something else. Tests read it; none may change it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("shelf")
+    vae = vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2)).eval()
+    words = data.Words({word for text in scenes.all_claims() for word in text.split()})
+    network = Transfusion(sized("toy", vocabulary=len(words), latent=(2, 8, 8), patch=4, context=24)).eval()
+    sample.save_kit(folder / "model.pt", sample.Kit(network, words, vae, Diffusion()))
+    vae_module.save(folder / "vae.pt", vae_module.pack_vae(vae))
+    whole, content = (folder / "model.pt").read_bytes(), torch.load(folder / "model.pt", weights_only=True)
+    (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.pt").write_text("not a checkpoint")
+    torch.save({**content, "config": {**content["config"], "experts": 8}}, folder / "newer.pt")
+    torch.save({k: v for k, v in content.items() if k != "words"}, folder / "older.pt")
+    torch.save({**content, "config": {**content["config"], "width": 64}}, folder / "narrower.pt")
+    Image.new("RGB", (40, 30), "red").save(folder / "good.png")
+    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:60])
+    (folder / "text.png").write_text("not a picture")
+    (folder / "empty.png").write_bytes(b"")
+    return folder
+
+
+def contents(folder):
+    """{path: bytes} of everything under a folder."""
+    return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def check_sentence(status, out, err, *words):
+    """Exit status 2; the last line of stderr is one sentence that holds all the words; no traceback anywhere."""
+    assert status == 2, err
+    assert "Traceback" not in err + out
+    lines = err.replace("\r", "\n").strip().splitlines()
+    assert err.count("error: ") == 1 and "error: " in lines[-1] and 20 < len(lines[-1]) < 400
+    for word in words:
+        assert word in lines[-1], f"{word!r} is not in {lines[-1]!r}"
+
+
+def mistake(capsys, monkeypatch, folder, program, arguments, *words):
+    """Run a command line in `folder` (in this process) that must fail with a sentence and change nothing there."""
+    before = contents(folder)
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stop:
+        data.run_command(MAINS[program], [str(a) for a in arguments])
+    captured = capsys.readouterr()
+    check_sentence(stop.value.code, captured.out, captured.err, *words)
+    assert contents(folder) == before
+
+
+# -------------------------------------------------------------------------------------------------------------- sample.py
+@pytest.mark.parametrize("arguments, words", [
+    ([], ["say what to draw"]),
+    (["a red circel"], ["'circel'", "'circle'"]),
+    (["a <boi> circle"], ["<boi>"]),
+    (["a circle", "--steps", "0"], ["between 1 and 1000", "0"]),
+    (["a circle", "--steps", "1001"], ["between 1 and 1000"]),
+    (["a circle", "--steps", "many"], ["--steps", "many"]),
+    (["a circle", "--guidance", "-1"], ["--guidance"]),
+    (["a circle", "--temperature", "-1"], ["--temperature"]),
+    (["a circle", "--top-p", "0"], ["--top-p"]),
+    (["a circle", "--sampler", "euler"], ["--sampler", "euler", "ddpm"]),
+    (["a circle", "--stepz", "3"], ["--stepz"]),
+    (["a circle and a square " * 8], ["context is 24"]),                              # a prompt longer than the context
+    (["a circle", "--out", "nowhere/picture.png"], ["nowhere/picture.png"]),
+    (["a circle", "--out", "picture.docx"], ["picture.docx", ".png"]),
+    (["a circle", "--film", "nowhere/film.gif"], ["nowhere/film.gif"]),
+    (["--image", "absent.png"], ["absent.png"]),
+], ids=lambda v: " ".join(v)[:40] if v and isinstance(v, list) else "nothing")
+def test_sample(capsys, monkeypatch, tmp_path, shelf, arguments, words):
+    """Catches a traceback, a wrong picture, or a wrong file where the user mistyped."""
+    mistake(capsys, monkeypatch, tmp_path, "sample.py", [*arguments, "--checkpoint", shelf / "model.pt"], *words)
+
+
+@pytest.mark.parametrize("name", ["cut.png", "text.png", "empty.png", "model.pt"])
+def test_sample_reads_pictures_only(capsys, monkeypatch, tmp_path, shelf, name):
+    """Catches half a picture that is described as if it were whole, and a file that is no picture."""
+    mistake(capsys, monkeypatch, tmp_path, "sample.py", ["--image", shelf / name, "--checkpoint", shelf / "model.pt"], name, "picture")
+
+
+@pytest.mark.parametrize("program, first", [("sample.py", ["a circle"]), ("evaluate.py", ["--n", "6", "--steps", "2"])])
+@pytest.mark.parametrize("name", ["absent.pt", "truncated.pt", "text.pt", "good.png", "vae.pt", "newer.pt", "older.pt", "narrower.pt"])
+def test_checkpoints(capsys, monkeypatch, tmp_path, shelf, program, first, name):
+    """Catches another kind of checkpoint, another version's, or half of one: the file is named."""
+    mistake(capsys, monkeypatch, tmp_path, program, [*first, "--checkpoint", shelf / name], name)
+
+
+# ------------------------------------------------------------------------------------------------ train.py, vae.py, evaluate.py
+SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", "--patch", "4", "--out", "run", "--seq-len", "96"]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--preset", "giant"], ["--preset", "giant", "scenes"]),
+    (["--size", "70b"], ["70b", "toy"]),
+    (["--encoder", "vit"], ["--encoder", "vit", "unet"]),
+    (["--steps", "0"], ["--steps", "at least 1"]),
+    (["--patch", "0"], ["--patch", "at least 1"]),
+    (["--patch", "3"], ["8x8", "3x3", "--patch"]),
+    (["--seq-len", "8"], ["context of 8", "--seq-len"]),
+    (["--lr", "-1"], ["--lr"]),
+    (["--lr", "nan"], ["--lr"]),
+    (["--drop", "1.5"], ["--drop"]),
+    (["--ema", "2"], ["--ema"]),
+    (["--warmup", "-5"], ["--warmup"]),
+    (["--guidance", "-1"], ["--guidance"]),
+    (["--samples", "-1"], ["--samples"]),
+    (["--samples", "2", "--sample-steps", "0"], ["--sample-steps"]),                  # before the training, not after it
+    (["--samples", "2", "--sample-steps", "1001"], ["--sample-steps"]),
+    (["--image-size", "0"], ["--image-size"]),
+    (["--image-size", "33"], ["33", "divisible by 4"]),
+    (["--vae", "absent.pt"], ["absent.pt"]),
+    (["--vae", "MODEL"], ["model.pt", "'vae'"]),
+    (["--data", "mnist", "--data-dir", "absent"], ["absent", "--data-dir"]),
+    (["--data", "folder"], ["--data-dir"]),
+    (["--data", "folder", "--data-dir", "absent"], ["captions.jsonl"]),
+    (["--resume"], ["nothing to resume"]),
+    (["--preset", "scenes", "--stepz", "3"], ["--stepz"]),
+], ids=lambda v: " ".join(v)[:40])
+def test_train(capsys, monkeypatch, tmp_path, shelf, arguments, words):
+    """Catches a traceback, minutes of work before the mistake is found, and a folder left behind by a run that never was."""
+    arguments = [shelf / "model.pt" if a == "MODEL" else a for a in arguments]
+    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", *arguments], *words)
+
+
+def folder_of_pictures(folder, n=12, last='{"image": "0.png", "caption": "red"}'):
+    """A small folder for --data folder; last: one more line of captions.jsonl."""
+    for k in range(n):
+        Image.new("RGB", (8, 8), "red").save(folder / f"{k}.png")
+    lines = [json.dumps({"image": f"{k}.png", "caption": "red"}) for k in range(n)]
+    (folder / "captions.jsonl").write_text("\n".join([*lines, last]))
+
+
+@pytest.mark.parametrize("last, words", [('{"image": "0.png", "caption": "red"', ["captions.jsonl line 13"]),
+                                         ('{"picture": "0.png"}', ["captions.jsonl line 13"])], ids=["broken", "other keys"])
+def test_captions_file(capsys, monkeypatch, tmp_path, shelf, last, words):
+    """Catches a broken line in a long file that is not named."""
+    folder_of_pictures(tmp_path, last=last)
+    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", "--data", "folder", "--data-dir", tmp_path], *words)
+
+
+def test_too_few_pictures(capsys, monkeypatch, tmp_path, shelf):
+    """Catches a data set without a test split that is found out after the VAE has been trained."""
+    folder_of_pictures(tmp_path, n=3)
+    monkeypatch.setattr(vae_module, "train_vae", lambda *a, **k: pytest.fail("trained a VAE first"))
+    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--data", "folder", "--data-dir", tmp_path], "at least ten")
+
+
+@pytest.mark.parametrize("program", ["train.py", "vae.py"])
+def test_out_is_a_file(capsys, monkeypatch, tmp_path, shelf, program):
+    """Catches a run that fails at its end because it cannot write, and a file of the user's that is overwritten."""
+    (tmp_path / "run").write_text("precious")
+    load_pairs = data.load_pairs
+    monkeypatch.setattr(data, "load_pairs", lambda *a, **k: load_pairs(*a, **{**k, "n": 20}))
+    arguments = [*SMALL, "--vae", shelf / "vae.pt"] if program == "train.py" else ["--steps", "2", "--out", "run"]
+    mistake(capsys, monkeypatch, tmp_path, program, arguments, "run")
+
+
+def test_out_cannot_be_written(capsys, monkeypatch, tmp_path, shelf):
+    """Catches a traceback where the user may not write."""
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", "--out", "locked/run"], "locked/run")
+
+
+def test_resume_with_a_changed_option(capsys, monkeypatch, tmp_path, shelf):
+    """Catches a resume that mixes two runs, or damages the first one while refusing."""
+    monkeypatch.chdir(tmp_path)
+    train.main([*SMALL, "--vae", str(shelf / "vae.pt")])
+    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", "--lr", "1", "--resume"], "--lr")
+    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt"], "--resume", "--overwrite")
+    (tmp_path / "run/last.pt").write_bytes((tmp_path / "run/last.pt").read_bytes()[:1000])
+    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", "--resume"], "last.pt", "truncated")
+
+
+@pytest.mark.parametrize("program, arguments, words", [
+    ("vae.py", ["--steps", "0", "--out", "run"], ["--steps"]),
+    ("vae.py", ["--image-size", "33", "--steps", "2", "--out", "run"], ["divisible by 4"]),
+    ("vae.py", ["--data", "folder", "--data-dir", "absent", "--out", "run"], ["captions.jsonl"]),
+    ("vae.py", ["--kl-weight", "-1", "--steps", "2", "--out", "run"], ["--kl-weight"]),
+    ("evaluate.py", ["--n", "0"], ["--n"]),
+    ("evaluate.py", ["--guidance", "-1"], ["--guidance"]),
+    ("evaluate.py", ["--sampler", "euler"], ["euler", "ddpm"]),
+    ("evaluate.py", ["--steps", "0"], ["0"]),
+    ("evaluate.py", ["--world", "seven"], ["--world", "seven"]),
+    ("evaluate.py", ["--json", "nowhere/numbers.json"], ["nowhere/numbers.json"]),
+    ("evaluate.py", ["--data", "mnist", "--data-dir", "absent"], ["absent"]),
+], ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else v)
+def test_vae_and_evaluate(capsys, monkeypatch, tmp_path, shelf, program, arguments, words):
+    """Catches a traceback, or a mistake found out after the work is done."""
+    load_pairs = data.load_pairs
+    monkeypatch.setattr(data, "load_pairs", lambda *a, **k: load_pairs(*a, **{**k, "n": 20}))
+    monkeypatch.setattr(evaluate, "captioning", lambda *a, **k: pytest.fail("measured before it looked at the options"))
+    few = ["--checkpoint", shelf / "model.pt", "--n", "6", "--steps", "2"] if program == "evaluate.py" else []
+    mistake(capsys, monkeypatch, tmp_path, program, [*few, *arguments], *words)
+
+
+# ------------------------------------------------------------------------------------------------------- real command lines
+@pytest.mark.parametrize("program, arguments, words", [
+    ("sample.py", ["a purple circle", "--checkpoint", "MODEL"], ["'purple'"]),
+    ("train.py", ["--steps", "0"], ["--steps"]),
+    ("evaluate.py", ["--checkpoint", "absent.pt"], ["absent.pt"]),
+    ("vae.py", ["--data", "folder"], ["--data-dir"])], ids=lambda v: v if isinstance(v, str) else "")
+def test_real_command_lines(tmp_path, shelf, program, arguments, words):
+    """Catches a program that is not run through `run_command`, or needs to be started in its own folder."""
+    arguments = [str(shelf / "model.pt") if a == "MODEL" else a for a in arguments]
+    done = subprocess.run([sys.executable, str(ROOT / program), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    check_sentence(done.returncode, done.stdout, done.stderr, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("program", MAINS)
+def test_help_names_every_option_with_its_default(program, capsys):
+    """Catches a --help that breaks (a stray % in a text does it) or hides a default."""
+    with pytest.raises(SystemExit) as stop:
+        MAINS[program](["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and said.count("default:") >= 4
+
+
+def test_bugs_keep_their_traceback():
+    """Catches a `run_command` that hides our own mistakes behind a polite sentence."""
+    def broken(argv):
+        raise KeyError("a bug")
+    with pytest.raises(KeyError):
+        data.run_command(broken)
+
+
+def test_the_models_answer_when_nothing_is_wrong(monkeypatch, tmp_path, shelf, capsys):
+    """Catches checks so strict that nothing passes: the same commands, without the mistakes."""
+    monkeypatch.chdir(tmp_path)
+    data.run_command(sample.main, ["a red circle", "a circle", "--steps", "2", "--checkpoint", str(shelf / "model.pt"), "--film", "film.png"])
+    assert {p.name for p in tmp_path.iterdir()} == {"sample.png", "film.png"}
+    data.run_command(sample.main, ["--image", str(shelf / "good.png"), "--checkpoint", str(shelf / "model.pt")])
+    assert "good.png: " in capsys.readouterr().out

@@ -1,0 +1,290 @@
+"""
+test_evaluate.py: do the numbers measure what they say?                    (evaluate.py; Transfusion App. B.1; PAPER §4.12)
+
+A metric is tested with models whose score is known without measuring: one that knows the language by heart, one that knows
+nothing, one that ignores its caption, one that obeys it perfectly, and an artist who draws exactly what was asked.
+"""
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import evaluate
+import model as model_module
+import scenes
+from data import BOI, UserError
+from diffusion import Diffusion
+
+P = 16                                                  # fewer patches than words, and there would be no text alone
+MNIST = Path(__file__).resolve().parents[2] / "shared/data/mnist"
+
+
+@pytest.fixture(scope="module")
+def documents():
+    """Documents about one object: small enough to list them all."""
+    world, rng = scenes.World(scenes.WORLDS["one"]), np.random.default_rng(0)
+    captions = [world.caption(rng)[0] for _ in range(500)]
+    return data.Documents(data.Pairs("scenes", captions, np.zeros((500, 1, 1, 3), np.uint8), world), patches=P)
+
+
+def stub(answer, documents, **more):
+    """A Kit whose model is a plain function of (tokens, image_id, doc_id, learn, xt, t)."""
+    answer.config = SimpleNamespace(patches=P, context=128, latent=(1, 2, 2))
+    return SimpleNamespace(model=answer, words=data.Words(documents.pairs.vocabulary()), vae=None, diffusion=Diffusion(), **more)
+
+
+class Oracle:
+    """A model that has read every document of the language: the exact distribution of the next token after any beginning."""
+
+    def __init__(self, documents):
+        world, words = documents.pairs.world, data.Words(documents.pairs.vocabulary())
+        texts = [text for category in world.categories for text, _ in scenes.captions(category)]
+        image, self.V, self.counts, self.told = ("image", 0, 1000), len(words), {}, []
+        every = [[scenes.deduction_text(claim.objects, rel, back)] for _, claim in scenes.captions("color_attr")
+                 for rel in scenes.RELATIONS for back in (True, False)]
+        every += [[a, image] for a in texts] + [[a, image, b, image] for a in texts for b in texts]
+        for document in every:
+            tokens, p = data.lay_out(document, words, P).tokens, np.exp(documents.log_prob(document))
+            for k in range(1, len(tokens)):
+                after = self.counts.setdefault(tuple(tokens[:k]), {})
+                after[tokens[k]] = after.get(tokens[k], 0.0) + p
+        self.counts[(data.BOS,)][BOI] = (1 - documents.text_share) * 0.2        # or a picture comes first
+
+    def __call__(self, tokens, image_id, doc_id, learn, xt, t):
+        self.told.append(t)
+        rows = []
+        for b, q in learn.nonzero().tolist():
+            start = (doc_id[b] == doc_id[b, q]).nonzero()[0].item()
+            after = self.counts.get(tuple(tokens[b, start: q + 1].tolist()), {BOI: 1.0})
+            logits = torch.full((self.V,), -1e4)
+            logits[list(after)] = torch.tensor([after[k] for k in after]).log().float()
+            rows.append(logits)
+        return torch.stack(rows), None
+
+
+@pytest.fixture(scope="module")
+def oracle(documents):
+    """A Kit with the Oracle."""
+    return stub(Oracle(documents), documents)
+
+
+# ------------------------------------------------------------------------------------------------------------------- text
+def test_a_perfect_model_has_no_excess(documents, oracle):
+    """Catches a wrong floor, a lost or doubled word, or log-probabilities of other documents than those the model read."""
+    excess, entropy = evaluate.excess_nats(oracle, documents, n=150, seed=1)
+    assert excess == pytest.approx(0, abs=1e-4)
+    assert 0.1 < entropy < 2
+    assert all((t == 1000).all() for t in oracle.model.told)            # pictures are pure noise: no word depends on them
+
+
+def test_an_ignorant_model_has_the_excess_of_a_uniform_one(documents):
+    """Catches an excess per document, or per position, where nats per word are meant."""
+    kit = stub(lambda tokens, image_id, doc_id, learn, xt, t: (torch.zeros(int(learn.sum()), len(kit.words)), None), documents)
+    excess, entropy = evaluate.excess_nats(kit, documents, n=150, seed=1)
+    assert excess == pytest.approx(np.log(len(kit.words)) - entropy, abs=1e-4) and excess > 1
+
+
+def test_deductions_are_ranked_by_likelihood(documents, oracle):
+    """Catches a two-choice test that compares with the wrong sign, or ranks an ending that is not the wrong one."""
+    assert evaluate.deductions(oracle, n=25) == 1.0
+    contrary = stub(lambda *a: (-oracle.model(*a)[0], None), documents)
+    assert evaluate.deductions(contrary, n=25) == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------ conditioning gap
+TEXTS = [text for text, _ in scenes.captions("colors")]
+WORDS = data.Words({word for text in scenes.all_claims() for word in text.split()})
+
+
+def code(text):
+    """(1, 2, 2): the latent picture that belongs to a caption in these tests: a number for its colour, one for its shape."""
+    *_, colour, shape = text.split()
+    colours = ["a", *scenes.COLOURS]                    # "a circle" has no colour
+    return torch.tensor([colours.index(colour) - 3.0, scenes.SHAPES.index(shape) - 1.5, 1.0, -1.0]).view(1, 2, 2)
+
+
+def reader(diffusion, obeys):
+    """A model that predicts the noise exactly if the picture is `code` of its caption; or that never looks at its caption."""
+    def answer(tokens, image_id, doc_id, learn, xt, t):
+        x0 = torch.zeros_like(xt)
+        answer.told.append(t)
+        for m in range(len(xt)):
+            b, q = (image_id == m).nonzero()[0].tolist()
+            start = (doc_id[b] == doc_id[b, q]).nonzero()[0].item()
+            answer.read.append(WORDS.decode(tokens[b, start: q].tolist()))
+            if obeys:
+                x0[m] = code(answer.read[-1])
+        a, s = diffusion.at(t, xt)
+        return None, (xt - a * x0) / s
+    answer.read, answer.told, answer.config = [], [], SimpleNamespace(patches=P, context=64)
+    return answer
+
+
+def test_a_model_that_ignores_its_caption_has_no_gap():
+    """PAPER §4.12: catches a gap that comes from other noise or another t, not from the caption."""
+    captions = TEXTS[:12]
+    latents = torch.stack([code(text) for text in captions])
+    assert evaluate.conditioning_gap(reader(Diffusion(), False), WORDS, Diffusion(), captions, latents) == 0.0
+
+
+def test_a_model_that_obeys_its_caption_has_a_gap():
+    """PAPER §4.12: catches the sign turned around, and another picture's latent, noise or t (packing changes the order)."""
+    world, rng = scenes.World(("single_object", "colors")), np.random.default_rng(0)
+    captions = [world.caption(rng)[0] for _ in range(12)]
+    model, diffusion = reader(Diffusion(), True), Diffusion()
+    gap = evaluate.conditioning_gap(model, WORDS, diffusion, captions, torch.stack([code(text) for text in captions]))
+    right, other = (dict(zip(t.tolist(), texts)) for t, texts in zip(model.told, (model.read[:12], model.read[12:])))
+    assert sorted(right.values()) == sorted(captions) and right.keys() == other.keys()
+    assert len(right) == 12 and min(right) <= 100 and max(right) > 900  # every noise level alike
+    by_hand = [(diffusion.a[t] / diffusion.s[t]) ** 2 * (code(right[t]) - code(other[t])).square().mean() for t in right]
+    assert gap == pytest.approx(torch.stack(by_hand).mean().item(), rel=1e-3) and gap > 0.01
+
+
+def test_the_wrong_caption_is_wrong():
+    """Catches a "wrong" caption that says the same as the right one: every such picture pulls the gap towards 0."""
+    captions = [TEXTS[k] for k in (0, 0, 1, 1, 1, 2, 0)]                # the same strings again, as World.caption returns them
+    model = reader(Diffusion(), True)
+    evaluate.conditioning_gap(model, WORDS, Diffusion(), captions, torch.stack([code(text) for text in captions]))
+    right, other = model.read[:7], model.read[7:]
+    assert all(a != b for a, b in zip(right, other))
+    assert evaluate.conditioning_gap(model, WORDS, Diffusion(), [TEXTS[0]] * 3, torch.stack([code(TEXTS[0])] * 3)) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_gap_of_a_real_model_without_attention_to_words(monkeypatch, make_model):
+    """PAPER §4.1, a mask that is built and never passed on; §4.12: patches that see no word give a gap of 0, others do not."""
+    torch.manual_seed(0)
+    network, diffusion, captions = make_model("linear", vocabulary=len(WORDS)), Diffusion(), TEXTS[:10]
+    side = network.config.patches                       # a picture's patches, side by side
+    latents = torch.randn(10, *network.config.latent)
+    assert abs(evaluate.conditioning_gap(network, WORDS, diffusion, captions, latents)) > 1e-4
+    dense = model_module.dense_mask
+
+    def pictures_only(lo, hi, keys=None):
+        first = torch.where(hi > torch.arange(hi.shape[1]), hi - side + 1, lo)           # a patch looks at its own picture only
+        last = torch.zeros_like(first, dtype=torch.bool)
+        last[:, 1:] = (hi[:, 1:] == torch.arange(1, hi.shape[1])) & (hi[:, :-1] > torch.arange(hi.shape[1] - 1))
+        return dense(torch.where(last, hi - side + 1, first), hi, keys)
+    monkeypatch.setattr(model_module, "dense_mask", pictures_only)
+    assert abs(evaluate.conditioning_gap(network, WORDS, diffusion, captions, latents)) < 1e-5
+
+
+# --------------------------------------------------------------------------------------------------------------- GenEval
+def artist(seed=0, confuse=False):
+    """A `draw` that renders a scene of each caption; confused, it mixes up the orders."""
+    rng = np.random.default_rng(seed)
+
+    def draw(kit, texts, seed=None, **drawing):
+        texts = [texts[k] for k in np.roll(np.arange(len(texts)), 1 + len(texts) // 3)] if confuse else texts
+        return np.stack([scenes.render(scenes.draw_scene(scenes.read_caption(text), rng, allow_held_out=True)) for text in texts])
+    return draw
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_geneval_of_a_perfect_artist(monkeypatch, held_out):
+    """Catches a judge that fails true pictures, asks for seen pairs where unseen ones are meant, or counts badly."""
+    monkeypatch.setattr(evaluate, "draw", artist())
+    table, shown = evaluate.geneval(None, scenes.WORLDS["six"], n=9, held_out=held_out)
+    named = [c for c in scenes.WORLDS["six"] if scenes.captions(c, held_out)]
+    assert list(table) == named and table == {c: {"rule": 1.0, "exact": 1.0, "n": 9} for c in named}
+    assert len(shown) == 9 * len(named) and all(right for *_, right in shown)
+    for text, picture, _ in shown:
+        assert scenes.holds(scenes.read_caption(text), scenes.parse(picture))
+        assert any(f"{c} {s}" in text for c, s in scenes.HELD_OUT) == held_out
+
+
+def test_geneval_of_a_confused_artist(monkeypatch):
+    """Catches a judge that looks at the pictures and not at the captions."""
+    monkeypatch.setattr(evaluate, "draw", artist(confuse=True))
+    table, shown = evaluate.geneval(None, scenes.CATEGORIES, n=12)
+    assert np.mean([row["exact"] for row in table.values()]) < 0.15
+    assert all(row["exact"] <= row["rule"] for row in table.values())
+    assert np.mean([right for *_, right in shown]) == pytest.approx(np.mean([row["exact"] for row in table.values()]))
+
+
+def test_geneval_of_a_careless_artist(monkeypatch):
+    """Catches `rule` and `exact` mixed up: something unnamed in the picture breaks only the second."""
+    rng, draw_scene = np.random.default_rng(1), scenes.draw_scene
+
+    def draw(kit, texts, **drawing):                    # what was asked for, and a white cross in a free place
+        pictures = []
+        for text in texts:
+            things = draw_scene(scenes.read_caption(text), rng)
+            free = [(x, y) for x in (8, 24) for y in (8, 24) if all(abs(t.x - x) + abs(t.y - y) > 10 for t in things)]
+            pictures.append(scenes.render([*things, scenes.Thing("white", "cross", *free[0], 5)]))
+        return np.stack(pictures)
+    monkeypatch.setattr(evaluate, "draw", draw)
+    table, _ = evaluate.geneval(None, ("single_object", "colors"), n=10)
+    assert all(row["rule"] == 1.0 and row["exact"] == 0.0 for row in table.values())
+
+
+def test_geneval_asks_every_caption_in_turn(monkeypatch):
+    """Catches prompts drawn with repetition: a model that knows half of them would score by luck."""
+    monkeypatch.setattr(evaluate, "draw", artist())
+    _, shown = evaluate.geneval(None, ("single_object", "counting"), n=12)
+    texts = [text for text, *_ in shown]
+    assert {texts.count(text) for text, _ in scenes.captions("single_object")} == {3}
+    assert {texts.count(text) for text, _ in scenes.captions("counting")} == {1}
+
+
+def test_captions_are_judged_by_the_picture(monkeypatch):
+    """Catches captions compared with a text where truth is meant, nonsense that passes, and other pictures than those shown."""
+    monkeypatch.setattr(evaluate, "encode_pixels", lambda kit, pixels: pixels)
+    says = {"true": lambda t: f"a {t.colour} {t.shape}", "vague": lambda t: f"a {t.shape}", "nonsense": lambda t: f"a {t.colour}",
+            "false": lambda t: f"a {t.colour} {scenes.SHAPES[scenes.SHAPES.index(t.shape) - 1]}"}
+    scores = {}
+    for name, say in says.items():
+        monkeypatch.setattr(evaluate, "describe", lambda kit, pixels, say=say: [say(scenes.parse(p)[0]) for p in pixels])
+        scores[name], rows = evaluate.captioning(None, ("colors",), n=20)
+        assert len(rows) == 20 and np.mean([true for *_, true in rows]) == scores[name]
+    assert scores == {"true": 1.0, "vague": 1.0, "nonsense": 0.0, "false": 0.0}
+
+
+# ----------------------------------------------------------------------------------------------------------------- MNIST
+@pytest.fixture(scope="module")
+def digits():
+    """1000 test digits, and the judge."""
+    if not evaluate.CLASSIFIER.exists():
+        pytest.skip(f"{evaluate.CLASSIFIER} is missing: python evaluate.py --data mnist --train-classifier makes it")
+    if not MNIST.exists():
+        pytest.skip(f"{MNIST} is not here: the real MNIST files were not given to this checkout")
+    pairs = data.load_mnist(MNIST, "test")
+    return data.Pairs("mnist", pairs.captions[:1000], pairs.pixels[:1000], labels=pairs.labels[:1000])
+
+
+def test_the_judge_of_digits(digits):
+    """Catches a classifier saved badly, or fed another scale than it was trained on: then `digits` measures nothing."""
+    net = evaluate.load_classifier()
+    assert (evaluate.classify(net, digits.pixels) == digits.labels).mean() > 0.98
+    assert (evaluate.classify(net, np.repeat(digits.pixels[:100], 3, -1)) == digits.labels[:100]).mean() > 0.97
+
+
+def test_digits_of_a_perfect_and_of_a_confused_artist(digits, monkeypatch):
+    """Catches a score that does not look at what was asked for, and captions compared with another picture's."""
+    by_name = {name: digits.pixels[digits.labels == k] for k, name in enumerate(data.DIGITS)}
+    known = {p.tobytes(): text for p, text in zip(digits.pixels, digits.captions)}
+
+    def draw(kit, prompts, guidance, seed, **drawing):  # unguided, the artist draws the digits in another order
+        prompts = prompts if guidance != 1 else prompts[1:] + prompts[:1]
+        return np.repeat(np.stack([by_name[p.split()[-1]][k] for k, p in enumerate(prompts)]), 3, -1)
+    monkeypatch.setattr(evaluate, "draw", draw)
+    monkeypatch.setattr(evaluate, "encode_pixels", lambda kit, pixels: pixels)
+    monkeypatch.setattr(evaluate, "describe", lambda kit, pixels: [known[p.tobytes()] for p in pixels])
+    found, shown = evaluate.digits(None, digits, n=40)
+    assert found["guided"] > 0.9 and found["unguided"] < 0.1 and found["captions"] == 1.0 and found["classifier"] > 0.98
+    assert [text for text, *_ in shown[:3]] == ["the digit zero", "the digit one", "the digit two"]
+
+
+def test_train_a_judge(tmp_path, capsys):
+    """Catches a judge that is trained and not saved, or saved where it cannot be loaded from."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 300)
+    pixels = (rng.integers(0, 60, (300, 32, 32, 1)) + 190 * labels[:, None, None, None]).astype(np.uint8)
+    pairs = data.Pairs("mnist", ["the digit zero"] * 300, pixels, labels=labels)
+    evaluate.train_classifier(pairs, pairs, tmp_path / "judge.pt", epochs=6)
+    assert (evaluate.classify(evaluate.load_classifier(tmp_path / "judge.pt"), pixels) == labels).mean() > 0.95
+    assert "judge.pt" in capsys.readouterr().out
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        evaluate.load_classifier(tmp_path / "none.pt")

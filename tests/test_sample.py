@@ -1,0 +1,343 @@
+"""test_sample.py: decoding with a cache must say what one training forward of the finished sequence says.
+Bugs: PAPER.md §4.2, §4.7, §4.8."""
+import pytest
+import torch
+
+import data
+import sample
+from data import BOI, EOI, EOS, PATCH
+from diffusion import SAMPLERS, Diffusion
+from sample import Decoder, Kit, choose, generate
+from vae import VAE, VAEConfig
+
+WORDS = data.Words("a and blue circle red square the".split())
+BOTH = pytest.mark.parametrize("encoder", ["linear", "unet"])
+
+
+@pytest.fixture
+def make_kit(make_model):
+    """A function (encoder, **ModelConfig) -> Kit with a tiny random model and a VAE that has learned nothing."""
+    def make(encoder="linear", kind="ddpm", **options):
+        vae = VAE(VAEConfig(channels=8, multipliers=(1, 2)))            # latents (4, 4, 4) of 8x8 pixels
+        return Kit(make_model(encoder, vocabulary=len(WORDS), **options).requires_grad_(False), WORDS, vae.eval(), Diffusion(kind))
+    return make
+
+
+def noise(how_many=1, seed=0):
+    """Starting noise (n, 4, 4, 4); picture k is the same whatever n is."""
+    return torch.stack([torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(100 * seed + k)) for k in range(how_many)])
+
+
+def write(decoder, b, text):
+    """Row b goes on with `text`, as if the model had chosen those words; "<boi>" opens a picture."""
+    for word in text.split():
+        decoder.tokens[b].append(WORDS.ids[word])
+        decoder.advance()
+
+
+def finish(steps):
+    """Run a diffusion to its end; return the (t, x, x0) on the way."""
+    return list(steps)
+
+
+def uncached(kit, document, latents, t):
+    """(logits (n, V) at all n positions of a laid-out document, picture outputs (M, c, h, w)) of one training forward.
+    document: as `lay_out` takes it; latents: its pictures as the network reads them; t: of each."""
+    row = data.lay_out(document, WORDS, kit.model.config.patches, ends=False)
+    batch = data.pack([row], len(row.tokens))
+    xt = torch.stack(latents) if latents else torch.zeros(0, 4, 4, 4)
+    return kit.model(batch.tokens, batch.image_id, batch.doc_id, torch.ones_like(batch.learn), xt, torch.tensor(t, dtype=torch.long))
+
+
+def as_layout(document):
+    """(document with its pictures replaced by ("image", index, t_max), the pictures)."""
+    pictures = [part for part in document if not isinstance(part, str)]
+    counter = iter(range(len(pictures)))
+    return [part if isinstance(part, str) else ("image", next(counter), 0) for part in document], pictures
+
+
+def check_against_uncached(kit, decoder, b):
+    """The logits of row b equal those of a training forward of all it holds so far, with every picture clean."""
+    document, pictures = as_layout(decoder.document(b))
+    assert data.lay_out(document, WORDS, 4, ends=False).tokens == decoder.tokens[b]
+    logits, _ = uncached(kit, document, pictures, [0] * len(pictures))
+    assert torch.allclose(decoder.logits[b], logits[-1], atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ cached = uncached
+@BOTH
+@pytest.mark.parametrize("guidance", [1, 3.0])
+@pytest.mark.parametrize("sampler, kind", [("ddpm", "ddpm"), ("ddim", "flow")])
+def test_cached_is_uncached_after_generated_pictures(make_kit, encoder, guidance, sampler, kind):
+    """The cache keeps the last *noisy* step, or loses what came before; a finished picture is given another t than 0 (§4.7)."""
+    kit = make_kit(encoder, kind)
+    decoder = Decoder(kit, [["a red circle"]])
+    check_against_uncached(kit, decoder, 0)
+    for text, seed in (("and a <boi>", 1), ("the blue square <boi>", 2)):
+        write(decoder, 0, text)
+        finish(decoder.diffusion_steps([0], noise(seed=seed), guidance, torch.Generator().manual_seed(3), steps=4, sampler=sampler))
+        check_against_uncached(kit, decoder, 0)
+        write(decoder, 0, "the")
+        check_against_uncached(kit, decoder, 0)
+    decoder.lm_step([0])
+    assert [type(part) for part in decoder.document(0)] == [str, torch.Tensor, str, torch.Tensor, str]
+
+
+@BOTH
+def test_a_different_picture_is_noticed(make_kit, encoder):
+    """That the comparisons above can fail at all: the words after a picture do depend on it, and on its t."""
+    kit = make_kit(encoder)
+    layout = ["a red circle", ("image", 0, 0), "the"]
+    clean, other, noisy = (uncached(kit, layout, [x], [t])[0] for x, t in ((noise()[0], 0), (noise(seed=1)[0], 0), (noise()[0], 250)))
+    assert (clean[-1] - other[-1]).abs().max() > 1e-2 and (clean[-1] - noisy[-1]).abs().max() > 1e-2
+
+
+@BOTH
+def test_each_denoising_step_is_a_training_forward(make_kit, encoder, monkeypatch):
+    """A context picture with a random t (§4.7); guidance whose blind branch is shorter, shifted, or has lost its BOI (§4.8);
+    patches at other positions than in training (§4.2)."""
+    kit, seen = make_kit(encoder), []
+    decoder = Decoder(kit, [["a red circle"]])
+    write(decoder, 0, "<boi>")
+    finish(decoder.diffusion_steps([0], noise(), 1, steps=3, sampler="ddim"))
+    write(decoder, 0, "the blue square <boi>")
+    first, real = decoder.latents[0][0], kit.model.denoise
+
+    def listening(xt, t, pos, cache):
+        out = real(xt, t, pos, cache)
+        seen.append((xt, t.tolist(), out))
+        return out
+
+    monkeypatch.setattr(kit.model, "denoise", listening)
+    finish(decoder.diffusion_steps([0], noise(seed=1), 3.0, steps=3, sampler="ddim"))
+    assert [t for _, t, _ in seen] == [[1000] * 2, [667] * 2, [333] * 2, [0]]           # the last one leaves the clean picture
+    told = ["a red circle", ("image", 0, 0), "the blue square", ("image", 1, 0)]
+    blind = ["a red circle", ("image", 0, 0), ("dropped", "the blue square"), ("image", 1, 0)]
+    for xt, t, out in seen[:3]:
+        assert torch.equal(xt[0], xt[1])
+        for k, document in enumerate((told, blind)):
+            _, wanted = uncached(kit, document, [first, xt[k]], [0, t[k]])
+            assert torch.allclose(out[k], wanted[1], atol=1e-4), f"t = {t[k]}, {'blind' if k else 'told'}"
+        assert not torch.allclose(out[0], out[1], atol=1e-2)                            # the caption matters
+
+
+def test_guidance_mixes_the_two_branches(make_kit):
+    """Guidance with told and blind swapped: 1 must be the plain model, 0 must not read the caption at all (§4.8)."""
+    kit = make_kit()
+
+    def picture(caption, guidance):
+        decoder = Decoder(kit, [[caption]], draw_now=True)
+        return finish(decoder.diffusion_steps([0], noise(), guidance, steps=4, sampler="ddim"))[-1][1]
+
+    plain = picture("a red circle", 1)
+    assert torch.allclose(picture("a red circle", 1 + 1e-9), plain, atol=1e-3)          # 1 + 1e-9 takes the path of two branches
+    assert torch.allclose(picture("a red circle", 0), picture("the blue square", 0), atol=1e-4)
+    assert (plain - picture("the blue square", 1)).abs().max() > 1e-2
+    assert (plain - picture("a red circle", 3)).abs().max() > 1e-2
+
+
+@BOTH
+def test_guidance_leaves_the_sequence_alone(make_kit, encoder):
+    """The blind branch forgets the caption in the real cache too, and the words that follow never heard of it (§4.8)."""
+    kit = make_kit(encoder)
+    decoder = Decoder(kit, [["a red circle"]], draw_now=True)
+    finish(decoder.diffusion_steps([0], noise(), 5.0, steps=3, sampler="ddim"))
+    write(decoder, 0, "and the square")
+    check_against_uncached(kit, decoder, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------- batches
+@BOTH
+def test_ragged_prompts_are_the_same_one_at_a_time(make_kit, encoder):
+    """Padding that is read as text, positions counted from the row's end, a neighbour's picture."""
+    kit = make_kit(encoder)
+    prompts = [["a"], ["the blue square and a red circle"], [noise(seed=7)[0], "the square"], ["a", noise(seed=8)[0], noise(seed=9)[0], "red"]]
+    together = Decoder(kit, prompts)
+    alone = [Decoder(kit, [prompt]) for prompt in prompts]
+    for b, decoder in enumerate(alone):
+        assert torch.allclose(together.logits[b], decoder.logits[0], atol=1e-4)
+        check_against_uncached(kit, together, b)
+    for b, text in enumerate(("and a <boi>", "<boi>", "", "the <boi>")):
+        write(together, b, text)
+        write(alone[b], 0, text)
+    rows = [3, 0, 1]                                    # not all of them draw, and not in order
+    finish(together.diffusion_steps(rows, noise(3), 3.0, steps=3, sampler="ddim"))
+    for k, b in enumerate(rows):
+        finish(alone[b].diffusion_steps([0], noise(3)[k: k + 1], 3.0, steps=3, sampler="ddim"))
+    for b, decoder in enumerate(alone):
+        assert together.tokens[b] == decoder.tokens[0]
+        assert all(torch.allclose(x, y, atol=1e-3) for x, y in zip(together.latents[b], decoder.latents[0]))
+        assert torch.allclose(together.logits[b], decoder.logits[0], atol=1e-3)
+        check_against_uncached(kit, together, b)
+
+
+def test_lm_step_touches_only_active_rows(make_kit):
+    """A finished row that goes on writing because its neighbour does."""
+    kit = make_kit()
+    decoder = Decoder(kit, [["a red"], ["the"]])
+    before = list(decoder.tokens[0])
+    (token,) = decoder.lm_step([1])
+    assert decoder.tokens[0] == before and decoder.tokens[1][-1] == token
+    for b in range(2):
+        assert len(decoder.tokens[b]) == (3, 3)[b]
+        lone = Decoder(kit, [["a red"]] if b == 0 else [["the"]])
+        if b == 1:
+            lone.lm_step([0])
+        assert torch.allclose(decoder.logits[b], lone.logits[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_picture_does_not_depend_on_its_neighbours(make_kit, sampler):
+    """Noise drawn for the batch as a whole: the same prompt and seed give another picture in other company."""
+    kit = make_kit()
+    options = dict(draw_now=True, max_words=0, steps=4, seed=3, sampler=sampler)
+    alone = generate(kit, [["a red circle"]], **options)[0][1]
+    for neighbours in ([["the"]], [["a blue square"], ["and"]]):
+        assert torch.allclose(generate(kit, [["a red circle"], *neighbours], **options)[0][1], alone, atol=1e-3)
+    assert (generate(kit, [["a red circle"]], **{**options, "seed": 4})[0][1] - alone).abs().max() > 1e-2
+    two = generate(kit, [["a red circle"], ["a red circle"]], **options)
+    assert (two[0][1] - two[1][1]).abs().max() > 1e-2   # and two rows with the same words are not the same picture
+
+
+# ------------------------------------------------------------------------------------------------------------ two modes
+def script(monkeypatch, *rows):
+    """Make the model "choose" the given words, one list per row; "<eos>" from then on."""
+    queues = [[WORDS.ids[word] for word in row.split()] for row in rows]
+    counts = [0] * len(rows)
+
+    def scripted(logits, **choice):
+        return torch.tensor([queue[0] if queue else EOS for queue in queues])
+
+    real = Decoder.lm_step
+
+    def lm_step(decoder, active, **choice):
+        tokens = real(decoder, active, **choice)
+        for b in active:
+            counts[b] += 1
+            queues[b][:1] = []
+        return tokens
+
+    monkeypatch.setattr(sample, "choose", scripted)
+    monkeypatch.setattr(Decoder, "lm_step", lm_step)
+    return counts
+
+
+def test_the_model_switches_modes_itself(make_kit, monkeypatch):
+    """BOI or EOI put in twice when sampling (§4.2), the text before or after a picture lost, rows waiting for each other."""
+    kit = make_kit()
+    script(monkeypatch, "red circle <boi> and a square <boi> the", "blue", "<boi> the")
+    decoders, real = [], Decoder.__init__
+    monkeypatch.setattr(Decoder, "__init__", lambda self, *a: decoders.append(self) or real(self, *a))
+    documents = generate(kit, [["a"], ["the"], ["a red circle"]], max_pictures=2, steps=2)
+    shown = [[part if isinstance(part, str) else tuple(part.shape) for part in document] for document in documents]
+    assert shown == [["a red circle", (4, 4, 4), "and a square", (4, 4, 4), "the"], ["the blue"], ["a red circle", (4, 4, 4), "the"]]
+    for b, document in enumerate(documents):            # sampled layout = training layout
+        assert decoders[0].tokens[b] == data.lay_out(as_layout(document)[0], WORDS, 4).tokens
+
+
+def test_decoded_document_lays_out_as_it_was_sampled(make_kit):
+    """Sampled layout is not the training layout (§4.2): one BOI, P patches, one EOI, nothing more."""
+    decoder = Decoder(make_kit(), [["a red circle"]], draw_now=True)
+    finish(decoder.diffusion_steps([0], noise(), 1, steps=2))
+    assert decoder.tokens[0][-7:] == [WORDS.ids["circle"], BOI, PATCH, PATCH, PATCH, PATCH, EOI]
+    document, pictures = as_layout(decoder.document(0))
+    assert document == ["a red circle", ("image", 0, 0)] and len(pictures) == 1
+
+
+def test_generate_stops(make_kit, monkeypatch):
+    """A limit that is off by one, or a document that never ends."""
+    kit = make_kit()
+    script(monkeypatch, "a " * 99)
+    assert generate(kit, [["the"]], max_words=5) == [["the a a a a a"]]
+    script(monkeypatch, "a <boi> a <boi> a <boi> a")
+    kinds = [type(part) for part in generate(kit, [["the"]], max_pictures=2, steps=2)[0]]
+    assert kinds == [str, torch.Tensor, str, torch.Tensor, str]
+    script(monkeypatch, "a " * 99)
+    assert len(generate(kit, [[]], max_words=99)[0][0].split()) == kit.model.config.context - 1
+
+
+def test_a_full_context_ends_the_document(make_kit):
+    """A prompt, or a prompt with its picture, that fills the context to the last place: the next word is out of bounds."""
+    kit = make_kit(context=12)
+    assert generate(kit, [["a " * 11]]) == [[("a " * 11).strip()]]
+    words, picture = generate(kit, [["a " * 5]], draw_now=True, steps=2)[0]              # 1 + 5 + BOI + 4 + EOI = 12
+    assert words == "a a a a a" and picture.shape == (4, 4, 4)
+    longer = generate(kit, [["a"], ["a " * 11]], max_pictures=0)                        # the other row still writes
+    assert longer[1] == [("a " * 11).strip()] and longer[0][0].startswith("a")
+
+
+def test_prompt_pictures_are_read_clean(make_kit, monkeypatch):
+    """A picture in the prompt is given a random t, or noise (§4.7)."""
+    kit, told = make_kit(), []
+    real = kit.model.pictures.encode
+    monkeypatch.setattr(kit.model.pictures, "encode", lambda x, t: told.append((x.clone(), t.tolist())) or real(x, t))
+    latents = noise(2)
+    Decoder(kit, [["a", latents[0], "red", latents[1]]])
+    assert len(told) == 1 and told[0][1] == [0, 0] and torch.equal(told[0][0], latents)
+
+
+def test_trajectory_starts_at_noise_and_ends_in_the_document(make_kit):
+    """A film that shows other pictures than the one that is kept."""
+    decoder, start, seen = Decoder(make_kit(), [["a"]], draw_now=True), noise(), []
+    before = start.clone()
+    for t, x, x0 in decoder.diffusion_steps([0], start, 3.0, steps=4):
+        seen.append((t, x))
+    assert [t for t, _ in seen] == [1000, 750, 500, 250, 0]
+    assert torch.equal(seen[0][1], before) and torch.equal(start, before)
+    assert torch.equal(seen[-1][1][0], decoder.latents[0][0]) and seen[-1][1].abs().max() <= 4      # clipped to `reach`
+
+
+# ---------------------------------------------------------------------------------------------------------- words, mistakes
+def test_choose():
+    """Greedy that is not, a top_p that drops the word crossing it, PAD or EOI written into a text."""
+    V = len(WORDS)
+    logits = torch.full((1, V), -9.0)
+    logits[0, 8:11] = torch.tensor([0.5, 0.3, 0.2]).log()
+    before = logits.clone()
+    assert choose(logits).tolist() == [8]
+    g = torch.Generator().manual_seed(0)
+    drawn = lambda **options: {choose(logits, generator=g, **options).item() for _ in range(300)}
+    assert drawn(temperature=1.0) >= {8, 9, 10}
+    assert drawn(temperature=1.0, top_p=0.7) == {8, 9}  # 0.5 is not enough, so the second word is kept
+    assert drawn(temperature=1.0, top_p=1e-6) == {8}
+    assert drawn(temperature=0.01) == {8}
+    assert torch.equal(logits, before)
+
+
+def test_special_tokens_are_never_chosen():
+    """EOI or PATCH as a word: only BOI and EOS may be predicted (§4.2)."""
+    logits = torch.zeros(1, len(WORDS))
+    logits[0, :len(data.SPECIAL)] = 50.0
+    g, allowed = torch.Generator().manual_seed(0), {BOI, EOS}
+    assert choose(logits).item() in allowed
+    assert {choose(logits, temperature=1.0, generator=g).item() for _ in range(100)} == allowed
+
+
+def test_too_long_a_prompt_raises(make_kit):
+    """An index error deep in the cache instead of a sentence with the two numbers."""
+    kit = make_kit(context=12)
+    with pytest.raises(data.UserError, match="needs 13 positions, but this model's context is 12: shorten it to 12 tokens"):
+        Decoder(kit, [["a " * 12]])
+    with pytest.raises(data.UserError, match="needs 13 positions, but this model's context is 12: shorten it to 7 tokens"):
+        Decoder(kit, [["a"], ["a " * 6]], draw_now=True)
+
+
+def test_unknown_words_raise(make_kit):
+    """An unknown word left out of the prompt without a sound."""
+    with pytest.raises(data.UserError, match="'purple' is not in this model's vocabulary of 7 words"):
+        Decoder(make_kit(), [["a purple circle"]])
+
+
+@pytest.mark.parametrize("word", data.SPECIAL)
+def test_special_tokens_are_not_words(make_kit, word):
+    """A prompt with "<eoi>" or "<patch>" in it forges the layout, and crashes far from here."""
+    with pytest.raises(data.UserError, match="is not in this model's vocabulary"):
+        generate(make_kit(), [[f"a {word} circle"]], max_words=2)
+
+
+def test_prompts_are_left_alone(make_kit):
+    """A prompt list that grows with what was generated: the second call continues the first one's answer."""
+    kit, latent = make_kit(), noise()[0]
+    prompts, before = [["a", latent, "red"]], latent.clone()
+    generate(kit, prompts, max_words=3, steps=2)
+    assert len(prompts) == 1 and len(prompts[0]) == 3 and torch.equal(latent, before)

@@ -1,0 +1,473 @@
+"""
+test_train.py: the loop                                          (train.py; Transfusion §4.1, App. B; PAPER §4.3, §4.9, §4.10)
+
+The batches first, then one step against its formula, then whole runs: interrupted and resumed to the bit, refused where
+they would damage what is there.
+"""
+import copy
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import train
+import vae as vae_module
+from data import UserError
+from sample import load_kit
+
+
+@pytest.fixture(scope="module")
+def tiny_vae(tmp_path_factory):
+    """Path of an untrained VAE: (3, 32, 32) -> (2, 8, 8). It stands in for a trained one; no test looks at pictures."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vae") / "vae.pt"
+    vae_module.save(path, vae_module.pack_vae(vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2))))
+    return path
+
+
+def small_run(**options):
+    """The argument list of a small run, with options as keywords."""
+    small = dict(size="toy", patch=4, pairs=60, documents=6, steps=6, warmup=2, samples=0, log_every=1, gap_every=3,
+                 save_every=100, seq_len=96, seed=3)
+    return [word for k, v in {**small, **options}.items() for word in ("--" + k.replace("_", "-"), str(v))]
+
+
+@pytest.fixture
+def command(tiny_vae, tmp_path):
+    """`small_run` with this test's own folder and the untrained VAE."""
+    return lambda out="run", **options: small_run(**{"vae": tiny_vae, "out": tmp_path / out, **options})
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_vae, tmp_path_factory):
+    """The folder of a run that nothing interrupted: what every resumed run must equal."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train.main(small_run(vae=tiny_vae, out=out))
+    return out
+
+
+@pytest.fixture
+def prepared(command, tmp_path):
+    """A function: the Run at step 0 of a small configuration."""
+    def build(**options):
+        config, _, _ = train.parse_arguments(command(**options))
+        return train.prepare(config, tmp_path / "run")
+    return build
+
+
+def states(out):
+    """Everything in last.pt that must be repeated: {name: tensor or number}."""
+    saved, found = vae_module.load(out / "last.pt", "training"), {}
+    for part in ("model", "average"):
+        found |= {f"{part}.{k}": v for k, v in saved[part].items()}
+    for k, state in saved["optimizer"]["state"].items():
+        found |= {f"optimizer.{k}.{name}": v for name, v in state.items()}
+    for k, group in enumerate(saved["optimizer"]["param_groups"]):
+        found |= {f"group.{k}.{name}": v for name, v in group.items()}
+    return {**found, "step": saved["step"]}
+
+
+def log(out):
+    """The lines of log.jsonl, without what depends on the clock."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "seconds_left")} for row in rows]
+
+
+def same(one, two):
+    """The names under which two dicts of tensors or numbers differ, to the bit."""
+    differ = lambda a, b: not torch.equal(a, b) if isinstance(a, torch.Tensor) else a != b
+    return [k for k in one if k not in two or differ(one[k], two[k])] + [k for k in two if k not in one]
+
+
+# --------------------------------------------------------------------------------------------------------------- batches
+def tensors(batch):
+    """A Batch as a dict."""
+    return dict(vars(batch))
+
+
+def test_a_batch_is_a_function_of_seed_step_and_micro_batch(prepared):
+    """Catches random numbers with a memory, which no resume can repeat, and micro-batches or steps that repeat each other."""
+    run = prepared()
+    first = {(s, m): tensors(train.draw_batch(run, s, m)) for s in range(3) for m in range(2)}
+    torch.rand(5), np.random.rand(5)
+    again = {key: tensors(train.draw_batch(run, *key)) for key in reversed(first)}
+    assert all(same(first[key], again[key]) == [] for key in first)
+    assert all("eps" in same(first[a], first[b]) for a in first for b in first if a != b)
+    run.config.seed += 1
+    assert "eps" in same(first[0, 0], tensors(train.draw_batch(run, 0, 0)))
+
+
+def many_batches(run, n=60):
+    """(t, t_max, latents, eps, picture indices) of all pictures of n batches."""
+    batches = [train.draw_batch(run, step, 0) for step in range(n)]
+    return [torch.cat([getattr(b, name) for b in batches]) for name in ("t", "t_max", "latents", "eps", "images")]
+
+
+def test_noise_levels(prepared):
+    """PAPER §4.3 and §4.9: catches t per batch, the limit as a fixed t, t = 0 in training, and T never reached."""
+    run = prepared(documents=60)
+    t, t_max, *_ = many_batches(run)
+    assert set(t_max.tolist()) == {500, 1000} and (t >= 1).all() and (t <= t_max).all()
+    for limit in (500, 1000):
+        here = t[t_max == limit].double()
+        assert len(here.unique()) > 150 and here.min() <= 0.02 * limit and here.max() >= 0.98 * limit
+        assert abs(here.mean() / limit - 0.5) < 5 * 0.2887 / math.sqrt(len(here))     # uniform
+
+
+def test_the_limit_belongs_to_pictures_before_their_caption(prepared):
+    """PAPER §4.9: catches the limits shifted by one picture on their way through packing."""
+    run = prepared(documents=40)
+    for step in range(10):
+        batch = train.draw_batch(run, step, 0)
+        for m, limit in enumerate(batch.t_max.tolist()):
+            row, first = (batch.image_id == m).nonzero()[0].tolist()
+            opened = batch.tokens[row, : first - 1]     # before BOI: BOS only, or an earlier picture, if the picture leads
+            document = batch.doc_id[row] == batch.doc_id[row, first]
+            second = batch.tokens[row][document][1]
+            assert (second == data.BOI) == (limit == 500) and len(opened) >= 1
+
+
+def test_latents_are_draws_from_the_encoder(prepared):
+    """Catches another picture's latent, the mean without its deviation, and one noise for both: eps must be new."""
+    run = prepared(documents=60)
+    mean, deviation = run.latents
+    _, _, latents, eps, images = many_batches(run, 20)
+    noise = (latents - mean[images]) / deviation[images]
+    for z in (noise, eps):
+        assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
+    assert abs((noise * eps).mean()) < 0.02
+    run.latents = mean, torch.zeros_like(deviation)
+    batch = train.draw_batch(run, 0, 0)
+    assert torch.equal(batch.latents, mean[batch.images])
+
+
+# --------------------------------------------------------------------------------------------------------------- one step
+def stop_before_step(run):
+    """Make the optimizer do nothing but remember the gradients it was given; returns the list that they come to lie in."""
+    kept = []
+    run.optimizer.step = lambda *a: kept.append([p.grad.clone() for p in run.model.parameters()])
+    return kept
+
+
+def joined(a, b):
+    """One Batch of two, row under row."""
+    ids = torch.where(b.image_id >= 0, b.image_id + len(a.images), -1)
+    both = {k: torch.cat([getattr(a, k), getattr(b, k)]) for k in ("tokens", "doc_id", "learn", "images", "t_max", "latents", "t", "eps")}
+    return data.Batch(image_id=torch.cat([a.image_id, ids]), **both)
+
+
+def test_accumulation_equals_the_joint_batch(prepared, monkeypatch):
+    """PAPER §4.10, mean of micro-batch means: the gradient of a step must not depend on how it was cut into micro-batches."""
+    run = prepared(accumulate=2, clip=1e9, drop=0.5)
+    run.model.pictures.out.weight.data.normal_(0, 0.1)                  # it starts at zero and would hide the trunk's part
+    large = train.draw_batch(run, 0, 0)
+    run.config.documents = 2
+    small = train.draw_batch(run, 0, 1)
+    assert int(large.learn.sum()) > 2 * int(small.learn.sum()) > 0 and len(large.images) > 2 * len(small.images) > 0
+    found = []
+    for batches in ([large, small], [joined(large, small)]):
+        again = copy.copy(run)
+        again.config = dataclasses.replace(run.config, accumulate=len(batches))
+        again.model, again.average = copy.deepcopy(run.model), copy.deepcopy(run.average)
+        again.optimizer = torch.optim.SGD(again.model.parameters(), lr=0.0)
+        gradients = stop_before_step(again)
+        monkeypatch.setattr(train, "draw_batch", lambda run, step, m, batches=batches: batches[m])
+        found.append((gradients, train.train_step(again)))
+    (g1, told1), (g2, told2) = found
+    assert told1["words"] == told2["words"] and told1["lm"] == pytest.approx(told2["lm"], rel=1e-5)
+    assert torch.allclose(told1["each"], told2["each"], atol=1e-5) and told1["tokens"] == told2["tokens"]
+    for a, b in zip(g1[0], g2[0]):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_a_micro_batch_without_pictures(prepared, monkeypatch):
+    """Catches a model that cannot read words alone: a small micro-batch may hold no picture at all."""
+    run = prepared()
+    batch = data.pack([data.lay_out(["a red circle"], run.words, run.documents.patches)], run.config.seq_len)
+    batch.latents, batch.t, batch.eps = torch.zeros(0, 2, 8, 8), torch.zeros(0, dtype=torch.long), torch.zeros(0, 2, 8, 8)
+    monkeypatch.setattr(train, "draw_batch", lambda *a: batch)
+    told = train.train_step(run)
+    assert told["words"] == 4 and len(told["each"]) == 0 and math.isfinite(told["grad_norm"])
+
+
+def test_the_loss_is_equation_4(prepared, monkeypatch):
+    """Transfusion eq. 4: catches a wrong lambda, or either loss divided by anything but its own count."""
+    run = prepared(clip=1e9, lam=7.0)
+    batch = train.draw_batch(run, 0, 0)
+    kept = stop_before_step(run)
+    monkeypatch.setattr(train, "draw_batch", lambda *a: batch)
+    other = copy.deepcopy(run.model)
+    train.train_step(run)
+    lm, words, each = train.losses(other, batch, run.diffusion)
+    (lm / words + 7.0 * each.mean()).backward()
+    assert words == int(batch.learn.sum()) and len(each) == len(batch.images)
+    for a, p in zip(kept[0], other.parameters()):
+        assert torch.allclose(a, p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_clipping_sees_the_whole_gradient(prepared):
+    """PAPER §4.10: catches clipping in the middle of accumulation, or a gradient left over from the step before."""
+    run = prepared(accumulate=2, clip=0.01)
+    for _ in range(2):
+        kept = stop_before_step(run)
+        told = train.train_step(run)
+        norm = torch.stack([g.norm() for g in kept[0]]).norm().item()
+        assert told["grad_norm"] > 0.1 and norm == pytest.approx(0.01, rel=1e-3)
+        assert all(p.grad is None or not p.grad.any() for p in run.model.parameters())
+
+
+def test_average_by_hand(prepared):
+    """Catches an average (EMA) that never moves, copies the model, or keeps its random start for a thousand steps."""
+    run = prepared(ema=0.5)
+    expected = [p.detach().clone() for p in run.average.parameters()]
+    assert same(run.model.state_dict(), run.average.state_dict()) == []
+    for step in range(1, 9):
+        train.train_step(run)
+        keep = min(0.5, (1 + step) / (10 + step))
+        expected = [keep * e + (1 - keep) * p.detach() for e, p in zip(expected, run.model.parameters())]
+        for e, p in zip(expected, run.average.parameters()):
+            assert torch.allclose(e, p, atol=1e-6)
+
+
+def test_average_is_no_part_of_the_graph(prepared):
+    """Catches an average that autograd watches: its graph would grow with every step of the run, and memory with it."""
+    run = prepared()
+    for _ in range(2):
+        train.train_step(run)
+    assert all(p.grad_fn is None and not p.requires_grad for p in run.average.parameters())
+
+
+def test_learning_rate():
+    """Paper §4.1: catches a warm-up that starts at 0 (a step lost), a jump where it ends, and another end than a twentieth."""
+    config = train.Config(lr=3e-4, warmup=40, steps=400)
+    rates = [train.learning_rate(config, step) for step in range(400)]
+    assert rates[0] == pytest.approx(3e-4 / 40) and max(rates) == pytest.approx(3e-4)
+    assert all(a < b for a, b in zip(rates[:39], rates[1:40])) and all(a > b for a, b in zip(rates[40:], rates[41:]))
+    assert max(abs(a - b) for a, b in zip(rates, rates[1:])) < 1.01 * 3e-4 / 40
+    assert rates[220] == pytest.approx(3e-4 * (0.05 + 0.95 / 2))       # half way down
+    assert rates[-1] == pytest.approx(1.5e-5, rel=0.01)                # 3e-4 to 1.5e-5
+    assert train.learning_rate(train.Config(lr=1.0, warmup=0, steps=10), 0) == 1.0
+
+
+def test_the_rate_of_this_step_is_used(prepared):
+    """Catches a learning rate that is computed and never given to the optimizer, or comes a step late."""
+    run = prepared()
+    for step in range(3):
+        train.train_step(run)
+        assert {group["lr"] for group in run.optimizer.param_groups} == {train.learning_rate(run.config, step)}
+
+
+def test_the_optimizer_is_the_papers(prepared):
+    """Paper App. B.1: catches other betas, and weight decay on norms and biases, or on nothing."""
+    run = prepared(decay=0.1)
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    decay = {names[id(p)]: group["weight_decay"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert set(decay) == set(names.values())
+    assert all((decay[name] == 0.1) == (p.ndim >= 2) and decay[name] in (0.0, 0.1) for name, p in run.model.named_parameters())
+    assert all(group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 for group in run.optimizer.param_groups)
+
+
+def test_every_weight_learns(prepared):
+    """Catches a part of the network that is cut off from both losses."""
+    run = prepared()
+    before = copy.deepcopy(run.model.state_dict())
+    for _ in range(3):
+        train.train_step(run)
+    still = [k for k, v in run.model.state_dict().items() if torch.equal(v, before[k])]
+    assert still == []
+
+
+# ------------------------------------------------------------------------------------------------------------- whole runs
+def interrupt(monkeypatch, at):
+    """Let step number `at` raise KeyboardInterrupt before it does anything, as Ctrl-C does."""
+    real = train.train_step
+
+    def step(run):
+        if run.step == at:
+            raise KeyboardInterrupt
+        return real(run)
+    monkeypatch.setattr(train, "train_step", step)
+
+
+def test_resume_equals_uninterrupted(command, tmp_path, whole, monkeypatch, capsys):
+    """Catches a resume that loses the average, the optimizer, the step count, or the lines of the log: all equal to the bit."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=3)
+        train.main(command())
+    out, said = tmp_path / "run", capsys.readouterr().out
+    assert "step 3" in said and "--resume" in said and states(out)["step"] == 3 and not (out / "model.pt").exists()
+    train.main(command() + ["--resume"])
+    assert same(states(whole), states(out)) == [] and log(whole) == log(out)
+    one, two = (vae_module.load(path / "model.pt", "model")["weights"] for path in (whole, out))
+    assert same(one, two) == []
+
+
+def test_resume_after_a_crash(command, tmp_path, whole, monkeypatch):
+    """Catches a crash (no Ctrl-C, nothing saved) after the last checkpoint: the log must not hold two lines of one step."""
+    real, out = train.train_step, tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", lambda run: real(run) if run.step < 5 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.main(command(save_every=2))
+    assert states(out)["step"] == 4 and len(log(out)) == 5
+    train.main(command(save_every=2) + ["--resume"])
+    assert same(states(whole), states(out)) == [] and log(whole) == log(out)
+
+
+@pytest.mark.parametrize("where", ["losses", "optimizer", "average"])
+def test_ctrl_c_in_the_middle_of_a_step(command, tmp_path, whole, monkeypatch, where):
+    """Catches Ctrl-C between the optimizer's update, the count of steps and the average: a resume would repeat or skip one."""
+    owner, name = {"losses": (train, "losses"), "optimizer": (torch.optim.AdamW, "step"), "average": (torch, "_foreach_lerp_")}[where]
+    real, calls, out = getattr(owner, name), [], tmp_path / "run"
+
+    def call(*args, **more):
+        calls.append(name)
+        found = real(*args, **more) if where != "average" else None     # "average": the signal comes just before it
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)          # what Ctrl-C sends
+        return real(*args, **more) if where == "average" else found
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, call)
+        train.main(command())
+    assert states(out)["step"] in (2, 3)
+    train.main(command() + ["--resume"])
+    assert same(states(whole), states(out)) == []
+
+
+def folder(path):
+    """{name: content} of every file in a run's folder."""
+    return {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+def test_an_existing_run_is_not_overwritten(command, tmp_path, whole):
+    """Catches yesterday's run lost to a second `python train.py`; --overwrite starts anew."""
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(UserError, match="--resume.*--overwrite.*--out"):
+        train.main(command(steps=2, seed=4))
+    assert folder(tmp_path / "run") == folder(whole)
+    train.main(command(steps=2, seed=4) + ["--overwrite"])
+    assert json.loads((tmp_path / "run/config.json").read_text())["seed"] == 4
+    assert [row["step"] for row in log(tmp_path / "run")] == [1, 2] and states(tmp_path / "run")["step"] == 2
+
+
+@pytest.mark.parametrize("option, value", [("lr", 0.1), ("documents", 7), ("steps", 9), ("seed", 4), ("drop", 0.3), ("patch", 2)])
+def test_resume_with_another_configuration_is_refused(command, tmp_path, whole, option, value):
+    """Catches a resumed run that is neither the old one nor a new one; nothing of the old one may be touched."""
+    shutil.copytree(whole, tmp_path / "run")
+    with pytest.raises(UserError, match=f"--{option} "):
+        train.main(command(**{option: value}) + ["--resume"])
+    assert folder(tmp_path / "run") == folder(whole)
+
+
+def test_resume_may_change_what_does_not_change_the_run(command, tmp_path, whole):
+    """Catches a resume that refuses another --save-every; a finished run resumed only writes its results again."""
+    shutil.copytree(whole, tmp_path / "run")
+    train.main(command(save_every=7, log_every=2) + ["--resume"])
+    assert same(states(whole), states(tmp_path / "run")) == [] and log(whole) == log(tmp_path / "run")
+
+
+def test_nothing_to_resume(command, tmp_path):
+    """Catches --resume with a misspelt --out that quietly starts from nothing."""
+    with pytest.raises(UserError, match="nothing to resume"):
+        train.main(command("absent") + ["--resume"])
+    assert not (tmp_path / "absent").exists()
+
+
+def test_what_a_run_leaves_behind(command, tmp_path, capsys):
+    """Catches a run without its files, with a log that lacks a number, or with a model that sample.py cannot load."""
+    train.main(command(log_every=2))
+    out = tmp_path / "run"
+    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "curves.png", "model.pt", "last.pt"}
+    config = json.loads((out / "config.json").read_text())
+    assert config["seed"] == 3 and config["documents"] == 6 and train.Config(**config)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert all({"step", "lm", "diffusion", "by_t", "grad_norm", "lr", "tokens_per_s", "seconds_left"} <= set(row) for row in rows)
+    assert all(len(row["by_t"]) == 5 and row["lm"] > 0 for row in rows) and "gap" in rows[-1]
+    assert (out / "curves.png").stat().st_size > 5000
+    kit, average = load_kit(out / "model.pt"), vae_module.load(out / "last.pt", "training")["average"]
+    for k, v in kit.model.state_dict().items():         # the averaged weights, in 16 bits
+        assert torch.allclose(v, average[k], rtol=1e-3, atol=1e-6), k
+    assert kit.words.words[:7] == list(data.SPECIAL) and kit.diffusion.kind == "ddpm"
+    assert "model.pt" in capsys.readouterr().out
+
+
+def test_the_log_tells_the_truth(prepared):
+    """Catches a logged loss that is a mean of means, or sorted into the wrong noise level: the first thing to look at."""
+    run = prepared()
+    window = [{"lm": 10.0, "words": 5, "each": torch.tensor([1.0, 2.0]), "t": torch.tensor([1, 200]), "grad_norm": 3.0, "tokens": 50},
+              {"lm": 2.0, "words": 1, "each": torch.tensor([9.0]), "t": torch.tensor([201]), "grad_norm": 4.0, "tokens": 10},
+              {"lm": 0.0, "words": 2, "each": torch.tensor([5.0]), "t": torch.tensor([1000]), "grad_norm": 6.0, "tokens": 20}]
+    row = train.summarize(window, run, 2.0)
+    assert row["lm"] == pytest.approx(12 / 8) and row["diffusion"] == pytest.approx(17 / 4)
+    assert row["by_t"] == [1.5, 9.0, None, None, 5.0]
+    assert row["grad_norm"] == 6.0 and row["tokens_per_s"] == 40
+
+
+def test_losses_fall(command, tmp_path):
+    """PAPER §4.14, "is this loss normal?": forty steps on sixty scenes must already bring both losses down."""
+    train.main(command(steps=40, documents=12, lr=3e-3, warmup=5, log_every=10, gap_every=40))
+    rows = log(tmp_path / "run")
+    assert rows[-1]["lm"] < 0.7 * rows[0]["lm"] and rows[-1]["diffusion"] < rows[0]["diffusion"] < 1.3
+
+
+@pytest.mark.parametrize("options", [["--diffusion", "flow"], ["--encoder", "unet"], ["--patch-position"], ["--no-bidirectional"]], ids=" ".join)
+def test_every_ablation_runs(command, tmp_path, options):
+    """Catches an option that nobody has run to its end, or that is read and not passed on: trained, saved, loaded."""
+    train.main(command(steps=2) + options)
+    kit = load_kit(tmp_path / "run/model.pt")
+    found = ["--diffusion", kit.diffusion.kind], ["--encoder", kit.model.config.encoder]
+    assert options in found or options == ["--patch-position"] and kit.model.config.patch_position \
+        or options == ["--no-bidirectional"] and not kit.model.config.bidirectional
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_a_run_ends_with_its_report(command, tmp_path, size):
+    """Catches a report that breaks after hours of training: a run must end with report.json and samples.png, at any size."""
+    found = train.main(command(steps=2, samples=2, sample_steps=2, image_size=size, seq_len=128))
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report.keys() == found.keys() >= {"geneval", "exact", "rule", "captions", "excess_nats", "entropy", "deductions", "conditioning_gap"}
+    assert (tmp_path / "run/samples.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("source", ["mnist", "folder"])
+def test_a_run_on_files(tmp_path, source):
+    """Catches a grey picture, or a world without grammar, that train.py, its report or its VAE did not think of."""
+    rng, files = np.random.default_rng(0), tmp_path / "files"
+    files.mkdir()
+    if source == "mnist":
+        images, labels = rng.integers(0, 256, (12, 28, 28)).astype(np.uint8), np.arange(12).astype(np.uint8) % 10
+        for name in data.MNIST_FILES:
+            array = images if "images" in name else labels
+            (files / name).write_bytes(struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes())
+    else:
+        for k in range(12):
+            Image.fromarray(rng.integers(0, 256, (40, 30, 3)).astype(np.uint8)).save(files / f"{k}.png")
+        lines = [json.dumps({"image": f"{k}.png", "caption": f"picture {k}"}) for k in range(12)]
+        (files / "captions.jsonl").write_text("\n".join(lines))
+    grey = vae_module.VAEConfig(image_channels=1 if source == "mnist" else 3, channels=4, multipliers=(1, 1, 1), z=2)
+    vae_module.save(tmp_path / "vae.pt", vae_module.pack_vae(vae_module.VAE(grey)))
+    options = small_run(data=source, data_dir=files, vae=tmp_path / "vae.pt", out=tmp_path / "run", steps=2, samples=2, sample_steps=2)
+    found = train.main(options)
+    assert (tmp_path / "run/samples.png").stat().st_size > 1000 and "conditioning_gap" in found
+    assert source == "folder" or {"guided", "unguided", "captions"} <= found.keys()
+
+
+def test_the_vae_is_trained_when_there_is_none(tmp_path, monkeypatch):
+    """Catches a VAE trained on the spot that is not kept: a resumed run would read other latents than it learned from."""
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))  # no assets folder beside it
+    options = small_run(out=tmp_path / "run", steps=2, vae_steps=3)
+    train.main(options)
+    kept = vae_module.load(tmp_path / "run/vae.pt", "vae")["weights"]
+    train.main(options + ["--resume"])
+    assert same(kept, vae_module.load(tmp_path / "run/vae.pt", "vae")["weights"]) == []
+    packed = vae_module.load(tmp_path / "run/model.pt", "model")["vae"]["weights"]
+    assert all(torch.equal(v.half() if v.is_floating_point() else v, packed[k]) for k, v in kept.items())
