@@ -25,16 +25,18 @@ TEST        tests/test_data.py
 import difflib
 import gzip
 import hashlib
+import http.client
 import json
 import struct
 import sys
 import urllib.request
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import scenes
@@ -70,7 +72,7 @@ class Words:
     def encode(self, text):
         """List of ids. Raises UserError for an unknown word, naming it and the nearest known one."""
         for word in text.split():
-            if word not in self.ids:
+            if word not in self.ids or word in SPECIAL:                 # "<boi>" in a prompt would forge the layout
                 near = difflib.get_close_matches(word, self.words[len(SPECIAL):], n=1, cutoff=0.0)
                 raise UserError(f"the word {word!r} is not in this model's vocabulary of {len(self) - len(SPECIAL)} words; "
                                 f"the nearest known word is {near[0]!r}" if near else f"the vocabulary has no word {word!r}")
@@ -223,7 +225,7 @@ def fetch_mnist(folder, mirrors=MNIST_MIRRORS):
         for mirror in mirrors:
             try:
                 raw = urllib.request.urlopen(f"{mirror}{name}.gz", timeout=30).read()
-            except OSError as problem:
+            except (OSError, http.client.HTTPException) as problem:
                 problems.append(f"{mirror}: {problem}")
                 continue
             if hashlib.md5(raw).hexdigest() == md5:
@@ -246,7 +248,7 @@ def read_idx(folder, name):
         shape = struct.unpack(f">{dims}I", raw[4: 4 + 4 * dims])
         assert zero == 0 and kind == 8 and len(raw) == 4 + 4 * dims + int(np.prod(shape))
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape)
-    except (OSError, EOFError, struct.error, AssertionError):
+    except (OSError, EOFError, struct.error, zlib.error, AssertionError):
         raise UserError(f"{path} is truncated or not an idx file: delete it and download it again") from None
 
 
@@ -268,8 +270,10 @@ def load_mnist(folder=None, split="train"):
 def crop_and_resize(image, size):
     """(size, size, 3) uint8 of any PIL image: centre-cropped to a square, resized, as in Transfusion §4.1.
     Transparency is laid on black; an EXIF rotation is applied."""
-    from PIL import ImageOps
-    image = ImageOps.exif_transpose(image).convert("RGBA")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                      # 16 bits of grey: Pillow's own conversion would clip it to white
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
@@ -292,12 +296,16 @@ def load_folder(folder, size=32, split="train"):
     if not path.exists():
         raise UserError(f"{path} is missing: it must hold one {{\"image\": file name, \"caption\": words}} per line")
     captions, pixels, bad = [], [], []
-    lines = [line for line in enumerate(path.read_text().splitlines(), 1) if line[1].strip()]
+    try:
+        lines = [line for line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line[1].strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8: save it as UTF-8") from None
     for number, line in tqdm(lines, desc=f"reading {folder}", leave=False):
         try:
             entry = json.loads(line)
-            name, caption = str(entry["image"]), " ".join(str(entry["caption"]).lower().split())
-        except (json.JSONDecodeError, KeyError, TypeError):
+            name, caption = entry["image"], " ".join(entry["caption"].lower().split())
+            path.parent / name                          # a name that is no string is the same kind of mistake
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} line {number} is not {{\"image\": ..., \"caption\": ...}}: {line[:60]!r}") from None
         try:
             pixels.append(open_picture(path.parent / name, size))
@@ -341,7 +349,7 @@ class Documents:
         if self.pairs.world:
             words = float(np.mean([len(c.split()) for c in self.pairs.captions[:5000]]))
             pair_words, pair_patches = 2 + (1 + self.second) * (words + 2), (1 + self.second) * self.patches
-            text_len = 2 + len(self.pairs.world.deduction(np.random.default_rng(0)).split())
+            text_len = 2 + self.pairs.world.deduction_words()
             gap = max(pair_patches - pair_words, 0.0)
             self.text_share = gap / (gap + text_len)
         else:

@@ -89,6 +89,13 @@ class Diffusion:
         return x0, (xt - a * x0) / s
 
 
+def same_noise(diffusion, t):
+    """The last step of a schedule that is no noisier (s/a) than the paper's schedule is at t: t itself for the paper's.
+    Serves the noise limit of App. B.2: "t <= 500" means a certain noise, and a shifted schedule has it earlier."""
+    paper = Diffusion(T=diffusion.T)
+    return int((diffusion.s / diffusion.a <= paper.s[t] / paper.a[t]).sum()) - 1
+
+
 def guide(conditional, unconditional, w):
     """Classifier-free guidance (Ho & Salimans 2022): w = 0 ignores the caption, 1 is the plain model, more exaggerates it.
     Transfusion §4.1: w = 5 in the controlled comparison, 3 in the ablations."""

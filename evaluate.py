@@ -58,8 +58,9 @@ def captioning(kit, categories, n=200, seed=0):
     """({"true", "complete"}: shares of greedy captions of n unseen scenes; list of (caption, picture, true)).
     true: GenEval's rule, and nothing in the picture is left unnamed. complete: it also is the caption drawn for it."""
     rng, world = np.random.default_rng([seed, 8]), scenes.World(tuple(categories))
-    drawn = [scenes.draw_scene(world.caption(rng)[1], rng) for _ in range(n)]
-    pictures = np.stack([scenes.render(things) for things in drawn])
+    size = kit.model.config.latent[1] * kit.vae.f
+    drawn = [scenes.draw_scene(world.caption(rng)[1], rng, size) for _ in range(n)]
+    pictures = np.stack([scenes.render(things, size) for things in drawn])
     said = describe(kit, encode_pixels(kit, pictures))
     true = [(claim := scenes.read_caption(text)) is not None and scenes.holds(claim, things)
             for text, things in zip(said, drawn)]
@@ -112,8 +113,8 @@ def conditioning_gap(model, words, diffusion, captions, latents, seed=0):
     g, N = torch.Generator().manual_seed(seed), len(captions)
     t = (torch.arange(N) * diffusion.T // N + 1)[torch.randperm(N, generator=g)]      # every noise level alike
     eps, means = torch.randn(latents.shape, generator=g), []
-    other = [next(c for c in captions[k + 1:] + captions[:k] + [own] if c != own or c is captions[k])
-             for k, own in enumerate(captions)]                         # the next different caption
+    other = [next((c for c in captions[k + 1:] + captions[:k] if c != own), own)          # the next different caption
+             for k, own in enumerate(captions)]
     for texts in (captions, other):
         rows = [data.lay_out([text, ("image", k, diffusion.T)], words, model.config.patches) for k, text in enumerate(texts)]
         batch = data.pack(rows, model.config.context)
@@ -244,6 +245,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.data == "mnist" and args.train_classifier:
         return train_classifier(*(data.load_mnist(args.data_dir, split) for split in ("train", "test")))
+    if args.json and not Path(args.json).parent.is_dir():
+        raise data.UserError(f"cannot write {args.json}: its folder does not exist")
     if args.n < 1 or args.guidance < 0:
         raise data.UserError("--n must be at least 1 and --guidance 0 or more")
     categories = scenes.WORLDS[args.world]

@@ -198,14 +198,17 @@ def generate(kit, prompts, draw_now=False, max_words=64, max_pictures=1, seed=0,
     writing = [b for b in range(B) if not draw_now]
     waiting = [b for b in range(B) if draw_now]
     while writing or waiting:
+        writing = [b for b in writing if room(b, 1)]
         if writing:
             for b, token in zip(list(writing), decoder.lm_step(writing, temperature=temperature, top_p=top_p, generator=chooser)):
                 words[b] += token >= len(data.SPECIAL)
-                if token == BOI and pictures[b] < max_pictures and room(b, kit.model.config.patches + 2):
+                if token == BOI and pictures[b] < max_pictures and room(b, kit.model.config.patches + 1):
                     waiting.append(b)
-                if token in (BOI, EOS) or words[b] >= max_words or not room(b, 1):
+                if token in (BOI, EOS) or words[b] >= max_words:
                     writing.remove(b)
             continue
+        if not waiting:
+            break
         noise = torch.stack([torch.randn(kit.model.config.latent, generator=generators[b]) for b in waiting])
         steps = decoder.diffusion_steps(waiting, noise, generator=[generators[b] for b in waiting], **diffusing)
         for state in tqdm(steps, total=diffusing.get("steps", 250) + 1, desc="denoising", disable=not progress, leave=False):

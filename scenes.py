@@ -113,9 +113,14 @@ class World:
         return -math.log(len(self.categories)) - math.log(len(captions(all_claims()[text].category)))
 
     def deduction(self, rng):
-        """One text-only document (20 words): a fact about two objects, then the same fact seen from either side."""
+        """One text-only document (18 or 20 words): a fact about two objects, then the same fact seen from either side."""
         (_, claim), rel = captions("color_attr")[rng.integers(len(captions("color_attr")))], list(RELATIONS)[rng.integers(4)]
         return deduction_text(claim.objects, rel, told_back=bool(rng.integers(2)))
+
+    def deduction_words(self):
+        """The mean length of a deduction, in words ("left of" is two words, "above" is one)."""
+        pair = (("red", "circle"), ("blue", "square"))
+        return float(np.mean([len(deduction_text(pair, rel, back).split()) for rel in RELATIONS for back in (False, True)]))
 
     def deduction_log_prob(self):
         """ln p(deduction), in nats: the pair, the relation and the side are all uniform."""
@@ -234,12 +239,11 @@ def best_template(region, bright):
 
 # --------------------------------------------------------------------------------------------- GenEval's rule, in miniature
 def relation_holds(a, b, relation):
-    """GenEval's position rule: take the offset of A's centre from B's, shrink it by a tenth of the two sizes, scale it
-    to length 1; A is left of B if it then points left by more than 0.5 (so 'left' spans 60 degrees to either side)."""
+    """GenEval's position rule: take the offset of A's centre from B's, shrink each part by a tenth of the two sizes, divide
+    by the length that it had; A is left of B if more than 0.5 of it then points left."""
     offset = np.array([a.x - b.x, a.y - b.y])
-    offset = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * 2 * (a.r + b.r), 0)
-    length = np.hypot(*offset)
-    return bool(length > 0 and (offset / length) @ np.array(RELATIONS[relation]) > 0.5)
+    shrunk = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * 2 * (a.r + b.r), 0)
+    return bool(shrunk @ np.array(RELATIONS[relation]) > 0.5 * np.hypot(*offset))
 
 
 def holds(claim, things, exact=True):

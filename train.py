@@ -18,6 +18,7 @@ import argparse
 import copy
 import json
 import math
+import signal
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -30,7 +31,7 @@ import data
 import evaluate
 import scenes
 import vae as vae_module
-from diffusion import Diffusion
+from diffusion import Diffusion, same_noise
 from model import Transfusion, count, losses, sized
 from patchify import PATCHES
 from sample import Kit, save_kit
@@ -92,21 +93,11 @@ AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_
 
 
 # ------------------------------------------------------------------------------------------------------------ preparation
-def prepare_vae(config, pairs, out):
-    """The VAE: given by name, shipped with the repository, or trained on the spot (and kept in the run's folder)."""
-    shipped, own = Path(__file__).parent / "assets" / f"{config.data}_vae.pt", out / "vae.pt"
-    path = Path(config.vae) if config.vae else next((p for p in (own, shipped) if p.exists()), None)
-    if path:
-        vae = vae_module.unpack_vae(vae_module.load(path, "vae"))
-    else:
-        vae = vae_module.train_vae(pairs.pixels, vae_module.VAEConfig(image_channels=pairs.pixels.shape[-1]),
-                                   config.vae_steps, seed=config.seed)
-        vae_module.save(own, vae_module.pack_vae(vae))
-    side = pairs.pixels.shape[1]
-    if vae.config.image_channels != pairs.pixels.shape[-1] or side % vae.f:
-        raise data.UserError(f"{path} takes pictures with {vae.config.image_channels} channels and sides divisible by "
-                             f"{vae.f}; --data {config.data} has {pairs.pixels.shape[-1]} channels and {side} pixels")
-    return vae
+def find_vae(config, out):
+    """(the VAE or None, its VAEConfig or None): given by name, kept in the run's folder, or shipped with the repository."""
+    shipped = Path(__file__).parent / "assets" / f"{config.data}_vae.pt"
+    path = Path(config.vae) if config.vae else next((p for p in (out / "vae.pt", shipped) if p.exists()), None)
+    return vae_module.unpack_vae(vae_module.load(path, "vae")) if path else None
 
 
 @dataclass
@@ -129,23 +120,35 @@ class Run:
 
 
 def prepare(config, out):
-    """The Run at step 0."""
+    """The Run at step 0; trains a VAE if there is none, after everything that can be wrong has been checked."""
     pairs = data.load_pairs(config.data, config.data_dir or None, config.image_size, n=config.pairs, seed=config.seed,
                             categories=scenes.WORLDS[config.world])
-    vae = prepare_vae(config, pairs, out)
+    words, side, channels = data.Words(pairs.vocabulary()), *pairs.pixels.shape[2:]
+    vae = find_vae(config, out)
+    vae_config = vae.config if vae else vae_module.VAEConfig(image_channels=channels)
+    f = 2 ** (len(vae_config.multipliers) - 1)
+    if vae_config.image_channels != channels or side % f:
+        raise data.UserError(f"the VAE takes pictures of {vae_config.image_channels} channels, with sides divisible by {f}; "
+                             f"--data {config.data} has {channels} channels and {side} pixels")
+    shape = sized(config.size, vocabulary=len(words), latent=(vae_config.z, side // f, side // f), patch=config.patch,
+                  encoder=config.encoder, patch_position=config.patch_position, bidirectional=config.bidirectional,
+                  context=config.seq_len)
+    diffusion = Diffusion(config.diffusion, shift=config.shift, skip=config.skip)
+    documents = data.Documents(pairs, shape.patches, drop=config.drop, t_limit=same_noise(diffusion, 500))
+    longest = 2 + 2 * (max(len(caption.split()) for caption in pairs.captions) + shape.patches + 2)
+    if longest > config.seq_len:
+        raise data.UserError(f"the longest document, two captions and pictures, takes {longest} positions and does not fit in "
+                             f"a context of {config.seq_len}: raise --seq-len or --patch")
+    if vae is None:
+        vae = vae_module.train_vae(pairs.pixels, vae_config, config.vae_steps, seed=config.seed)
+        vae_module.save(out / "vae.pt", vae_module.pack_vae(vae))
     latents = vae_module.encode_all(vae, pairs.pixels)
-    words = data.Words(pairs.vocabulary())
     torch.manual_seed(config.seed)
-    model = Transfusion(sized(config.size, vocabulary=len(words), latent=tuple(latents[0].shape[1:]), patch=config.patch,
-                              encoder=config.encoder, patch_position=config.patch_position,
-                              bidirectional=config.bidirectional, context=config.seq_len))
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    model = Transfusion(shape)
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) == large] for large in (True, False))
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.decay), dict(params=vectors, weight_decay=0.0)],
                                   lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)          # Paper App. B.1
-    return Run(config, model, copy.deepcopy(model).requires_grad_(False), optimizer, words, vae,
-               Diffusion(config.diffusion, shift=config.shift, skip=config.skip),
-               data.Documents(pairs, model.config.patches, drop=config.drop), latents)
+    return Run(config, model, copy.deepcopy(model).requires_grad_(False), optimizer, words, vae, diffusion, documents, latents)
 
 
 # --------------------------------------------------------------------------------------------------------------- one step
@@ -190,7 +193,8 @@ def train_step(run):
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     keep = min(config.ema, (1 + run.step) / (10 + run.step))            # the average forgets its random start quickly
-    torch._foreach_lerp_(list(run.average.parameters()), list(run.model.parameters()), 1 - keep)
+    with torch.no_grad():                                               # else the average would remember every step's graph
+        torch._foreach_lerp_(list(run.average.parameters()), list(run.model.parameters()), 1 - keep)
     return {"lm": lm_total, "words": words, "each": torch.cat(per_picture), "t": torch.cat(t), "grad_norm": norm.item(),
             "tokens": sum(int((b.tokens != data.PAD).sum()) for b in batches)}
 
@@ -203,14 +207,19 @@ def save_run(run, out):
                                       "optimizer": run.optimizer.state_dict()})
 
 
-def resume_run(run, out):
-    """Load last.pt into the Run. Raises UserError if the configuration has changed in a way that changes the run."""
+def load_run(config, out):
+    """The dict of last.pt. Raises UserError if the configuration has changed in a way that changes the run."""
     saved = vae_module.load(out / "last.pt", "training")
-    changed = [k for k, v in asdict(run.config).items() if saved["config"].get(k, v) != v and k not in AFTERWARDS]
+    changed = [k for k, v in asdict(config).items() if saved["config"].get(k, v) != v and k not in AFTERWARDS]
     if changed:
         raise data.UserError(f"{out}/last.pt was trained with " +
                              ", ".join(f"--{k.replace('_', '-')} {saved['config'][k]}" for k in changed) +
                              "; resume with the same options, or start a new run with another --out")
+    return saved
+
+
+def resume_run(run, saved):
+    """Load the dict of last.pt into the Run."""
     run.model.load_state_dict(saved["model"])
     run.average.load_state_dict(saved["average"])
     run.optimizer.load_state_dict(saved["optimizer"])
@@ -278,16 +287,21 @@ def plot_samples(shown, path, columns=6, rows=4):
 
 # --------------------------------------------------------------------------------------------------------------- the loop
 def fit(run, out, test):
-    """Train to the last step, logging and saving. Returns the log. Ctrl-C saves, says how to go on, and stops."""
-    config, log, window, began = run.config, [], [], time.time()
+    """Train to the last step, logging and saving. Returns (log, finished). Ctrl-C ends the step, saves, and stops."""
+    config, log, window, began, stop = run.config, [], [], time.time(), []
     log_path = out / "log.jsonl"
     if run.step and log_path.exists():
         log = [row for row in map(json.loads, log_path.read_text().splitlines()) if row["step"] <= run.step]
     log_path.write_text("".join(json.dumps(row) + "\n" for row in log))
     captions, latents = test.captions[:128], vae_module.encode_all(run.vae, test.pixels[:128], progress=False)[0]
     bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1)
+
+    def on_ctrl_c(*_):                                  # TRAP: an exception here could fall between weights, average and count
+        stop.append(True)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # a second Ctrl-C stops at once
+    before = signal.signal(signal.SIGINT, on_ctrl_c)
     try:
-        while run.step < config.steps:
+        while run.step < config.steps and not stop:
             window.append(train_step(run))
             bar.update()
             if run.step % config.log_every == 0 or run.step == config.steps:
@@ -301,15 +315,13 @@ def fit(run, out, test):
                 bar.set_postfix(lm=f"{row['lm']:.3f}", diff=f"{row['diffusion']:.3f}",
                                 gap=next((f"{r['gap']:.3f}" for r in reversed(log) if "gap" in r), "-"))
                 window, began = [], time.time()
-            if run.step % config.save_every == 0 and run.step < config.steps:
+            if run.step % config.save_every == 0:
                 save_run(run, out)
-    except KeyboardInterrupt:
-        save_run(run, out)
-        raise KeyboardInterrupt(f"stopped at step {run.step}; the same command with --resume goes on from there") from None
     finally:
+        signal.signal(signal.SIGINT, before)
         bar.close()
     save_run(run, out)
-    return log
+    return log, run.step == config.steps
 
 
 def parse_arguments(argv=None):
@@ -328,12 +340,18 @@ def parse_arguments(argv=None):
     preset, resume, overwrite = (given.pop(k) for k in ("preset", "resume", "overwrite"))
     preset = preset or given.get("data", "scenes")
     config = Config(**{"out": f"out/{preset}", **PRESETS[preset], **given})
-    for name in ("steps", "documents", "accumulate", "seq_len", "pairs", "vae_steps", "log_every", "gap_every", "save_every", "patch"):
+    for name in ("steps", "documents", "accumulate", "seq_len", "pairs", "vae_steps", "log_every", "gap_every", "save_every", "patch", "image_size"):
         if getattr(config, name) < 1:
             raise data.UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
-    for name in ("lr", "lam", "guidance", "shift"):
-        if not getattr(config, name) >= 0:
+    for name in ("lr", "lam", "guidance", "warmup", "samples", "decay"):
+        if not 0 <= getattr(config, name) < math.inf:
             raise data.UserError(f"--{name} must be 0 or more, got {getattr(config, name)}")
+    for name, top in (("drop", 1), ("ema", 1), ("sample_steps", 1000)):
+        if not (name == "sample_steps") <= getattr(config, name) <= top:
+            raise data.UserError(f"--{name.replace('_', '-')} must be at most {top} and not below "
+                                 f"{int(name == 'sample_steps')}, got {getattr(config, name)}")
+    if not (config.shift > 0 and config.clip > 0):
+        raise data.UserError("--shift and --clip must be above 0")
     return config, resume, overwrite
 
 
@@ -346,20 +364,22 @@ def main(argv=None):
                              f"name another folder with --out")
     if resume and not (out / "last.pt").exists():
         raise data.UserError(f"there is nothing to resume: {out}/last.pt does not exist")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    run = prepare(config, out)
+    if out.exists() and not out.is_dir():
+        raise data.UserError(f"{out} is a file: name another folder with --out")
+    saved = load_run(config, out) if resume else None
     test = data.load_pairs(config.data, config.data_dir or None, config.image_size, split="test", n=256, seed=config.seed,
                            categories=scenes.WORLDS[config.world], progress=False)
+    run = prepare(config, out)
     if resume:
-        resume_run(run, out)
+        resume_run(run, saved)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
     print(f"{config.data}: {len(run.documents.pairs.captions):,} pictures, {len(run.words)} words; model: {count(run.model):,} "
           f"parameters, {run.model.config.patches} patches per picture; {config.steps - run.step} steps to go; "
           f"prepared in {time.time() - began:.0f} s")
-    try:
-        log = fit(run, out, test)
-    except KeyboardInterrupt as stop:
-        return print(f"\n{stop}")
+    log, finished = fit(run, out, test)
+    if not finished:
+        return print(f"stopped and saved at step {run.step}; the same command with --resume goes on from there")
     plot_curves(log, out / "curves.png")
     save_kit(out / "model.pt", run.kit())
     trained = time.time() - began

@@ -169,12 +169,13 @@ def encode_all(vae, pixels, progress=True):
 
 
 def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed=0, progress=True):
-    """A trained VAE. pixels: (N, h, w, c) uint8. One-cycle learning rate, then shift, scale and reach are measured."""
+    """A trained VAE. pixels: (N, h, w, c) uint8. Warm-up and cosine decay, then shift, scale and reach are measured."""
     torch.manual_seed(seed)
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     vae = VAE(config).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    rate = lambda k: min((k + 1) / (0.1 * steps), 0.5 + 0.5 * np.cos(np.pi * k / steps))         # warm-up, then cosine to 0
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     bar = tqdm(range(steps), desc="training the VAE", disable=not progress)
     for _ in bar:
         x = to_float(pixels[rng.integers(len(pixels), size=batch)]).contiguous(memory_format=torch.channels_last)
@@ -260,9 +261,14 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and noise")
     parser.add_argument("--out", default="out/vae", help="folder for vae.pt and reconstructions.png")
     args = parser.parse_args(argv)
+    if args.steps < 1 or args.image_size < 1 or not args.kl_weight >= 0:
+        raise data.UserError("--steps and --image-size must be at least 1, --kl-weight 0 or more")
+    if args.image_size % 4:
+        raise data.UserError(f"--image-size must be divisible by 4, got {args.image_size}: the latents are 4 times smaller")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise data.UserError(f"{args.out} is a file: name another folder with --out")
     pairs = data.load_pairs(args.data, args.data_dir, args.image_size, n=20000, seed=args.seed)
     test = data.load_pairs(args.data, args.data_dir, args.image_size, split="test", n=256, seed=args.seed)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     began = time.time()
     vae = train_vae(pairs.pixels, VAEConfig(image_channels=pairs.pixels.shape[-1]), args.steps,
                     kl_weight=args.kl_weight, seed=args.seed)

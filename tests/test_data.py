@@ -542,7 +542,8 @@ def write_folder(folder, n=12, extra=()):
     lines = []
     for k in range(n):
         name = f"{k}.{('png', 'jpg', 'gif', 'bmp')[k % 4]}"
-        Image.new("RGB", (20 + 3 * k, 40 - k), (10 * k, 255 - 10 * k, 128)).save(folder / name, **({"quality": 95} if k % 4 == 1 else {}))
+        picture = Image.new("RGB", (20 + 3 * k, 40 - k), (10 * k, 255 - 10 * k, 128))
+        picture.save(folder / name, **({"quality": 95} if name.endswith("jpg") else {}))
         lines.append(json.dumps({"image": name, "caption": f"Picture  number {k % 3}"}))
     (folder / "captions.jsonl").write_text("\n".join([*lines, *extra]) + "\n\n", encoding="utf-8")
     return folder

@@ -1,5 +1,5 @@
 """
-test_errors.py: the user's mistakes                                                   (every command line; DESIGN "What every command does")
+test_errors.py: the user's mistakes                                                                      (every command line)
 
 One sentence on stderr that says what was wrong, exit status 2, no traceback, and nothing written or damaged. Most tests call
 main() in this process, through data.run_command as the command line does; a few start a real one.
@@ -103,11 +103,13 @@ def test_sample(capsys, monkeypatch, tmp_path, shelf, arguments, words):
 @pytest.mark.parametrize("name", ["cut.png", "text.png", "empty.png", "model.pt"])
 def test_sample_reads_pictures_only(capsys, monkeypatch, tmp_path, shelf, name):
     """Catches half a picture that is described as if it were whole, and a file that is no picture."""
-    mistake(capsys, monkeypatch, tmp_path, "sample.py", ["--image", shelf / name, "--checkpoint", shelf / "model.pt"], name, "picture")
+    arguments = ["--image", shelf / name, "--checkpoint", shelf / "model.pt"]
+    mistake(capsys, monkeypatch, tmp_path, "sample.py", arguments, name, "picture")
 
 
 @pytest.mark.parametrize("program, first", [("sample.py", ["a circle"]), ("evaluate.py", ["--n", "6", "--steps", "2"])])
-@pytest.mark.parametrize("name", ["absent.pt", "truncated.pt", "text.pt", "good.png", "vae.pt", "newer.pt", "older.pt", "narrower.pt"])
+@pytest.mark.parametrize("name", ["absent.pt", "truncated.pt", "text.pt", "good.png", "vae.pt", "newer.pt", "older.pt",
+                                  "narrower.pt"])
 def test_checkpoints(capsys, monkeypatch, tmp_path, shelf, program, first, name):
     """Catches another kind of checkpoint, another version's, or half of one: the file is named."""
     mistake(capsys, monkeypatch, tmp_path, program, [*first, "--checkpoint", shelf / name], name)
@@ -163,7 +165,8 @@ def folder_of_pictures(folder, n=12, last='{"image": "0.png", "caption": "red"}'
 def test_captions_file(capsys, monkeypatch, tmp_path, shelf, last, words):
     """Catches a broken line in a long file that is not named."""
     folder_of_pictures(tmp_path, last=last)
-    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", "--data", "folder", "--data-dir", tmp_path], *words)
+    arguments = [*SMALL, "--vae", shelf / "vae.pt", "--data", "folder", "--data-dir", tmp_path]
+    mistake(capsys, monkeypatch, tmp_path, "train.py", arguments, *words)
 
 
 def test_too_few_pictures(capsys, monkeypatch, tmp_path, shelf):
@@ -232,7 +235,7 @@ def test_vae_and_evaluate(capsys, monkeypatch, tmp_path, shelf, program, argumen
 def test_real_command_lines(tmp_path, shelf, program, arguments, words):
     """Catches a program that is not run through `run_command`, or needs to be started in its own folder."""
     arguments = [str(shelf / "model.pt") if a == "MODEL" else a for a in arguments]
-    done = subprocess.run([sys.executable, str(ROOT / program), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(ROOT / program), *arguments], cwd=tmp_path, capture_output=True, text=True)
     check_sentence(done.returncode, done.stdout, done.stderr, *words)
     assert list(tmp_path.iterdir()) == []
 
@@ -257,7 +260,8 @@ def test_bugs_keep_their_traceback():
 def test_the_models_answer_when_nothing_is_wrong(monkeypatch, tmp_path, shelf, capsys):
     """Catches checks so strict that nothing passes: the same commands, without the mistakes."""
     monkeypatch.chdir(tmp_path)
-    data.run_command(sample.main, ["a red circle", "a circle", "--steps", "2", "--checkpoint", str(shelf / "model.pt"), "--film", "film.png"])
+    model = ["--checkpoint", str(shelf / "model.pt")]
+    data.run_command(sample.main, ["a red circle", "a circle", "--steps", "2", "--film", "film.png", *model])
     assert {p.name for p in tmp_path.iterdir()} == {"sample.png", "film.png"}
-    data.run_command(sample.main, ["--image", str(shelf / "good.png"), "--checkpoint", str(shelf / "model.pt")])
+    data.run_command(sample.main, ["--image", str(shelf / "good.png"), *model])
     assert "good.png: " in capsys.readouterr().out

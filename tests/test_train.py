@@ -18,10 +18,19 @@ import torch
 from PIL import Image
 
 import data
+import model
 import train
 import vae as vae_module
 from data import UserError
 from sample import load_kit
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_size():
+    """In this file "toy" has 2 layers of width 32: nothing here looks at what a model has learned."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.SIZES, "toy", (2, 32, 2))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +44,7 @@ def tiny_vae(tmp_path_factory):
 
 def small_run(**options):
     """The argument list of a small run, with options as keywords."""
-    small = dict(size="toy", patch=4, pairs=60, documents=6, steps=6, warmup=2, samples=0, log_every=1, gap_every=3,
+    small = dict(size="toy", patch=4, pairs=60, documents=6, steps=6, warmup=2, samples=0, log_every=1, gap_every=6,
                  save_every=100, seq_len=96, seed=3)
     return [word for k, v in {**small, **options}.items() for word in ("--" + k.replace("_", "-"), str(v))]
 
@@ -160,8 +169,8 @@ def stop_before_step(run):
 def joined(a, b):
     """One Batch of two, row under row."""
     ids = torch.where(b.image_id >= 0, b.image_id + len(a.images), -1)
-    both = {k: torch.cat([getattr(a, k), getattr(b, k)]) for k in ("tokens", "doc_id", "learn", "images", "t_max", "latents", "t", "eps")}
-    return data.Batch(image_id=torch.cat([a.image_id, ids]), **both)
+    names = ("tokens", "doc_id", "learn", "images", "t_max", "latents", "t", "eps")
+    return data.Batch(image_id=torch.cat([a.image_id, ids]), **{k: torch.cat([getattr(a, k), getattr(b, k)]) for k in names})
 
 
 def test_accumulation_equals_the_joint_batch(prepared, monkeypatch):
@@ -287,13 +296,14 @@ def test_every_weight_learns(prepared):
 
 # ------------------------------------------------------------------------------------------------------------- whole runs
 def interrupt(monkeypatch, at):
-    """Let step number `at` raise KeyboardInterrupt before it does anything, as Ctrl-C does."""
+    """Send what Ctrl-C sends when step number `at` is done."""
     real = train.train_step
 
     def step(run):
+        found = real(run)
         if run.step == at:
-            raise KeyboardInterrupt
-        return real(run)
+            signal.raise_signal(signal.SIGINT)
+        return found
     monkeypatch.setattr(train, "train_step", step)
 
 
@@ -325,7 +335,8 @@ def test_resume_after_a_crash(command, tmp_path, whole, monkeypatch):
 @pytest.mark.parametrize("where", ["losses", "optimizer", "average"])
 def test_ctrl_c_in_the_middle_of_a_step(command, tmp_path, whole, monkeypatch, where):
     """Catches Ctrl-C between the optimizer's update, the count of steps and the average: a resume would repeat or skip one."""
-    owner, name = {"losses": (train, "losses"), "optimizer": (torch.optim.AdamW, "step"), "average": (torch, "_foreach_lerp_")}[where]
+    places = {"losses": (train, "losses"), "optimizer": (torch.optim.AdamW, "step"), "average": (torch, "_foreach_lerp_")}
+    (owner, name) = places[where]
     real, calls, out = getattr(owner, name), [], tmp_path / "run"
 
     def call(*args, **more):
@@ -358,7 +369,7 @@ def test_an_existing_run_is_not_overwritten(command, tmp_path, whole):
     assert [row["step"] for row in log(tmp_path / "run")] == [1, 2] and states(tmp_path / "run")["step"] == 2
 
 
-@pytest.mark.parametrize("option, value", [("lr", 0.1), ("documents", 7), ("steps", 9), ("seed", 4), ("drop", 0.3), ("patch", 2)])
+@pytest.mark.parametrize("option, value", [("lr", 0.1), ("documents", 7), ("steps", 9), ("drop", 0.3), ("patch", 2)])
 def test_resume_with_another_configuration_is_refused(command, tmp_path, whole, option, value):
     """Catches a resumed run that is neither the old one nor a new one; nothing of the old one may be touched."""
     shutil.copytree(whole, tmp_path / "run")
@@ -403,9 +414,9 @@ def test_what_a_run_leaves_behind(command, tmp_path, capsys):
 def test_the_log_tells_the_truth(prepared):
     """Catches a logged loss that is a mean of means, or sorted into the wrong noise level: the first thing to look at."""
     run = prepared()
-    window = [{"lm": 10.0, "words": 5, "each": torch.tensor([1.0, 2.0]), "t": torch.tensor([1, 200]), "grad_norm": 3.0, "tokens": 50},
-              {"lm": 2.0, "words": 1, "each": torch.tensor([9.0]), "t": torch.tensor([201]), "grad_norm": 4.0, "tokens": 10},
-              {"lm": 0.0, "words": 2, "each": torch.tensor([5.0]), "t": torch.tensor([1000]), "grad_norm": 6.0, "tokens": 20}]
+    steps = [(10.0, 5, [1.0, 2.0], [1, 200], 3.0, 50), (2.0, 1, [9.0], [201], 4.0, 10), (0.0, 2, [5.0], [1000], 6.0, 20)]
+    window = [dict(lm=lm, words=words, each=torch.tensor(each), t=torch.tensor(t), grad_norm=norm, tokens=tokens)
+              for lm, words, each, t, norm, tokens in steps]
     row = train.summarize(window, run, 2.0)
     assert row["lm"] == pytest.approx(12 / 8) and row["diffusion"] == pytest.approx(17 / 4)
     assert row["by_t"] == [1.5, 9.0, None, None, 5.0]
@@ -414,19 +425,22 @@ def test_the_log_tells_the_truth(prepared):
 
 def test_losses_fall(command, tmp_path):
     """PAPER §4.14, "is this loss normal?": forty steps on sixty scenes must already bring both losses down."""
-    train.main(command(steps=40, documents=12, lr=3e-3, warmup=5, log_every=10, gap_every=40))
+    train.main(command(steps=40, documents=12, lr=0.02, warmup=5, log_every=10, gap_every=40))
     rows = log(tmp_path / "run")
     assert rows[-1]["lm"] < 0.7 * rows[0]["lm"] and rows[-1]["diffusion"] < rows[0]["diffusion"] < 1.3
 
 
-@pytest.mark.parametrize("options", [["--diffusion", "flow"], ["--encoder", "unet"], ["--patch-position"], ["--no-bidirectional"]], ids=" ".join)
+ABLATIONS = [["--diffusion", "flow"], ["--encoder", "unet"], ["--patch-position"], ["--no-bidirectional"]]
+
+
+@pytest.mark.parametrize("options", ABLATIONS, ids=" ".join)
 def test_every_ablation_runs(command, tmp_path, options):
     """Catches an option that nobody has run to its end, or that is read and not passed on: trained, saved, loaded."""
     train.main(command(steps=2) + options)
     kit = load_kit(tmp_path / "run/model.pt")
-    found = ["--diffusion", kit.diffusion.kind], ["--encoder", kit.model.config.encoder]
-    assert options in found or options == ["--patch-position"] and kit.model.config.patch_position \
-        or options == ["--no-bidirectional"] and not kit.model.config.bidirectional
+    config = kit.model.config
+    assert options in [["--diffusion", kit.diffusion.kind], ["--encoder", config.encoder],
+                       ["--patch-position"] * config.patch_position, ["--no-bidirectional"] * (not config.bidirectional)]
 
 
 @pytest.mark.parametrize("size", [32, 48])
@@ -434,7 +448,8 @@ def test_a_run_ends_with_its_report(command, tmp_path, size):
     """Catches a report that breaks after hours of training: a run must end with report.json and samples.png, at any size."""
     found = train.main(command(steps=2, samples=2, sample_steps=2, image_size=size, seq_len=128))
     report = json.loads((tmp_path / "run/report.json").read_text())
-    assert report.keys() == found.keys() >= {"geneval", "exact", "rule", "captions", "excess_nats", "entropy", "deductions", "conditioning_gap"}
+    assert report.keys() == found.keys()
+    assert found.keys() >= {"geneval", "exact", "rule", "captions", "excess_nats", "entropy", "deductions", "conditioning_gap"}
     assert (tmp_path / "run/samples.png").stat().st_size > 1000
 
 
@@ -455,8 +470,8 @@ def test_a_run_on_files(tmp_path, source):
         (files / "captions.jsonl").write_text("\n".join(lines))
     grey = vae_module.VAEConfig(image_channels=1 if source == "mnist" else 3, channels=4, multipliers=(1, 1, 1), z=2)
     vae_module.save(tmp_path / "vae.pt", vae_module.pack_vae(vae_module.VAE(grey)))
-    options = small_run(data=source, data_dir=files, vae=tmp_path / "vae.pt", out=tmp_path / "run", steps=2, samples=2, sample_steps=2)
-    found = train.main(options)
+    found = train.main(small_run(data=source, data_dir=files, vae=tmp_path / "vae.pt", out=tmp_path / "run", steps=2,
+                                 samples=2, sample_steps=2))
     assert (tmp_path / "run/samples.png").stat().st_size > 1000 and "conditioning_gap" in found
     assert source == "folder" or {"guided", "unguided", "captions"} <= found.keys()
 

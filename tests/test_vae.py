@@ -197,7 +197,8 @@ def test_files_that_are_no_checkpoint(tmp_path, content):
     if content == "folder":
         path.mkdir()
     elif content in ("other kind", "no dict", "pickle"):
-        torch.save({"other kind": {"kind": "model"}, "no dict": [1, 2], "pickle": {"kind": "vae", "x": Malice(tmp_path / "bad")}}[content], path)
+        wrong = {"other kind": {"kind": "model"}, "no dict": [1, 2], "pickle": {"kind": "vae", "x": Malice(tmp_path / "bad")}}
+        torch.save(wrong[content], path)
     elif content != "missing":
         path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"not a checkpoint\n", "empty": b""}[content])
     with pytest.raises(UserError, match="vae.pt"):
