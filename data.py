@@ -182,12 +182,13 @@ def pack(sequences, T):
 class Pairs:
     """Captioned pictures, and perhaps text alone. captions: list of N str; pixels: (N, h, w, 3 or 1) uint8.
     world: the scenes.World that writes text-only documents and knows the language's entropy, or None.
-    labels: (N,) int, MNIST's classes, or None."""
+    labels: (N,) int, MNIST's classes, or None. language: captions beyond these whose words must be known, too."""
     name: str
     captions: list
     pixels: np.ndarray
     world: object = None
     labels: np.ndarray | None = None
+    language: list = field(default_factory=list)
 
     def vocabulary(self):
         """Every word that this source can utter."""
@@ -195,7 +196,7 @@ class Pairs:
             texts = [*scenes.all_claims(), scenes.deduction_text((("red", "circle"), ("blue", "square")), "left of", True),
                      "make turn the into remove add move to with what changed ?"]     # the words of edits (§4.5)
         else:
-            texts = self.captions
+            texts = [*self.captions, *self.language]
         return {word for text in texts for word in text.split()}
 
 
@@ -317,7 +318,7 @@ def load_folder(folder, size=32, split="train"):
     keep = [k for k in range(len(captions)) if (k % 10 == 9) == (split == "test")]
     if not keep:
         raise UserError(f"{folder} has no usable {split} pair: it needs at least ten readable pictures with captions")
-    return Pairs("folder", [captions[k] for k in keep], np.stack([pixels[k] for k in keep]))
+    return Pairs("folder", [captions[k] for k in keep], np.stack([pixels[k] for k in keep]), language=captions)
 
 
 def load_pairs(name, folder=None, size=32, split="train", n=20000, seed=0, categories=scenes.WORLDS["six"], progress=True):

@@ -54,11 +54,10 @@ def geneval(kit, categories, n=50, held_out=False, seed=0, **drawing):
     return table, [(text, picture, v[1]) for (text, _), picture, v in zip(prompts, pictures, verdicts)]
 
 
-def captioning(kit, categories, n=200, seed=0):
-    """({"true", "complete"}: shares of greedy captions of n unseen scenes; list of (caption, picture, true)).
-    true: GenEval's rule, and nothing in the picture is left unnamed. complete: it also is the caption drawn for it."""
+def captioning(kit, categories, n=200, seed=0, size=32):
+    """(share of greedy captions of n unseen scenes that are true, list of (caption, picture, true)). True: GenEval's rule
+    holds, and nothing in the picture is left unnamed. size: pixels per side."""
     rng, world = np.random.default_rng([seed, 8]), scenes.World(tuple(categories))
-    size = kit.model.config.latent[1] * kit.vae.f
     drawn = [scenes.draw_scene(world.caption(rng)[1], rng, size) for _ in range(n)]
     pictures = np.stack([scenes.render(things, size) for things in drawn])
     said = describe(kit, encode_pixels(kit, pictures))
@@ -196,7 +195,7 @@ def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, he
                  "rule": float(np.mean([row["rule"] for row in table.values()]))}
         if held_out:
             found["held_out"] = geneval(kit, asked, 50, held_out=True, seed=seed, **drawing)[0]
-        found["captions"], _ = captioning(kit, categories, n, seed)
+        found["captions"], _ = captioning(kit, categories, n, seed, kit.model.config.latent[1] * kit.vae.f)
         documents = data.Documents(data.load_scenes(5000, [seed, 2], categories, progress=False), kit.model.config.patches)
         found["excess_nats"], found["entropy"] = excess_nats(kit, documents, 500, seed)
         found["deductions"] = deductions(kit, n, seed)

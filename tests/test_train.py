@@ -296,14 +296,13 @@ def test_every_weight_learns(prepared):
 
 # ------------------------------------------------------------------------------------------------------------- whole runs
 def interrupt(monkeypatch, at):
-    """Send what Ctrl-C sends when step number `at` is done."""
+    """Press Ctrl-C while step number `at` is running."""
     real = train.train_step
 
     def step(run):
-        found = real(run)
-        if run.step == at:
+        if run.step == at - 1:
             signal.raise_signal(signal.SIGINT)
-        return found
+        return real(run)
     monkeypatch.setattr(train, "train_step", step)
 
 
