@@ -39,7 +39,7 @@ class Diffusion:
     """The forward process and the meaning of the network's output. kind: "ddpm" (the paper) or "flow".
     shift: multiplies the noise-to-signal ratio s/a at every t; 1 leaves the schedule alone."""
 
-    def __init__(self, kind="ddpm", T=1000, shift=1.0, skip=False):
+    def __init__(self, kind="ddpm", T=1000, shift=1.0):
         if kind == "ddpm":
             alpha_bar = cosine_alpha_bar(T)
             a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt() * shift
@@ -48,11 +48,9 @@ class Diffusion:
             s = torch.linspace(0, 1, T + 1, dtype=torch.float64)
             a, s = 1 - s, s * shift
             scale = a + s                                              # a + s = 1: a straight line from picture to noise
-            if skip:
-                raise ValueError("the skip belongs to eps prediction: flow's velocity needs none")
         else:
             raise ValueError(f"unknown diffusion {kind!r}: choose 'ddpm' (the paper) or 'flow'")
-        self.kind, self.T, self.shift, self.skip = kind, T, shift, skip
+        self.kind, self.T, self.shift = kind, T, shift
         self.a, self.s = a / scale, s / scale
 
     def at(self, t, x):
@@ -64,15 +62,6 @@ class Diffusion:
         """xt of eq. 2. TRAP: each picture has its own t, and the network must be told the same one."""
         a, s = self.at(t, x0)
         return a * x0 + s * eps
-
-    def output(self, xt, raw, t):
-        """The network's raw output, read as its estimate of the target. With `skip`, eps = s xt + a raw: the network need
-        not copy its input, which at high noise is nearly all of eps, and an error of it cannot become a large error of
-        x0 there (it is the v of Salimans & Ho 2022, App. D). The loss stays eq. 3's."""
-        if not self.skip:
-            return raw
-        a, s = self.at(t, xt)
-        return s * xt + a * raw
 
     def target(self, x0, eps):
         """What the network must say: eps, or for flow the velocity eps - x0."""

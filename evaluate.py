@@ -88,13 +88,14 @@ def excess_nats(kit, documents, n=500, seed=0):
 
 
 @torch.no_grad()
-def deductions(kit, n=200, seed=0):
-    """Share of two-choice deductions in which the right ending is likelier than the wrong one. Chance: 0.5."""
+def deductions(kit, n=200, seed=0, categories=scenes.WORLDS["six"]):
+    """Share of two-choice deductions in which the right relation is likelier than the wrong one. Chance: 0.5."""
+    sides = scenes.World(tuple(categories)).sides
     rng, right = np.random.default_rng([seed, 10]), 0
     pairs = scenes.captions("color_attr")
     for _ in range(n):
         (_, claim), rel = pairs[rng.integers(len(pairs))], list(scenes.RELATIONS)[rng.integers(4)]
-        back, scores = bool(rng.integers(2)), []
+        back, scores = sides[rng.integers(len(sides))], []
         for wrong in (False, True):
             sequence = data.lay_out([scenes.deduction_text(claim.objects, rel, back, wrong)], kit.words, kit.model.config.patches)
             batch = data.pack([sequence], len(sequence.tokens))
@@ -118,8 +119,7 @@ def conditioning_gap(model, words, diffusion, captions, latents, seed=0):
         rows = [data.lay_out([text, ("image", k, diffusion.T)], words, model.config.patches) for k, text in enumerate(texts)]
         batch = data.pack(rows, model.config.context)
         k = batch.images
-        xt = diffusion.add_noise(latents[k], eps[k], t[k])
-        out = diffusion.output(xt, model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, xt, t[k])[1], t[k])
+        out = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, diffusion.add_noise(latents[k], eps[k], t[k]), t[k])[1]
         means.append((out - diffusion.target(latents[k], eps[k])).square().mean().item())
     return means[1] - means[0]
 
@@ -198,7 +198,7 @@ def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, he
         found["captions"], _ = captioning(kit, categories, n, seed, kit.model.config.latent[1] * kit.vae.f)
         documents = data.Documents(data.load_scenes(5000, [seed, 2], categories, progress=False), kit.model.config.patches)
         found["excess_nats"], found["entropy"] = excess_nats(kit, documents, 500, seed)
-        found["deductions"] = deductions(kit, n, seed)
+        found["deductions"] = deductions(kit, n, seed, categories)
     else:
         texts = [test.captions[k] for k in range(min(n, 32, len(test.captions)))]
         found, shown = {}, [(t, p, True) for t, p in zip(texts, draw(kit, texts, seed=seed, **drawing))]

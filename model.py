@@ -217,8 +217,7 @@ def losses(model, batch, diffusion):
     logits, out = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, xt, batch.t)
     following = batch.tokens.roll(-1, 1)[batch.learn]                   # `learn` is never set on a document's last token
     lm = F.cross_entropy(logits.float(), following, reduction="sum")
-    out = diffusion.output(xt, out.float(), batch.t)
-    per_picture = (out - diffusion.target(batch.latents, batch.eps)).square().flatten(1).mean(1)
+    per_picture = (out.float() - diffusion.target(batch.latents, batch.eps)).square().flatten(1).mean(1)
     return lm, int(batch.learn.sum()), per_picture
 
 

@@ -64,8 +64,7 @@ def save_kit(path, kit):
     packed["weights"] = half(packed["weights"])
     vae_module.save(path, {"kind": "model", "config": vars(kit.model.config), "weights": half(kit.model.state_dict()),
                            "words": kit.words.words, "vae": packed,
-                           "diffusion": {"kind": kit.diffusion.kind, "T": kit.diffusion.T, "shift": kit.diffusion.shift,
-                                         "skip": kit.diffusion.skip}})
+                           "diffusion": {"kind": kit.diffusion.kind, "T": kit.diffusion.T, "shift": kit.diffusion.shift}})
 
 
 def choose(logits, temperature=0.0, top_p=1.0, generator=None):
@@ -152,11 +151,9 @@ class Decoder:
 
         def network(x, t):
             if guidance == 1:
-                out = model.denoise(x, torch.full((n,), t, device=self.device), pos, cache)
-            else:
-                both = model.denoise(torch.cat([x, x]), torch.full((2 * n,), t, device=self.device), pos2, cache)
-                out = guide(both[:n], both[n:], guidance)
-            return self.kit.diffusion.output(x, out, t)
+                return model.denoise(x, torch.full((n,), t, device=self.device), pos, cache)
+            both = model.denoise(torch.cat([x, x]), torch.full((2 * n,), t, device=self.device), pos2, cache)
+            return guide(both[:n], both[n:], guidance)
 
         for t, x, x0 in sample(network, noise.to(self.device), self.kit.diffusion, generator=generator,
                                reach=float(self.kit.vae.reach), **options):

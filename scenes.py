@@ -102,6 +102,12 @@ class World:
     """The distribution of captions, scenes and deductions. `categories`: which kinds of caption to draw from."""
     categories: tuple = WORLDS["six"]
 
+    @property
+    def sides(self):
+        """Which object a deduction's second sentence may start from (told_back). The one-object world always turns the
+        fact around: to learn when to turn it takes longer than its five minutes (README "First run")."""
+        return (True,) if self.categories == WORLDS["one"] else (False, True)
+
     def caption(self, rng, held_out=False):
         """(text, Claim): a category uniformly, then one of its captions uniformly. rng: numpy Generator."""
         kinds = [c for c in self.categories if captions(c, held_out)]
@@ -115,16 +121,16 @@ class World:
     def deduction(self, rng):
         """One text-only document (18 or 20 words): a fact about two objects, then the same fact seen from either side."""
         (_, claim), rel = captions("color_attr")[rng.integers(len(captions("color_attr")))], list(RELATIONS)[rng.integers(4)]
-        return deduction_text(claim.objects, rel, told_back=bool(rng.integers(2)))
+        return deduction_text(claim.objects, rel, told_back=self.sides[rng.integers(len(self.sides))])
 
     def deduction_words(self):
         """The mean length of a deduction, in words ("left of" is two words, "above" is one)."""
         pair = (("red", "circle"), ("blue", "square"))
-        return float(np.mean([len(deduction_text(pair, rel, back).split()) for rel in RELATIONS for back in (False, True)]))
+        return float(np.mean([len(deduction_text(pair, rel, back).split()) for rel in RELATIONS for back in self.sides]))
 
     def deduction_log_prob(self):
         """ln p(deduction), in nats: the pair, the relation and the side are all uniform."""
-        return -math.log(len(captions("color_attr"))) - math.log(len(RELATIONS)) - math.log(2)
+        return -math.log(len(captions("color_attr"))) - math.log(len(RELATIONS)) - math.log(len(self.sides))
 
 
 def deduction_text(objects, rel, told_back, wrong=False):

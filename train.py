@@ -44,7 +44,7 @@ def option(default, help, choices=None):
 
 @dataclass
 class Config:
-    """Every number of a run. The defaults are the first run's; PRESETS change numbers, not code."""
+    """Every number of a run. The defaults are the paper's process at toy size; PRESETS change numbers, not code."""
     data: str = option("scenes", "what to learn from", ("scenes", "mnist", "folder"))
     data_dir: str = option("", "folder of MNIST idx files, or of pictures with captions.jsonl")
     world: str = option("one", "which captions of scenes: one object, or all six categories", tuple(scenes.WORLDS))
@@ -59,7 +59,6 @@ class Config:
     bidirectional: bool = option(True, "patches of a picture see each other; --no-bidirectional is Table 3's ablation")
     diffusion: str = option("ddpm", "the paper's DDPM, or rectified flow", ("ddpm", "flow"))
     shift: float = option(1.0, "move the noise schedule: noise-to-signal ratio times this (1: the paper's)")
-    skip: bool = option(False, "read the output as eps = s xt + a output, so that the network need not copy its input")
     lam: float = option(5.0, "lambda of eq. 4")
     drop: float = option(0.1, "share of captions dropped, for guidance")
     seq_len: int = option(96, "T, positions per row: documents are packed into rows of this length")
@@ -82,10 +81,14 @@ class Config:
     out: str = option("", "folder of this run; default: out/<preset>")
 
 
+# Differs from the paper: the toys take its one alternative, rectified flow, with a noisier schedule. With the eps loss a
+# caption, which is decided at high noise, moves the loss by 1% only, and these short runs end before it is learned
+# (README "What it took"). `--diffusion ddpm --shift 1 --no-patch-position` is the paper's, and Config's, own.
+TOY = dict(diffusion="flow", patch_position=True, documents=32, ema=0.999)
 PRESETS = {
-    "scenes": {},                                                       # one object, five minutes on two CPU cores
-    "mnist": dict(data="mnist", steps=1500, vae_steps=300),
-    "folder": dict(data="folder", steps=3000, vae_steps=2000),
+    "scenes": dict(TOY, shift=3.0, steps=3000),                         # one object, five minutes on two CPU cores
+    "mnist": dict(TOY, data="mnist", shift=2.0, steps=2500, vae_steps=300),
+    "folder": dict(TOY, data="folder", shift=2.0, steps=6000, vae_steps=2000),
     "six": dict(world="six", size="small", pairs=40000, steps=11000, seq_len=128, patch_position=True, diffusion="flow",
                 shift=3.0, save_every=1000, gap_every=500),
 }
@@ -133,7 +136,7 @@ def prepare(config, out):
     shape = sized(config.size, vocabulary=len(words), latent=(vae_config.z, side // f, side // f), patch=config.patch,
                   encoder=config.encoder, patch_position=config.patch_position, bidirectional=config.bidirectional,
                   context=config.seq_len)
-    diffusion = Diffusion(config.diffusion, shift=config.shift, skip=config.skip)
+    diffusion = Diffusion(config.diffusion, shift=config.shift)
     documents = data.Documents(pairs, shape.patches, drop=config.drop, t_limit=same_noise(diffusion, 500))
     longest = 2 + 2 * (max(len(caption.split()) for caption in pairs.captions) + shape.patches + 2)
     if longest > config.seq_len:

@@ -127,7 +127,7 @@ def test_probabilities_of_documents_sum_to_what_they_cover():
     total = sum(np.exp(stream.log_prob([a, image])) for a in texts)
     total += sum(np.exp(stream.log_prob([a, image, b, image])) for a in texts for b in texts)
     alone = [scenes.deduction_text(claim.objects, rel, back) for _, claim in scenes.captions("color_attr")
-             for rel in scenes.RELATIONS for back in (True, False)]
+             for rel in scenes.RELATIONS for back in PAIRS.world.sides]
     text_only = sum(np.exp(stream.log_prob([text])) for text in alone)
     assert text_only == pytest.approx(stream.text_share)
     assert total == pytest.approx((1 - stream.text_share) * 0.8)

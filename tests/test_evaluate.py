@@ -44,7 +44,7 @@ class Oracle:
         texts = [text for category in world.categories for text, _ in scenes.captions(category)]
         image, self.V, self.counts, self.told = ("image", 0, 1000), len(words), {}, []
         every = [[scenes.deduction_text(claim.objects, rel, back)] for _, claim in scenes.captions("color_attr")
-                 for rel in scenes.RELATIONS for back in (True, False)]
+                 for rel in scenes.RELATIONS for back in world.sides]
         every += [[a, image] for a in texts] + [[a, image, b, image] for a in texts for b in texts]
         for document in every:
             tokens, p = data.lay_out(document, words, P).tokens, np.exp(documents.log_prob(document))
@@ -89,9 +89,9 @@ def test_an_ignorant_model_has_the_excess_of_a_uniform_one(documents):
 
 def test_deductions_are_ranked_by_likelihood(documents, oracle):
     """Catches a two-choice test that compares with the wrong sign, or ranks an ending that is not the wrong one."""
-    assert evaluate.deductions(oracle, n=25) == 1.0
+    assert evaluate.deductions(oracle, n=25, categories=documents.pairs.world.categories) == 1.0
     contrary = stub(lambda *a: (-oracle.model(*a)[0], None), documents)
-    assert evaluate.deductions(contrary, n=25) == 0.0
+    assert evaluate.deductions(contrary, n=25, categories=documents.pairs.world.categories) == 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ conditioning gap
