@@ -247,16 +247,18 @@ def test_captions_are_drawn_with_their_probability():
         assert abs(seen[text] - n * p) < 5 * math.sqrt(n * p), text
 
 
-def test_deduction_probabilities_sum_to_one():
-    """Catches a wrong number of deductions, or two of them with the same words."""
+@pytest.mark.parametrize("name", WORLDS)
+def test_deductions_are_drawn_with_their_probability(name):
+    """Catches a wrong number of deductions, two of them with the same words, or a side or a relation that is never told."""
+    world, rng, n = World(WORLDS[name]), np.random.default_rng(8), 4000
     texts = {scenes.deduction_text(claim.objects, rel, back)
-             for _, claim in scenes.captions("color_attr") for rel in RELATIONS for back in (True, False)}
-    assert len(texts) * math.exp(World().deduction_log_prob()) == pytest.approx(1)
-    rng, n = np.random.default_rng(8), 4000
-    drawn = [World().deduction(rng) for _ in range(n)]
-    assert set(drawn) <= texts
+             for _, claim in scenes.captions("color_attr") for rel in RELATIONS for back in world.sides}
+    assert len(texts) * math.exp(world.deduction_log_prob()) == pytest.approx(1)
+    drawn = [world.deduction(rng) for _ in range(n)]
+    assert set(drawn) <= texts and len(set(drawn)) > 0.6 * min(n, len(texts))
+    assert np.mean([len(text.split()) for text in drawn]) == pytest.approx(world.deduction_words(), abs=0.1)
     back = sum(text.split()[1:3] != text.split(" . the ")[1].split()[:2] for text in drawn)
-    assert abs(back - n / 2) < 5 * math.sqrt(n / 4)
+    assert abs(back - n / len(world.sides)) < 5 * math.sqrt(n / 4) and (back == n) == (False not in world.sides)
     for rel in RELATIONS:
         assert abs(sum(f" is {rel} a " in text for text in drawn) - n / 4) < 5 * math.sqrt(n / 4)
 
