@@ -229,6 +229,7 @@ def describe_report(found, drawing):
 
 
 def main(argv=None):
+    """Measure a checkpoint as the command line says and print the report."""
     parser = argparse.ArgumentParser(description="Measure a trained model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", default=str(Path(__file__).parent / "assets/scenes.pt"), help="a model.pt of train.py")
     parser.add_argument("--data", choices=("scenes", "mnist"), default="scenes", help="what the model was trained on")

@@ -251,6 +251,7 @@ def save_picture(pixels, path, enlarge=8):
 
 
 def main(argv=None):
+    """Draw, describe, or let the model decide, as the command line says."""
     parser = argparse.ArgumentParser(description="Words to a picture, a picture to words, or whatever the model decides.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("prompts", nargs="*", help="captions to draw; several are drawn as one batch")

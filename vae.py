@@ -251,6 +251,7 @@ def show_reconstructions(vae, pixels, path, columns=16):
 
 
 def main(argv=None):
+    """Train a VAE as the command line says; save it and a picture of its reconstructions."""
     parser = argparse.ArgumentParser(description="Train the VAE and show reconstructions.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--data", choices=("scenes", "mnist", "folder"), default="scenes", help="what to learn from")
