@@ -82,7 +82,7 @@ class Config:
 
 
 # Differs from the paper: the toys take its one alternative, rectified flow, with a noisier schedule. With the eps loss a
-# caption, which is decided at high noise, moves the loss by 1% only, and these short runs end before it is learned
+# caption, which is decided at high noise, moves the loss by 2% only, and these short runs end before it is learned
 # (README "What it took"). `--diffusion ddpm --shift 1 --lam 5 --no-patch-position` is the paper's way, and Config's default.
 TOY = dict(diffusion="flow", patch_position=True, documents=32, ema=0.999)
 PRESETS = {
