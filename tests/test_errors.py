@@ -97,6 +97,7 @@ def mistake(capsys, monkeypatch, folder, program, arguments, *words):
 ], ids=lambda v: " ".join(v)[:40] if v and isinstance(v, list) else "nothing")
 def test_sample(capsys, monkeypatch, tmp_path, shelf, arguments, words):
     """Catches a traceback, a wrong picture, or a wrong file where the user mistyped."""
+    monkeypatch.setattr(sample.Decoder, "diffusion_steps", lambda *a, **k: pytest.fail("drew before it looked at the options"))
     mistake(capsys, monkeypatch, tmp_path, "sample.py", [*arguments, "--checkpoint", shelf / "model.pt"], *words)
 
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import data
+import diffusion
 import model
 import train
 import vae as vae_module
@@ -44,8 +45,8 @@ def tiny_vae(tmp_path_factory):
 
 def small_run(**options):
     """The argument list of a small run, with options as keywords."""
-    small = dict(size="toy", diffusion="ddpm", shift=1, patch=4, pairs=60, documents=6, steps=6, warmup=2, samples=0, log_every=1, gap_every=6,
-                 save_every=100, seq_len=96, seed=3)
+    small = dict(size="toy", diffusion="ddpm", shift=1, patch=4, pairs=60, documents=6, steps=6, warmup=2, samples=0,
+                 log_every=1, gap_every=6, save_every=100, seq_len=96, seed=3)
     return [word for k, v in {**small, **options}.items() for word in ("--" + k.replace("_", "-"), str(v))]
 
 
@@ -142,6 +143,17 @@ def test_the_limit_belongs_to_pictures_before_their_caption(prepared):
             document = batch.doc_id[row] == batch.doc_id[row, first]
             second = batch.tokens[row][document][1]
             assert (second == data.BOI) == (limit == 500) and len(opened) >= 1
+
+
+@pytest.mark.parametrize("options", [dict(), dict(shift=3.0), dict(diffusion="flow"), dict(diffusion="flow", shift=3.0)], ids=str)
+def test_the_limit_is_a_level_of_noise(prepared, options):
+    """PAPER §4.9: catches "t <= 500" left at 500 in a schedule that is noisier there than the paper's."""
+    run, paper = prepared(**options), diffusion.Diffusion()
+    limits = {int(m) for step in range(8) for m in train.draw_batch(run, step, 0).t_max} - {1000}
+    assert len(limits) == 1
+    limit, ratio = limits.pop(), run.diffusion.s / run.diffusion.a      # of noise to signal
+    assert ratio[limit] <= paper.s[500] / paper.a[500] < ratio[limit + 1]
+    assert limit == 500 or options
 
 
 def test_latents_are_draws_from_the_encoder(prepared):
