@@ -230,7 +230,8 @@ def fetch_mnist(folder, mirrors=MNIST_MIRRORS):
                 problems.append(f"{mirror}: {problem}")
                 continue
             if hashlib.md5(raw).hexdigest() == md5:
-                (folder / f"{name}.gz").write_bytes(raw)
+                (folder / f"{name}.tmp").write_bytes(raw)               # a killed download must not look like a file
+                (folder / f"{name}.tmp").replace(folder / f"{name}.gz")
                 break
             problems.append(f"{mirror}: wrong checksum")
         else:

@@ -19,6 +19,7 @@ import copy
 import json
 import math
 import signal
+import threading
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -303,7 +304,8 @@ def fit(run, out, test):
     def on_ctrl_c(*_):                                  # TRAP: an exception here could fall between weights, average and count
         stop.append(True)
         signal.signal(signal.SIGINT, signal.SIG_DFL)    # a second Ctrl-C stops at once
-    before = signal.signal(signal.SIGINT, on_ctrl_c)
+    in_main = threading.current_thread() is threading.main_thread()     # only there may Python catch a signal
+    before = signal.signal(signal.SIGINT, on_ctrl_c) if in_main else None
     try:
         while run.step < config.steps and not stop:
             window.append(train_step(run))
@@ -322,7 +324,8 @@ def fit(run, out, test):
             if run.step % config.save_every == 0:
                 save_run(run, out)
     finally:
-        signal.signal(signal.SIGINT, before)
+        if in_main:
+            signal.signal(signal.SIGINT, before)
         bar.close()
     save_run(run, out)
     return log, run.step == config.steps
