@@ -21,14 +21,30 @@ THE RULE    look(q, k) = same document AND ( k <= q  OR  same picture )         
               hi[q] = the last position of q's picture if q is a patch, else q
             The two are equal (tests/test_attention_mask.py tries random layouts). The OR form explains; the interval form
             is what runs: two numbers per position, the same code for training and for decoding with a cache.
+TWO FORMS   dense_mask: a bool per pair (q, k), for PyTorch's ordinary attention. On CPU, and for decoding.
+            tile_mask: for FlexAttention, CUDA training's fused kernel. The row of T is cut into tiles of 128 x 128 pairs:
+              . nothing to look at: skipped      # all of it: no mask is computed      o in between: lo <= k <= hi is asked
+
+                       o . . .        about half of the tiles of a causal row are skipped; packing skips more;
+                       # o . .        a picture that ends in the next tile turns one "." into an "o"
+                       # # o o
+                       # # # o
+            Both are made of the same (lo, hi), and tests/test_attention_mask.py holds one against the other.
 SHAPES      B rows, T positions. image_id (B, T) int64: which picture a position is a patch of, -1 for text.
             doc_id (B, T) int64: which document. A mask is (B, T, T) bool, True = may look; it needs no batch of heads.
 PAPER/HERE  same: causal everywhere, bidirectional within one picture (`bidirectional=False` is the ablation of Table 3).
             our choice: BOI and EOI are text, so causal; documents packed in one row do not see each other.
+            our choice: FlexAttention. The dense mask at T = 4096 is 16 MiB per row and its attention skips nothing.
 READ NEXT   diffusion.py        TRY IT  python attention_mask.py        NOTEBOOK notebooks/1_who_may_look_at_whom.ipynb
 TEST        tests/test_attention_mask.py
 """
+import functools
+
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+TILE = 128                                              # side of FlexAttention's tiles, its own default
 
 
 def or_mask(image_id, doc_id, bidirectional=True):
@@ -65,6 +81,52 @@ def dense_mask(lo, hi, keys=None):
     """(B, T, keys) bool: the interval form spelled out. lo, hi: (B, T) int64; keys: how many, T by default."""
     k = torch.arange(keys or lo.shape[1], device=lo.device)
     return (lo[..., None] <= k) & (k <= hi[..., None])
+
+
+def tile_mask(lo, hi):
+    """BlockMask of shape (B, any heads, T, T): the interval form for FlexAttention. Make it once per micro-batch, for all
+    layers. lo, hi: (B, T) int64. Raises ValueError unless T is a multiple of 128.
+    Tile (i, j) is skipped if no q in it has an interval that meets the tile's keys, and full if every q's covers them.
+    This needs (B, T, T/128) comparisons; FlexAttention's own create_block_mask, which knows no intervals, makes all T * T."""
+    B, T = lo.shape
+    if T % TILE:                                        # TRAP: the kernel's tiles would reach beyond the row (PAPER.md §4.13)
+        raise ValueError(f"rows of {T} positions cannot be cut into FlexAttention's tiles of {TILE}: training on a GPU "
+                         f"needs a multiple of {TILE}, for example --seq-len {-(-T // TILE) * TILE}")
+    first = torch.arange(0, T, TILE, device=lo.device)                                       # (T/128,) keys, of each column
+    last = first + TILE - 1
+    low, high = (x.view(B, T // TILE, TILE, 1) for x in (lo, hi))
+    some = ((low <= last) & (first <= high)).any(2)                                          # (B, T/128, T/128)
+    full = ((low <= first) & (last <= high)).all(2)
+    lo, hi = lo.int(), hi.int()
+
+    def look(b, head, q, k):
+        # TRAP: what this function closes over must be tensors of one shape. A number that changes with the layout, such
+        # as how many pictures there are, would compile the kernel anew for every batch.
+        return (lo[b, q] <= k) & (k <= hi[b, q])
+
+    return BlockMask.from_kv_blocks(*in_order(some & ~full), *in_order(full), BLOCK_SIZE=TILE, mask_mod=look)
+
+
+def in_order(tiles):
+    """(how many (B, 1, rows), which columns first (B, 1, rows, columns)), int32, of chosen tiles (B, rows, columns) bool."""
+    columns = tiles.int().argsort(dim=-1, descending=True, stable=True)
+    return tiles.sum(-1, dtype=torch.int32)[:, None], columns.int()[:, None]
+
+
+@functools.cache                                        # torch.compile itself costs seconds, so not before it is needed
+def fused_kernel():
+    """FlexAttention compiled, once per process. dynamic=False: one kernel per shape, and T and K do not change in a run."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend(q, k, v, mask):
+    """Attention: softmax(q k^T / sqrt(K)) v under the mask. q (B, N, T, K), k, v (B, N, keys, K) -> (B, N, T, K).
+    mask: (B, 1, T, keys) bool, or a BlockMask; the latter has no backward on CPU (torch 2.13 says so itself)."""
+    if not isinstance(mask, BlockMask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    # In a block that is being compiled, that compiler fuses the kernel; on CPU PyTorch's unfused one serves the tests.
+    fused = q.is_cuda and not torch.compiler.is_compiling()
+    return (fused_kernel() if fused else flex_attention)(q, k, v, block_mask=mask)
 
 
 def check(image_id, doc_id):

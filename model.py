@@ -27,13 +27,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention_mask import dense_mask, intervals
+from attention_mask import BlockMask, attend, dense_mask, intervals, tile_mask
 from patchify import PATCHES
 
 SIZES = {                                               # name: layers, width, heads
     "toy": (4, 128, 4), "small": (6, 128, 4),           # ours: minutes, and an hour, on two CPU cores
     "0.16b": (16, 768, 12), "0.37b": (24, 1024, 16), "0.76b": (24, 1536, 24), "1.4b": (24, 2048, 16), "7b": (32, 4096, 32)}
 #                                                         Paper Table 8
+PAPER_SIZES = tuple(size for size in SIZES if size.endswith("b"))
+PAPER_VOCABULARY = 32000 + 7                            # Llama 2's pieces, and our special tokens (data.SPECIAL)
+PAPER_LATENT = (8, 32, 32)                              # c, h, w of a picture of 256 x 256 (App. C)
+# Paper §4.1: the U-Net adds 0.27B at every size. Its +106.1% for the 0.16B model does not fit that (0.27 / 0.16 = +169%), its
+# +3.8% for the 7B does. We take the 0.27B.
+TOY_UNET, PAPER_UNET = (64, 1), (640, 12)               # channels, blocks each way
 
 
 @dataclass
@@ -46,13 +52,14 @@ class ModelConfig:
     latent: tuple = (4, 8, 8)                           # c, h, w of one latent picture
     patch: int = 2                                      # p: side of a patch in latent pixels
     encoder: str = "linear"                             # "linear" or "unet" (§4.3.3)
+    unet: tuple = TOY_UNET                              # channels and blocks of the latter
     patch_position: bool = False                        # add a learned vector per place in the picture
     context: int = 128                                  # T: the longest sequence
     bidirectional: bool = True                          # False: causal attention inside a picture too (Table 3)
     T: int = 1000                                       # diffusion steps
 
     def __post_init__(self):
-        self.latent = tuple(self.latent)
+        self.latent, self.unet = tuple(self.latent), tuple(self.unet)
         if self.width % (2 * self.heads):
             raise ValueError(f"width {self.width} must be divisible by 2 x heads (2 x {self.heads}): RoPE turns pairs")
         if self.latent[1] % self.patch or self.latent[2] % self.patch:
@@ -116,7 +123,7 @@ class Block(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = (kv[:, :, : mask.shape[-1]] for kv in cache.write(layer, pos, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)                                    # (B, N, T, K)
+        y = attend(q, k, v, mask)                                                                      # (B, N, T, K)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
         gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
@@ -129,7 +136,8 @@ class Transfusion(nn.Module):
         super().__init__()
         self.config = config
         self.words = nn.Embedding(config.vocabulary, config.width)
-        self.pictures = PATCHES[config.encoder](config.latent[0], config.patch, config.width, T=config.T)
+        body = dict(zip(("channels", "blocks"), config.unet)) if config.encoder == "unet" else {}
+        self.pictures = PATCHES[config.encoder](config.latent[0], config.patch, config.width, T=config.T, **body)
         self.place = nn.Parameter(torch.zeros(config.patches, config.width)) if config.patch_position else None
         self.blocks = nn.ModuleList([Block(config.width, config.heads) for _ in range(config.layers)])
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
@@ -161,11 +169,12 @@ class Transfusion(nn.Module):
         return (vectors if self.place is None else vectors + self.place), kept
 
     def trunk(self, x, pos, mask, cache=None):
-        """The transformer. x (B, n, D), pos (B, n) int64, mask (B, n, keys) bool -> (B, n, D). With a cache, pos also
-        says where the n new keys and values go, and the mask speaks of the cache's positions."""
+        """The transformer. x (B, n, D), pos (B, n) int64, mask (B, n, keys) bool or a BlockMask -> (B, n, D). With a
+        cache, pos also says where the n new keys and values go, and the mask speaks of the cache's positions."""
         rope = rope_tables(pos, self.config.width // self.config.heads)
+        mask = mask if isinstance(mask, BlockMask) else mask[:, None]                                  # for all N heads
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask[:, None], cache, layer, pos)
+            x = block(x, rope, mask, cache, layer, pos)
         return x
 
     def embed(self, tokens, image_id, xt, t):
@@ -181,11 +190,13 @@ class Transfusion(nn.Module):
     def forward(self, tokens, image_id, doc_id, learn, xt, t):
         """Training: (logits (n, V) at the n positions where `learn`, in reading order; output (M, c, h, w), the
         predicted noise or velocity). tokens, image_id, doc_id (B, T) int64, learn (B, T) bool; xt (M, c, h, w), t (M,).
-        Raises ValueError as `embed`."""
+        Raises ValueError as `embed`, and on a GPU in training mode as `tile_mask`: T must be a multiple of 128."""
         x, kept = self.embed(tokens, image_id, xt, t)                                                  # (B, T, D)
         lo, hi = intervals(image_id, doc_id, self.config.bidirectional)
         pos = torch.arange(tokens.shape[1], device=tokens.device) - lo                                 # within a document
-        h = self.trunk(x, pos, dense_mask(lo, hi))
+        # One mask for all layers. Flex has no backward on CPU and takes multiples of 128 only, so measuring stays dense.
+        flex = x.is_cuda and self.training
+        h = self.trunk(x, pos, tile_mask(lo, hi) if flex else dense_mask(lo, hi))
         out = self.pictures.decode(h[image_id >= 0].view(-1, self.config.patches, self.config.width), t, kept)
         return self.head(self.norm(h[learn])), out
 
@@ -226,7 +237,7 @@ def sized(size, **rest):
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}: choose from {', '.join(SIZES)}")
     layers, width, heads = SIZES[size]
-    return ModelConfig(layers=layers, width=width, heads=heads, **rest)
+    return ModelConfig(layers=layers, width=width, heads=heads, unet=PAPER_UNET if size in PAPER_SIZES else TOY_UNET, **rest)
 
 
 def count(module):
@@ -234,12 +245,18 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
+def paper_model(size, encoder="linear", patch=2):
+    """The Transfusion of a size of Table 8 with the paper's numbers, on the meta device: shapes, no memory, no time."""
+    with torch.device("meta"):
+        return Transfusion(sized(size, vocabulary=PAPER_VOCABULARY, latent=PAPER_LATENT, context=4096, encoder=encoder, patch=patch))
+
+
 if __name__ == "__main__":
-    print("size     layers  width  heads      Llama part     patch encoder (linear, 2x2)")
-    for size in SIZES:
-        with torch.device("meta"):                      # shapes only: no memory, no time
-            latent, V = ((4, 8, 8), 46) if SIZES[size][1] < 256 else ((8, 32, 32), 32000)
-            model = Transfusion(sized(size, vocabulary=V, latent=latent))
-        pictures = count(model.pictures)
+    print("size     layers  width  heads      Llama part      + linear 2x2     + U-Net 2x2          4x4          8x8")
+    for size in PAPER_SIZES:
+        model, (channels, blocks) = paper_model(size), PAPER_UNET
+        with torch.device("meta"):
+            unets = [count(PATCHES["unet"](8, p, model.config.width, channels=channels, blocks=blocks)) for p in (2, 4, 8)]
         print(f"{size:8s} {model.config.layers:5d} {model.config.width:7d} {model.config.heads:6d} "
-              f"{count(model) - pictures:16,d} {pictures:12,d}")
+              f"{count(model) - count(model.pictures):16,d} {count(model.pictures):17,d} {unets[0]:15,d} {unets[1]:12,d} {unets[2]:12,d}")
+    print(f"Words: {PAPER_VOCABULARY:,}, Llama 2's 32,000 and 7 of ours; with 32,000 the Llama part of 7b has 6,738,415,616.")

@@ -15,6 +15,8 @@ THE RULE    linear   encode: Linear( patch + time(t) )              decode: Line
 SHAPES      M pictures, latents (M, c, h, w), patch side p, P = (h/p)(w/p) patches, vectors (M, P, D); t (M,) int64
 PAPER/HERE  same: both encoders, the time added to the patch *before* the linear layer, U-Net blocks with self-attention
             inside and with plain LayerNorm where a diffusion U-Net has AdaLN; patch sides 1, 2, 4, 8.
+            our choice: the numbers of the U-Net. 640 channels and twelve blocks each way, shared by the sizes that the patch
+            side asks for (2x2: six and six; 8x8: three each), have the paper's 0.27B at every patch side and every width.
             our choice: skips, and time added inside each U-Net block (the paper is silent; LMFusion by overlapping
             authors writes Down(xt, t) and Up(h, t, h_in)).
 READ NEXT   model.py        TRY IT  python patchify.py        TEST  tests/test_patchify.py
@@ -107,13 +109,15 @@ class UNetBlock(nn.Module):
 
 class UNetPatches(nn.Module):
     """U-Net down blocks in, up blocks out, halving the size log2(p) times. c: latent channels, p: patch side (a power
-    of two), D: width of the transformer, channels: width of the U-Net, blocks: residual blocks per size."""
+    of two), D: width of the transformer, channels: width of the U-Net, blocks: residual blocks on the way down, and again
+    on the way up, shared evenly by the sizes, at least one each."""
 
     def __init__(self, c, p, D, T=1000, channels=64, blocks=1):
         super().__init__()
         levels = int(math.log2(p))
         if 2 ** levels != p:
             raise ValueError(f"the U-Net halves the size at each level, so the patch side must be a power of two, got {p}")
+        blocks = max(1, blocks // (levels + 1))         # per size: more sizes do not make more parameters
         self.time = nn.Sequential(TimeEmbedding(channels, T=T), nn.SiLU())
         self.conv_in = nn.Conv2d(c, channels, 3, padding=1)
         block = lambda c_in, level: UNetBlock(c_in, channels, channels, attention=level == levels)
