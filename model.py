@@ -65,6 +65,9 @@ class ModelConfig:
         if self.latent[1] % self.patch or self.latent[2] % self.patch:
             raise ValueError(f"latents of {self.latent[1]}x{self.latent[2]} cannot be cut into {self.patch}x{self.patch} "
                              f"patches: choose a --patch that divides both sides")
+        if self.patches + 2 > self.context:
+            raise ValueError(f"a picture of {self.patches} patches, with BOI and EOI, does not fit in a context of "
+                             f"{self.context}: raise --seq-len or --patch")
 
     @property
     def patches(self):
@@ -245,10 +248,11 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def paper_model(size, encoder="linear", patch=2):
+def paper_model(size, encoder="linear", patch=2, context=4096):
     """The Transfusion of a size of Table 8 with the paper's numbers, on the meta device: shapes, no memory, no time."""
+    shape = sized(size, vocabulary=PAPER_VOCABULARY, latent=PAPER_LATENT, context=context, encoder=encoder, patch=patch)
     with torch.device("meta"):
-        return Transfusion(sized(size, vocabulary=PAPER_VOCABULARY, latent=PAPER_LATENT, context=4096, encoder=encoder, patch=patch))
+        return Transfusion(shape)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 import data
 import evaluate
+import plan
 import scenes
 import vae as vae_module
 from diffusion import Diffusion, same_noise
@@ -94,6 +95,11 @@ PRESETS = {
     "six": dict(world="six", size="small", pairs=40000, steps=11000, seq_len=128, patch_position=True, diffusion="flow",
                 shift=3.0, save_every=1000, gap_every=500),
 }
+# ---- the paper's sizes: rows of 4096 positions; steps of 2M tokens, the flagship's of 4M (§4.1, App. B.1). `documents` are rows.
+PAPER = dict(data="shards", seq_len=4096, documents=1, accumulate=512, steps=250000, lr=3e-4, warmup=4000, ema=0.9999)
+PRESETS |= {size: dict(PAPER, size=size) for size in ("0.16b", "0.37b", "0.76b", "1.4b")}
+PRESETS["7b"] = dict(PAPER, size="7b", accumulate=1024, steps=500000)
+# ----
 AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_steps", "guidance", "sampler"}   # may change on resume
 
 
@@ -234,12 +240,13 @@ def resume_run(run, saved):
 def summarize(window, run, seconds):
     """One line of log.jsonl from the dicts of the last steps."""
     each, t = (torch.cat([w[k] for w in window]) for k in ("each", "t"))
+    speed, device = sum(w["tokens"] for w in window) / seconds, plan.device_name(next(run.model.parameters()).device)
     edges = range(0, run.diffusion.T, run.diffusion.T // 5)             # loss by noise level: the first thing to look at
     bins = [each[(t > lo) & (t <= lo + run.diffusion.T // 5)] for lo in edges]
     return {"step": run.step, "lm": sum(w["lm"] for w in window) / sum(w["words"] for w in window),
             "diffusion": each.mean().item(), "by_t": [round(b.mean().item(), 4) if len(b) else None for b in bins],
             "grad_norm": window[-1]["grad_norm"], "lr": learning_rate(run.config, run.step - 1),
-            "tokens_per_s": round(sum(w["tokens"] for w in window) / seconds)}
+            "tokens_per_s": round(speed), "mfu": plan.mfu(plan.flops_per_token(run.model), speed, device)}
 
 
 def plot_curves(log, path):
@@ -319,6 +326,7 @@ def fit(run, out, test):
                 with open(log_path, "a") as file:
                     file.write(json.dumps(row) + "\n")
                 bar.set_postfix(lm=f"{row['lm']:.3f}", diff=f"{row['diffusion']:.3f}",
+                                mfu="-" if row["mfu"] is None else f"{row['mfu']:.1%}",
                                 gap=next((f"{r['gap']:.3f}" for r in reversed(log) if "gap" in r), "-"))
                 window, began = [], time.time()
             if run.step % config.save_every == 0:
@@ -332,19 +340,24 @@ def fit(run, out, test):
 
 
 def parse_arguments(argv=None):
-    """(Config, resume, overwrite) of a command line."""
+    """(Config, resume, overwrite, None or the GPUs, MFU, device of --dry-run) of a command line."""
     parser = argparse.ArgumentParser(description="Train a Transfusion model. `python train.py` alone trains the first toy.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--preset", choices=tuple(PRESETS), help="a named set of options; default: that of --data")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt in the run's folder")
     parser.add_argument("--overwrite", action="store_true", help="start anew although the run's folder has a checkpoint")
+    parser.add_argument("--dry-run", action="store_true", help="only print what the run will cost (a paper's size; no GPU needed)")
+    parser.add_argument("--gpus", type=int, default=1, help="of --dry-run: how many")
+    parser.add_argument("--mfu", type=float, default=0.46, help="of --dry-run: share of the GPUs' peak to assume")
+    parser.add_argument("--device", default="H100", help=f"of --dry-run: {', '.join(plan.DEVICES)}")
     kinds = {f.name: type(f.default) for f in fields(Config)}
     for f in fields(Config):
         more = dict(action=argparse.BooleanOptionalAction) if kinds[f.name] is bool else dict(type=kinds[f.name], choices=f.metadata["choices"])
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} (default: {f.default})", **more)
     given = vars(parser.parse_args(argv))
-    preset, resume, overwrite = (given.pop(k) for k in ("preset", "resume", "overwrite"))
+    preset, resume, overwrite, dry = (given.pop(k) for k in ("preset", "resume", "overwrite", "dry_run"))
+    planned = tuple(given.pop(k) for k in ("gpus", "mfu", "device"))
     preset = preset or given.get("data", "scenes")
     config = Config(**{"out": f"out/{preset}", **PRESETS[preset], **given})
     for name in ("steps", "documents", "accumulate", "seq_len", "pairs", "vae_steps", "log_every", "gap_every", "save_every", "patch", "image_size"):
@@ -359,12 +372,14 @@ def parse_arguments(argv=None):
                                  f"{int(name == 'sample_steps')}, got {getattr(config, name)}")
     if not (config.shift > 0 and config.clip > 0):
         raise data.UserError("--shift and --clip must be above 0")
-    return config, resume, overwrite
+    return config, resume, overwrite, planned if dry else None
 
 
 def main(argv=None):
     """Train as the command line says; returns the report's numbers."""
-    config, resume, overwrite = parse_arguments(argv)
+    config, resume, overwrite, planned = parse_arguments(argv)
+    if planned:
+        return print("\n".join(plan.dry_run(config, *planned)))
     out, began = Path(config.out), time.time()
     if (out / "last.pt").exists() and not (resume or overwrite):
         raise data.UserError(f"{out} already holds a run: add --resume to go on with it, --overwrite to start anew, or "

@@ -68,7 +68,7 @@ def whole(tiny_vae, tmp_path_factory):
 def prepared(command, tmp_path):
     """A function: the Run at step 0 of a small configuration."""
     def build(**options):
-        config, _, _ = train.parse_arguments(command(**options))
+        config, *_ = train.parse_arguments(command(**options))
         return train.prepare(config, tmp_path / "run")
     return build
 
