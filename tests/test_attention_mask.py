@@ -3,9 +3,11 @@ import random
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_block_mask
 
 import data
-from attention_mask import dense_mask, intervals, or_mask
+from attention_mask import TILE, attend, dense_mask, intervals, or_mask, tile_mask
 
 
 def random_row(rng):
@@ -141,3 +143,96 @@ def test_wrong_shapes_raise(form, shapes):
     """A shape that broadcasts gives a mask of the wrong row without a word."""
     with pytest.raises(ValueError, match=r"\(B, T\)"):
         form(*(torch.zeros(shape, dtype=torch.long) for shape in shapes))
+
+
+# ------------------------------------------------------------------------------------------------------- FlexAttention
+def long_rows(T=384, B=2, how_many=3, seed=0):
+    """Batches (image_id, doc_id), each (B, T), of random documents end to end, with padding, pictures across tiles."""
+    rng = random.Random(seed)
+    for _ in range(how_many):
+        batch = []
+        for _ in range(B):
+            labels = []
+            for document in range(99):
+                for picture in range(rng.randint(0, 2)):
+                    labels += [(document, None)] * rng.randint(0, 20) + [(document, picture)] * rng.randint(30, 160)
+                labels += [(document, None)] * rng.randint(1, 60)
+            end = rng.randint(T // 2, T)                # the rest is padding, a document of its own
+            batch.append(to_ids(labels[:end] + [("padding", None)] * (T - end)))
+        yield tuple(torch.cat([row[k] for row in batch]) for k in (0, 1))
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_flex_is_dense(bidirectional):
+    """FlexAttention on the tiles != PyTorch's attention under the dense mask: a tile skipped that must be read, one taken
+    for full that is not, rows of the batch mixed up, spans one off. On packed and on padded rows."""
+    for image_id, doc_id in [*long_rows(), (torch.full((2, 384), -1), torch.zeros(2, 384, dtype=torch.long))]:
+        lo, hi = intervals(image_id, doc_id, bidirectional)
+        q, k, v = torch.randn(3, 2, 2, 384, 16)
+        flex, dense = attend(q, k, v, tile_mask(lo, hi)), attend(q, k, v, dense_mask(lo, hi)[:, None])
+        assert torch.allclose(flex, dense, atol=2e-6)
+
+
+def test_flex_gradients_are_dense(monkeypatch):
+    """A backward pass through other tiles than the forward pass: `from_kv_blocks` turns the lists of tiles around for it.
+    FlexAttention refuses gradients on CPU; its reference, which the GPU's kernel is made from, has them once let."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
+    image_id, doc_id = next(long_rows(seed=1))
+    lo, hi = intervals(image_id, doc_id)
+    q, k, v = torch.randn(3, 2, 2, 384, 16).requires_grad_()
+    weights, found = torch.randn(2, 2, 384, 16), []
+    for mask in (tile_mask(lo, hi), dense_mask(lo, hi)[:, None]):
+        found.append(torch.autograd.grad((attend(q, k, v, mask) * weights).sum(), (q, k, v)))
+    for flex, dense in zip(*found):
+        assert torch.allclose(flex, dense, atol=2e-5)
+
+
+def test_tiles_are_the_dense_masks():
+    """The tiles worked out from the intervals are not those of the mask: skipped, in between, full; either way around."""
+    kinds = set()
+    for image_id, doc_id in long_rows(T=512, how_many=10):
+        lo, hi = intervals(image_id, doc_id)
+        tiles, mask = dense_mask(lo, hi).unfold(1, TILE, TILE).unfold(2, TILE, TILE), tile_mask(lo, hi)
+        some, full = tiles.any(-1).any(-1), tiles.all(-1).all(-1)                           # (B, 4, 4)
+        for counts, columns, wanted in ((mask.kv_num_blocks, mask.kv_indices, some & ~full),
+                                        (mask.full_kv_num_blocks, mask.full_kv_indices, full),
+                                        (mask.q_num_blocks, mask.q_indices, (some & ~full).mT),
+                                        (mask.full_q_num_blocks, mask.full_q_indices, full.mT)):
+            for b in range(2):
+                for i in range(4):
+                    assert sorted(columns[b, 0, i, : counts[b, 0, i]].tolist()) == wanted[b, i].nonzero().flatten().tolist()
+        kinds |= set((some.int() + full.int()).flatten().tolist())
+    assert kinds == {0, 1, 2}                           # all three kinds were among them
+
+
+def test_tile_mask_is_flex_attentions_own():
+    """Our tiles against create_block_mask, which asks the rule for every pair of positions."""
+    for image_id, doc_id in long_rows(T=512, seed=2):
+        lo, hi = intervals(image_id, doc_id)
+        ours = tile_mask(lo, hi)
+        theirs = create_block_mask(ours.mask_mod, B=2, H=None, Q_LEN=512, KV_LEN=512, device="cpu")
+        assert ours.shape[0] == 2 and ours.seq_lengths == theirs.seq_lengths and ours.BLOCK_SIZE == theirs.BLOCK_SIZE
+        assert torch.equal(ours.to_dense(), theirs.to_dense())
+        for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+@pytest.mark.parametrize("T", [1, 96, 127, 129, 4000])
+def test_lengths_that_tiles_do_not_divide_raise(T):
+    """§4.13: FlexAttention on a length that is not a multiple of 128. The dense mask takes any."""
+    lo, hi = intervals(torch.full((1, T), -1), torch.zeros(1, T, dtype=torch.long))
+    assert dense_mask(lo, hi).shape == (1, T, T)
+    with pytest.raises(ValueError, match=f"rows of {T} positions .* multiple of 128, for example --seq-len {-(-T // 128) * 128}"):
+        tile_mask(lo, hi)
+
+
+def test_a_new_layout_compiles_nothing():
+    """A mask function that closes over numbers of the layout compiles the kernel anew for every batch, seconds each."""
+    torch._dynamo.reset()
+    compiled = CompileCounter()
+    kernel = torch.compile(attend, backend=compiled, dynamic=False)
+    q, k, v = torch.randn(3, 2, 2, 384, 16)
+    for n, (image_id, doc_id) in enumerate(long_rows(how_many=4, seed=3)):
+        lo, hi = intervals(image_id, doc_id)
+        assert torch.allclose(kernel(q, k, v, tile_mask(lo, hi)), attend(q, k, v, dense_mask(lo, hi)[:, None]), atol=2e-6)
+        assert compiled.frame_count == 1, f"layout {n} was compiled anew"

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import data
+from attention_mask import dense_mask, intervals, tile_mask
 from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH
 from diffusion import Diffusion
-from model import SIZES, Block, Cache, ModelConfig, Transfusion, count, losses, rope_tables, sized
+from model import (PAPER_SIZES, PAPER_VOCABULARY, SIZES, Block, Cache, ModelConfig, Transfusion, count, losses, paper_model,
+                   rope_tables, sized)
 
 WORDS = data.Words("a and blue circle red square the".split())
 LONG = ["a red circle", ("image", 0, 1000), "and a blue square", ("image", 1, 1000), "the circle"]
@@ -279,6 +282,9 @@ def test_impossible_configurations_raise():
         ModelConfig(vocabulary=9, width=30, heads=2)
     with pytest.raises(ValueError, match="latents of 4x4 cannot be cut into 3x3"):
         ModelConfig(vocabulary=9, latent=(4, 4, 4), patch=3)
+    with pytest.raises(ValueError, match="a picture of 64 patches.* does not fit in a context of 65: raise --seq-len or --patch"):
+        ModelConfig(vocabulary=9, latent=(4, 16, 16), context=65)
+    assert ModelConfig(vocabulary=9, latent=(4, 16, 16), context=66).patches == 64
     with pytest.raises(ValueError, match="choose from toy, small"):
         sized("8b", vocabulary=9)
 
@@ -335,11 +341,69 @@ def test_text_model_is_llama(make_model):
 
 def test_parameter_counts():
     """A bias, a tied embedding or another hidden size: the 7B text part is Llama 2 7B to the last parameter (Table 8)."""
-    for size in SIZES:
-        with torch.device("meta"):                      # shapes only: no memory, no time
-            model = Transfusion(sized(size, vocabulary=32000, latent=(8, 32, 32)))
-        parameters = count(model) - count(model.pictures)
+    assert PAPER_VOCABULARY == 32000 + len(data.SPECIAL)
+    for size in PAPER_SIZES:
+        model = paper_model(size)
+        layers, D, _ = SIZES[size]
+        text = count(model) - count(model.pictures) - 2 * len(data.SPECIAL) * D         # with Llama 2's 32,000 pieces alone
+        hidden = 256 * math.ceil(8 * D / 3 / 256)
+        assert text == 2 * 32000 * D + layers * (4 * D * D + 3 * D * hidden + 2 * D) + D
         if size == "7b":
-            assert parameters == 6_738_415_616
-        if size.endswith("b"):
-            assert parameters / 1e9 == pytest.approx(float(size[:-1]), rel=0.04), size
+            assert text == 6_738_415_616
+        assert text / 1e9 == pytest.approx(float(size[:-1]), rel=0.04), size
+        assert count(model.pictures) < 0.005 * count(model), "linear: below 0.5% in every configuration (§4.1)"
+
+
+def test_sizes_are_table_8s():
+    """A typing error in the table of sizes."""
+    assert {size: SIZES[size] for size in PAPER_SIZES} == {
+        "0.16b": (16, 768, 12), "0.37b": (24, 1024, 16), "0.76b": (24, 1536, 24), "1.4b": (24, 2048, 16), "7b": (32, 4096, 32)}
+
+
+@pytest.mark.parametrize("patch", [2, 4, 8])
+def test_unet_adds_the_papers_parameters(patch):
+    """Another U-Net at another width or patch side: §4.1 has the same 0.27B "across all configurations"."""
+    for size in PAPER_SIZES:
+        assert count(paper_model(size, "unet", patch).pictures) == pytest.approx(0.27e9, rel=0.05), size
+    assert count(Transfusion(sized("toy", vocabulary=9, encoder="unet")).pictures) < 1e6    # the toy keeps its own
+
+
+# ------------------------------------------------------------------------------------------------------- FlexAttention
+def test_flex_trunk_is_the_dense_trunk(make_model):
+    """Layers that read the wrong form of the mask, or a first layer that spoils it for the next."""
+    model, batch = make_model(), make_batch([LONG, SHORT, LONG], T=128)
+    lo, hi = intervals(batch.image_id, batch.doc_id)
+    x, pos = torch.randn(*batch.tokens.shape, 32), torch.arange(128) - lo
+    with torch.no_grad():
+        assert torch.allclose(model.trunk(x, pos, tile_mask(lo, hi)), model.trunk(x, pos, dense_mask(lo, hi)), atol=1e-5)
+
+
+def test_blocks_compile_once(make_model):
+    """A compile per layer or per layout: 32 layers, or every batch, times many seconds. Blocks are compiled one by one."""
+    torch._dynamo.reset()
+    model, compiled = make_model(layers=3), CompileCounter()
+    for block in model.blocks:
+        block.compile(backend=compiled, dynamic=False, fullgraph=True)  # fullgraph: no break inside a block
+    with torch.no_grad():
+        for documents in ([LONG, SHORT, LONG], [SHORT, SHORT, LONG, DROPPED], [TEXT] * 5):
+            batch = make_batch(documents, T=128)
+            assert len(batch.tokens) == 1
+            lo, hi = intervals(batch.image_id, batch.doc_id)
+            model.trunk(torch.randn(1, 128, 32), torch.arange(128) - lo, tile_mask(lo, hi))
+            assert compiled.frame_count == 1, documents
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has no backward on CPU")
+def test_flex_trains_like_dense(make_model):
+    """On a GPU, training takes FlexAttention, measuring the dense mask: both must see the same, forward and backward."""
+    found, batch = [], make_batch([LONG, SHORT, LONG], T=128)
+    inputs = [x.cuda() for x in (batch.tokens, batch.image_id, batch.doc_id, batch.learn, batch.latents, batch.t)]
+    torch.manual_seed(1)
+    model = make_model().cuda()
+    for training in (True, False):
+        logits, out = model.train(training)(*inputs)
+        found.append([logits, out, *torch.autograd.grad(logits.square().mean() + out.square().mean(), list(model.parameters()))])
+    for flex, dense in zip(*found):
+        assert torch.allclose(flex, dense, atol=1e-3, rtol=1e-2)
+    with pytest.raises(ValueError, match="multiple of 128"):
+        model.train()(*[x[:, :96] if x.ndim == 2 else x for x in inputs])

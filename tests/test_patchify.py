@@ -51,6 +51,18 @@ def test_unet_needs_a_power_of_two():
 
 
 @pytest.mark.parametrize("p", [1, 2, 4, 8])
+def test_unet_blocks_are_shared_by_the_sizes(p):
+    """A U-Net that grows by a set of blocks with each halving: 8x8 patches would have twice the parameters of 2x2."""
+    net = UNetPatches(4, p, 32, blocks=12)
+    for way in (net.down, net.up):
+        assert sum(len(blocks) for blocks in way) == 12 and len(way) == p.bit_length()
+    assert [len(blocks) for blocks in UNetPatches(4, p, 32).down] == [1] * p.bit_length()   # the toy's: one each
+    xt, t = torch.randn(2, 4, 8, 8), torch.tensor([3, 900])
+    vectors, kept = net.encode(xt, t)
+    assert vectors.shape == (2, (8 // p) ** 2, 32) and net.decode(vectors, t, kept).shape == xt.shape
+
+
+@pytest.mark.parametrize("p", [1, 2, 4, 8])
 @pytest.mark.parametrize("encoder", BOTH)
 def test_shapes(encoder, p):
     """A patch size that gives another number of vectors than positions, or a picture of another size back."""
