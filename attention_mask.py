@@ -115,8 +115,10 @@ def in_order(tiles):
 
 @functools.cache                                        # torch.compile itself costs seconds, so not before it is needed
 def fused_kernel():
-    """FlexAttention compiled, once per process. dynamic=False: one kernel per shape, and T and K do not change in a run."""
-    return torch.compile(flex_attention, dynamic=False)
+    """FlexAttention compiled, once per process. At scale B and T never change, so neither does the kernel. The toys' number
+    of rows does: PyTorch compiles a second kernel, for any B. TRAP: dynamic=False compiles one for each B, gives up after
+    eight, and goes on without a word, unfused and slow."""
+    return torch.compile(flex_attention)
 
 
 def attend(q, k, v, mask):

@@ -230,9 +230,15 @@ def test_a_new_layout_compiles_nothing():
     """A mask function that closes over numbers of the layout compiles the kernel anew for every batch, seconds each."""
     torch._dynamo.reset()
     compiled = CompileCounter()
-    kernel = torch.compile(attend, backend=compiled, dynamic=False)
+    kernel = torch.compile(attend, backend=compiled)
     q, k, v = torch.randn(3, 2, 2, 384, 16)
     for n, (image_id, doc_id) in enumerate(long_rows(how_many=4, seed=3)):
         lo, hi = intervals(image_id, doc_id)
         assert torch.allclose(kernel(q, k, v, tile_mask(lo, hi)), attend(q, k, v, dense_mask(lo, hi)[:, None]), atol=2e-6)
         assert compiled.frame_count == 1, f"layout {n} was compiled anew"
+    for B in (3, 4, 5):                                 # the toys: as many rows as the documents of a batch fill
+        image_id, doc_id = next(long_rows(B=B, seed=B))
+        lo, hi = intervals(image_id, doc_id)
+        q, k, v = torch.randn(3, B, 2, 384, 16)
+        assert torch.allclose(kernel(q, k, v, tile_mask(lo, hi)), attend(q, k, v, dense_mask(lo, hi)[:, None]), atol=2e-6)
+    assert compiled.frame_count == 2, "one kernel for the first B, one for all others"

@@ -383,7 +383,7 @@ def test_blocks_compile_once(make_model):
     torch._dynamo.reset()
     model, compiled = make_model(layers=3), CompileCounter()
     for block in model.blocks:
-        block.compile(backend=compiled, dynamic=False, fullgraph=True)  # fullgraph: no break inside a block
+        block.forward = torch.compile(block.forward, backend=compiled, fullgraph=True)      # fullgraph: no break inside
     with torch.no_grad():
         for documents in ([LONG, SHORT, LONG], [SHORT, SHORT, LONG, DROPPED], [TEXT] * 5):
             batch = make_batch(documents, T=128)

@@ -1,5 +1,9 @@
 """test_plan.py: what a run costs: against independent estimates, a FLOP counter, and what autograd really keeps."""
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -186,3 +190,23 @@ def test_impossible_plans_are_the_users_mistakes(options, words):
     with pytest.raises(ValueError, match=words):
         train.main(["--preset", "7b", "--dry-run", *options])
     assert issubclass(data.UserError, ValueError)
+
+
+# ------------------------------------------------------------------------------------------------------- the GPU's script
+def test_the_gpu_script_runs(tmp_path):
+    """A script for a machine that is not here rots unseen. On CPU its speeds mean nothing, but what must be equal is."""
+    script, out = Path(__file__).parent / "on_gpu.py", tmp_path / "gpu.json"
+    subprocess.run([sys.executable, script, "--tiny", "--device", "cpu", "--out", out], check=True, capture_output=True)
+    found = json.loads(out.read_text())["results"]
+    assert found["FlexAttention is the dense mask"]["value"] < 0.5
+    assert found["toy in bf16 against fp32"]["value"] < 1e-4            # on CPU both are float32: sharded by one = plain
+    assert found["recompiles over new layouts"]["value"] == 0
+    assert found["memory of the 7B with AdamW"]["reached"]              # its losses fall
+    assert found["kernel against causal flash"]["value"] > 0 and found["step against dense mask"]["value"] > 0
+
+
+def test_the_gpu_script_says_what_is_missing():
+    """A traceback on a machine without a GPU, or hours of the full sizes on a CPU."""
+    run = lambda *options: subprocess.run([sys.executable, Path(__file__).parent / "on_gpu.py", *options], capture_output=True, text=True)
+    failed = run("--device", "cpu")
+    assert failed.returncode == 2 and "add --tiny" in failed.stderr and "Traceback" not in failed.stderr

@@ -1,0 +1,284 @@
+"""
+on_gpu.py: everything that is claimed of a GPU, measured on one, in under ten minutes
+
+    python tests/on_gpu.py --out gpu.json                   one GPU, torch 2.11 or newer; exit status 0 if every aim is reached
+    python tests/on_gpu.py --tiny --device cpu              the same functions with tiny numbers, to see that they run
+
+Not a pytest file: pytest runs its tiny pass only (tests/test_plan.py). Each function measures one thing and returns
+(value, aim, reached, what it means). Aims are the project's own; the numbers of a machine belong into the README with its name.
+Written without a GPU at hand: nothing here has been measured yet.
+"""
+import argparse
+import functools
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data                                             # noqa: E402
+import plan                                             # noqa: E402
+import scenes                                           # noqa: E402
+import vae                                              # noqa: E402
+from attention_mask import attend, dense_mask, intervals, tile_mask     # noqa: E402
+from diffusion import Diffusion                         # noqa: E402
+from model import PAPER_LATENT, ModelConfig, Transfusion, losses, sized  # noqa: E402
+
+DIFFUSION = Diffusion()
+GiB = 2 ** 30
+FULL = dict(width=4096, heads=32, layers=6, T=4096, size="7b", words=32000, steps=10, kernel_T=1024, toy_steps=300)
+TINY = dict(width=64, heads=2, layers=2, T=1024, size="toy", words=500, steps=2, kernel_T=256, toy_steps=3)
+
+
+# ----------------------------------------------------------------------------------------------------------- what is needed
+@functools.cache
+def vocabulary(words):
+    """data.Words of that many made-up words and the special tokens."""
+    return data.Words([f"w{k}" for k in range(words)])
+
+
+def one_row(config, T, seed, documents=1):
+    """A Batch of one full row of T: documents of captions of 20 words, each with its picture. Random, and always the same."""
+    rng, words = np.random.default_rng(seed), vocabulary(config.vocabulary - len(data.SPECIAL))
+    text = lambda n: " ".join(words.words[k] for k in rng.integers(len(data.SPECIAL), len(words), n))
+    cuts = [T * k // documents for k in range(documents + 1)]
+    rows = []
+    for room in (b - a - 2 for a, b in zip(cuts, cuts[1:])):            # without BOS and EOS
+        parts, pictures = [], (room - int(rng.integers(1, 40))) // (config.patches + 22)
+        for m in range(pictures):
+            parts += [text(20), ("image", m, 1000)]
+        rows.append(data.lay_out([*parts, text(room - pictures * (config.patches + 22))], words, config.patches))
+    batch, g = data.pack(rows, T), torch.Generator().manual_seed(seed)
+    M = len(batch.images)
+    assert batch.tokens.shape == (1, T) and (batch.tokens != data.PAD).all() and M > 0
+    batch.latents, batch.eps = torch.randn(2, M, *config.latent, generator=g)
+    batch.t = torch.randint(1, 1001, (M,), generator=g)
+    return batch
+
+
+def on_one(config, device, checkpointing=False, compiled=False):
+    """The model on one device as train.py has it on many: FSDP over one, weights fp32, arithmetic bf16 on a GPU."""
+    with torch.device(device):
+        model = Transfusion(config).train()
+    for block in model.blocks:
+        if compiled:
+            block.forward = torch.compile(block.forward, backend="inductor" if device.type == "cuda" else "eager")
+        if checkpointing:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" else {}
+    how = dict(mesh=dist.init_device_mesh(device.type, (1,)), mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False, **half))
+    for module in (*model.blocks, [model.norm, model.head], model):
+        fully_shard(module, **how)
+    return model
+
+
+def adamw(model):
+    """The paper's optimizer."""
+    return torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+
+
+def step(model, optimizer, batch):
+    """One step of training; returns (LM loss per word, diffusion loss per picture)."""
+    lm, words, each = losses(model, batch, DIFFUSION)
+    (lm / words + 5 * each.sum() / max(1, len(each))).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return lm.detach() / words, each.detach().mean()
+
+
+def wait(device):
+    """Until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run, device, times, warmup=3):
+    """Seconds per call of run(k)."""
+    for k in range(warmup):
+        run(k)
+    wait(device)
+    began = time.perf_counter()
+    for k in range(times):
+        run(k)
+    wait(device)
+    return (time.perf_counter() - began) / times
+
+
+def wide(n, context=None):
+    """ModelConfig of the 7B's width with few layers: what a layer does, without the memory of all 32."""
+    return ModelConfig(vocabulary=n["words"] + len(data.SPECIAL), layers=n["layers"], width=n["width"], heads=n["heads"],
+                       latent=PAPER_LATENT, context=context or n["T"])
+
+
+# ------------------------------------------------------------------------------------------------------------ measurements
+def flex_is_dense(n, device):
+    """Outputs and gradients of FlexAttention's kernel and of the dense mask, on packed rows, float32 and bfloat16."""
+    T, worst, config = n["kernel_T"], 0.0, ModelConfig(vocabulary=n["words"] + 7, latent=(4, 16, 16), context=n["kernel_T"])
+    for dtype, scale in ((torch.float32, 1e-2), (torch.bfloat16, 4e-2)):                # what is allowed, TF32 included
+        batch = one_row(config, T, seed=1, documents=2).to(device)
+        lo, hi = intervals(batch.image_id, batch.doc_id)
+        q, k, v, weights = torch.randn(4, 1, 4, T, 64, device=device, dtype=dtype)
+        found = []
+        for mask in (tile_mask(lo, hi), dense_mask(lo, hi)[:, None]):
+            inputs = [x.clone().requires_grad_(device.type == "cuda") for x in (q, k, v)]        # no backward on CPU
+            y = attend(*inputs, mask)
+            found.append([y, *(torch.autograd.grad((y * weights).sum(), inputs) if device.type == "cuda" else [])])
+        for flex, dense in zip(*found):
+            worst = max(worst, ((flex - dense).float().norm() / dense.float().norm()).item() / scale)
+    return worst, 1.0, worst <= 1.0, "largest relative difference, in units of 0.01 (float32) or 0.04 (bfloat16)"
+
+
+def kernel_against_flash(n, device):
+    """Forward and backward of one layer's attention: FlexAttention with pictures in the row, against causal flash."""
+    T, K = n["T"], n["width"] // n["heads"]
+    batch = one_row(wide(n), T, seed=2).to(device)
+    mask = tile_mask(*intervals(batch.image_id, batch.doc_id))
+    cuda = device.type == "cuda"
+    *inputs, weights = torch.randn(4, 1, n["heads"], T, K, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
+    inputs = [x.clone().requires_grad_(cuda) for x in inputs]
+    backward = lambda y: torch.autograd.grad(y, inputs, weights) if cuda else y
+
+    def flash(_):
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+            return backward(F.scaled_dot_product_attention(*inputs, is_causal=True))
+
+    def flex(_):
+        return backward(attend(*inputs, mask))
+
+    ratio = seconds(flash, device, n["steps"]) / seconds(flex, device, n["steps"])
+    return ratio, 0.6, ratio >= 0.6, "speed of FlexAttention's kernel / of a causal flash kernel"
+
+
+def steps_of_width_7b(n, device, dense=False):
+    """(seconds per step, graphs compiled after the warm-up, the model): bf16, compiled, another layout each step."""
+    torch._dynamo.reset()
+    config = wide(n)
+    model = on_one(config, device, compiled=True)
+    optimizer, batches = adamw(model), [one_row(config, n["T"], seed=k, documents=1 + k % 3).to(device) for k in range(4)]
+    with mock.patch("model.tile_mask", dense_mask if dense else tile_mask):
+        for k in range(3):
+            step(model, optimizer, batches[k])
+        before = counters["stats"]["unique_graphs"]
+        took = seconds(lambda k: step(model, optimizer, batches[k % 4]), device, n["steps"], warmup=1)
+    return took, counters["stats"]["unique_graphs"] - before, model
+
+
+def training_speed(n, device):
+    """Three rows of the report from two models: MFU, recompiles, and the step against one with the dense mask."""
+    flex, graphs, model = steps_of_width_7b(n, device)
+    share = plan.mfu(plan.flops_per_token(model), n["T"] / flex, plan.device_name(device))
+    del model
+    dense, _, _ = steps_of_width_7b(n, device, dense=True)
+    return {"MFU, 7B's width": (share, 0.46, None if share is None else share >= 0.46, f"{n['layers']} layers, T = {n['T']}; aim at 0.5"),
+            "recompiles over new layouts": (graphs, 0, graphs == 0, "graphs compiled after the warm-up"),
+            "step against dense mask": (dense / flex, 1.4, dense / flex >= 1.4, "time with the dense mask / with FlexAttention")}
+
+
+def full_size(n, device):
+    """The whole 7B with fp32 AdamW on one GPU: does it train, and in how much memory?"""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory / GiB
+        if memory < 120:
+            return None, "102-109", None, f"skipped: needs about 110 GiB, this GPU has {memory:.0f}"
+        torch.cuda.reset_peak_memory_stats(device)
+    torch._dynamo.reset()
+    config = sized(n["size"], vocabulary=n["words"] + len(data.SPECIAL), latent=PAPER_LATENT, context=n["T"])
+    model = on_one(config, device, checkpointing=True, compiled=True)
+    optimizer, batch = adamw(model), one_row(config, n["T"], seed=5).to(device)
+    seen = [sum(loss.item() for loss in step(model, optimizer, batch)) for _ in range(4)]
+    used = torch.cuda.max_memory_allocated(device) / GiB if device.type == "cuda" else None
+    trains = all(map(math.isfinite, seen)) and seen[-1] < seen[0]
+    return used, "102-109", trains and (used is None or 102 <= used <= 109), \
+        f"GiB at most; the plan says {sum(b for _, b, _ in plan.memory(model, 1)) / GiB:.1f}; losses of one batch: " + \
+        ", ".join(f"{loss:.3f}" for loss in seen)
+
+
+def toy_in_bf16(n, device):
+    """The one-object toy, the same weights, batches and noise, in float32 and as above: do the losses stay together?"""
+    pairs = data.load_pairs("scenes", None, 32, n=512, seed=0, categories=scenes.WORLDS["one"], progress=False)
+    words = data.Words(pairs.vocabulary())
+    encoder = vae.unpack_vae(vae.load(Path(__file__).parent.parent / "assets/scenes_vae.pt", "vae"))
+    mean, _ = vae.encode_all(encoder, pairs.pixels, progress=False)
+    config = sized("toy", vocabulary=len(words), latent=tuple(mean.shape[1:]), context=128)
+    documents = data.Documents(pairs, config.patches, drop=0.1, t_limit=500)
+
+    def batch(k):
+        rng, g = np.random.default_rng([0, k]), torch.Generator().manual_seed(k)
+        made = data.pack([data.lay_out(documents.draw(rng), words, config.patches) for _ in range(32)], 128)
+        made.latents, made.eps = mean[made.images], torch.randn(len(made.images), *config.latent, generator=g)
+        made.t = 1 + (torch.rand(len(made.images), generator=g) * made.t_max).long()
+        return made.to(device)
+
+    curves = []
+    for make in (lambda: Transfusion(config).to(device).train(), lambda: on_one(config, device)):
+        torch.manual_seed(0)
+        model = make()
+        if curves:                                      # drawn on another device, the same seed gives other weights
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    p.to_local().copy_(start[name])
+        start = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
+        curves.append(torch.stack([torch.stack(step(model, optimizer, batch(k))) for k in range(n["toy_steps"])]).cpu())
+    last = [curve[-max(1, n["toy_steps"] // 4):].mean(0) for curve in curves]             # LM, diffusion
+    apart = ((last[1] - last[0]).abs() / last[0]).max().item()
+    return apart, 0.02, apart <= 0.02, f"relative, over the last quarter of {n['toy_steps']} steps; float32 " + \
+        " and ".join(f"{x:.4f}" for x in last[0]) + ", bfloat16 " + " and ".join(f"{x:.4f}" for x in last[1])
+
+
+def measure(n, device):
+    """{what: (value, aim, reached, meaning)} of everything above, printed as it comes. Small models first."""
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    found = {}
+    for name, function in (("FlexAttention is the dense mask", flex_is_dense), ("kernel against causal flash", kernel_against_flash),
+                           ("toy in bf16 against fp32", toy_in_bf16), ("training speed", training_speed),
+                           ("memory of the 7B with AdamW", full_size)):
+        began = time.time()
+        answer = function(n, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        for what, (value, aim, reached, meaning) in (answer if isinstance(answer, dict) else {name: answer}).items():
+            found[what] = dict(value=value, aim=aim, reached=reached, meaning=meaning)
+            number, verdict = "-" if value is None else f"{value:.3f}", {True: "reached", False: "NOT REACHED", None: "skipped"}[reached]
+            print(f"{what:34s} {number:>9s}   aim {aim!s:8s} {verdict:12s} {meaning}", flush=True)
+        print(f"   ({time.time() - began:.0f} s)", flush=True)
+    return found
+
+
+def main(argv=None):
+    """Measure, print, write; returns what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="write the results here, as JSON")
+    parser.add_argument("--device", default="cuda", help="cuda or cpu")
+    parser.add_argument("--tiny", action="store_true", help="tiny numbers: only to see that everything runs")
+    options = parser.parse_args(argv)
+    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise data.UserError("PyTorch finds no GPU here; --tiny --device cpu only checks that the script runs")
+    if device.type == "cpu" and not options.tiny:
+        raise data.UserError("the full sizes need a GPU: add --tiny to run on a CPU")
+    print(f"{plan.device_name(device)}, torch {torch.__version__}{', TINY: these numbers mean nothing' if options.tiny else ''}")
+    found = measure(TINY if options.tiny else FULL, device)
+    if options.out:
+        about = dict(device=plan.device_name(device), torch=torch.__version__, tiny=options.tiny)
+        Path(options.out).write_text(json.dumps({**about, "results": found}, indent=1))
+    if not options.tiny and any(row["reached"] is False for row in found.values()):
+        sys.exit(1)
+    return found
+
+
+if __name__ == "__main__":
+    data.run_command(main)
