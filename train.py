@@ -32,11 +32,11 @@ import data
 import evaluate
 import scenes
 import vae as vae_module
-from train_vae import train_vae
 from diffusion import Diffusion, same_noise
 from model import Transfusion, count, losses, sized
 from patchify import PATCHES
 from sample import Kit, save_kit
+from train_vae import train_vae
 
 
 def option(default, help, choices=None):

@@ -136,7 +136,7 @@ class Quantiser(nn.Module):
         chosen = self.codebook[codes]
         # TRAP: beta belongs to the term that moves the encoder; a much-copied implementation had it on the other one
         loss = (chosen - vectors.detach()).square().mean() + BETA * (vectors - chosen.detach()).square().mean()
-        straight = vectors + (chosen - vectors).detach()                # straight-through: the codes' values, the vectors' gradient
+        straight = vectors + (chosen - vectors).detach()                # straight-through: codes forward, gradient to vectors
         return straight.view(M, h, w, z).permute(0, 3, 1, 2), codes.view(M, h, w), loss
 
 
@@ -304,15 +304,16 @@ def grid(pictures, columns, gap=2):
 
 
 if __name__ == "__main__":
-    pictures = to_float(data.load_scenes(3, seed=1, progress=False).pixels)
     for shown in (VAEConfig(), VAEConfig(codes=512), paper(), paper(codes=16_384)):
-        with torch.device("meta"):
+        with torch.device("meta"):                      # shapes without memory: the paper's network costs nothing here
             network = VAE(shown)
-        small, name = tuple(network.encoder(torch.empty(1, 3, 256, 256, device="meta")).shape[1:]), "VQ-VAE" if shown.codes else "VAE"
-        print(f"{name:7s}{sum(p.numel() for p in network.parameters()):12,} parameters   (3, 256, 256) -> {small} -> (3, 256, 256)")
+        print(f"{'VQ-VAE' if shown.codes else 'VAE':7s}{sum(p.numel() for p in network.parameters()):11,} parameters; a picture of "
+              f"256 x 256 becomes {256 // network.f} x {256 // network.f} "
+              + (f"words out of {shown.codes:,}" if shown.codes else f"vectors of {shown.z} numbers"))
+    shipped = unpack_vae(load(Path(__file__).parent / "assets/scenes_vae.pt", "vae"))
+    pictures = to_float(data.load_scenes(3, seed=1, progress=False).pixels)
     with torch.no_grad():
-        shipped = unpack_vae(load(Path(__file__).parent / "assets/scenes_vae.pt", "vae"))
-        mean, deviation = shipped.encode(pictures)
+        mean, _ = shipped.encode(pictures)
         for noise in (0.0, 0.1, 0.5, 1.0):
             error = (shipped.decode(mean + noise * torch.randn(mean.shape)) - pictures).abs().mean() * 127.5
-            print(f"the shipped VAE: latents of deviation {mean.std():.2f}, with noise of {noise:.1f} added, draw with error {error:5.2f} of 255")
+            print(f"shipped VAE: latents of deviation {mean.std():.2f} and noise of {noise:.1f} decode with error {error:5.2f} of 255")

@@ -119,7 +119,7 @@ class SmallNet(nn.Module):
         return maps
 
 
-def train_small_net(pixels, captions, steps=300, batch=64, seed=0):
+def train_small_net(pixels, captions, steps=200, batch=64, seed=0):
     """A SmallNet that tells from a picture which words its caption has. pixels (N, h, w, c) uint8; captions: N strings.
     Returns (net, share of words told right on the last batch)."""
     rng = np.random.default_rng(seed)
@@ -324,13 +324,13 @@ class Judges(nn.Module):
 
 
 if __name__ == "__main__":
-    pairs = data.load_scenes(400, seed=0, progress=False)
-    net, right = train_small_net(pairs.pixels, pairs.captions, steps=40)
+    pairs = data.load_scenes(300, seed=0, progress=False)
+    net, right = train_small_net(pairs.pixels, pairs.captions, steps=60, batch=24)
     lpips, identity = stand_ins(net)
-    x = torch.from_numpy(pairs.pixels[:64]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = torch.from_numpy(pairs.pixels[:32]).permute(0, 3, 1, 2).float() / 127.5 - 1
     spoiled = {"itself": x, "moved by a pixel": x.roll(1, 3), "blurred": F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
                "another colour": x.roll(1, 1), "all black": torch.full_like(x, -1)}
-    print(f"a small network after 40 steps tells {right:.0%} of a caption's words; what it and L1 make of changed pictures:\n"
+    print(f"a small network after 60 steps tells {right:.0%} of a caption's words; what it and L1 make of changed pictures:\n"
           f"{'':18s}{'L1':>8s}{'LPIPS*':>8s}{'ID*':>8s}    (* the toy's stand-ins)")
     with torch.no_grad():
         for name, y in spoiled.items():
