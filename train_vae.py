@@ -55,10 +55,11 @@ class Training:
     rng: np.random.Generator                            # choice of pictures
     given: dict
     step: int = 0
-    sums: dict = field(default_factory=dict)            # of the log's terms since its last line
+    sums: dict = field(default_factory=dict)            # term: (sum, count) since the last line of the log
 
     def parts(self):
-        """What a checkpoint must hold. The frozen networks of the judges are not among it: they come from their files."""
+        """What a checkpoint must hold. The judges' frozen networks are not among it: they come from their files, and the
+        toy's is trained again, from the same seed."""
         critic = self.judges.discriminator if self.judges else None
         return [self.vae, *([critic] if critic else []), *self.optimizers]
 
@@ -71,7 +72,7 @@ def prepare_training(config, judges, given):
     optimizers = [torch.optim.AdamW(vae.parameters(), lr=given["lr"], betas=(0.9, 0.95), weight_decay=0.01)]
     if judges:
         judges.to(device)
-        if judges.discriminator:                        # our choice: less momentum, as usual for two nets that chase each other
+        if judges.discriminator:                        # our choice: less momentum, for two nets that chase each other
             optimizers.append(torch.optim.AdamW(judges.discriminator.parameters(), lr=given["lr"], betas=(0.5, 0.9)))
     return Training(vae, judges, optimizers, torch.Generator().manual_seed(given["seed"]),
                     np.random.default_rng(given["seed"]), given)
@@ -89,14 +90,15 @@ def training_step(run, pixels):
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
         if judges is None:
             recon, prior = loss_terms(vae, x, run.generator)
-            loss, terms, clip = recon + (size if vae.quantiser else given["kl_weight"]) * prior, {"L1+L2": recon / size}, size
+            loss = recon + (size if vae.quantiser else given["kl_weight"]) * prior
+            terms, clip = {"L1+L2": recon / size}, size
         else:
             drawn, prior = vae(x, run.generator)
             near, terms = judges(x, drawn, vae.decoder[-1].weight, k)
-            loss, clip = near + (1.0 if vae.quantiser else given["kl_weight"] / size) * prior, 1
+            loss, clip = near + (1.0 if vae.quantiser else given["kl_weight"] / size) * prior, 1.0
     run.optimizers[0].zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(vae.parameters(), 1.0 * clip)
+    nn.utils.clip_grad_norm_(vae.parameters(), clip)
     run.optimizers[0].step()
     if judges and judges.awake(k):
         # TRAP: the VAE's backward left gradients in the discriminator, with the wrong sign; and one that is never stepped
@@ -107,13 +109,14 @@ def training_step(run, pixels):
         terms["D"].backward()
         run.optimizers[1].step()
     for name, term in {**terms, "codebook" if vae.quantiser else "KL": prior}.items():
-        run.sums[name] = run.sums.get(name, 0) + term.detach()
+        total, n = run.sums.get(name, (0.0, 0))
+        run.sums[name] = (total + term.detach(), n + 1)
     run.step += 1
 
 
-def log_line(run, steps):
-    """The means of the loss terms over the last `steps` steps; for a VQ-VAE also which codes were used. Starts anew."""
-    row = {"step": run.step, **{name: float(total) / steps for name, total in run.sums.items()}}
+def log_line(run):
+    """The mean of each loss term since the last line; for a VQ-VAE also which codes were used. Starts anew."""
+    row = {"step": run.step, **{name: float(total) / n for name, (total, n) in run.sums.items()}}
     if run.vae.quantiser:
         row["codes_used"], row["perplexity"] = codebook_use(run.vae.quantiser.uses)
         run.vae.quantiser.uses.zero_()
@@ -133,8 +136,8 @@ def resume_training(run, out):
     saved = load(Path(out) / "last.pt", "vae training")
     for name, value in run.given.items():
         if saved["given"].get(name) != value:
-            raise data.UserError(f"{out} was begun with {name.replace('_', ' ')} {saved['given'].get(name)}, not {value}: resume "
-                                 f"with the same options, or name another folder with --out")
+            raise data.UserError(f"{out} was begun with {name.replace('_', ' ')} {saved['given'].get(name)}, not {value}: "
+                                 f"resume with the same options, or name another folder with --out")
     for part, state in zip(run.parts(), saved["parts"], strict=True):
         part.load_state_dict(state)
     run.step, run.sums, run.rng.bit_generator.state = saved["step"], saved["sums"], saved["rng"]
@@ -168,14 +171,14 @@ def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed
         resume_training(run, out)
     if log:
         log.parent.mkdir(parents=True, exist_ok=True)
-        rows = [row for row in map(json.loads, log.read_text().splitlines()) if row["step"] <= run.step] if resume and log.exists() else []
-        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = log.read_text().splitlines() if resume and log.exists() else []      # without a last one that was cut off
+        log.write_text("".join(row + "\n" for row in rows if row.endswith("}") and json.loads(row)["step"] <= run.step))
     bar = tqdm(total=steps, initial=run.step, desc="training the VAE", disable=not progress)
     while run.step < steps and not stop:
         training_step(run, pixels)
         bar.update()
         if run.step % log_every == 0 or run.step == steps:
-            row = log_line(run, run.step % log_every or log_every)
+            row = log_line(run)
             bar.set_postfix({name: f"{value:.3g}" for name, value in row.items() if name != "step"})
             if log:
                 with open(log, "a") as file:
@@ -185,7 +188,7 @@ def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed
     bar.close()
     if run.step < steps:
         return save_training(run, out) if out else None
-    return measure_latents(run.vae.cpu().eval(), pixels[:4096])
+    return measure_latents(run.vae.eval(), pixels[:4096]).cpu()
 
 
 def measure_latents(vae, pixels):
@@ -200,10 +203,15 @@ def measure_latents(vae, pixels):
     return vae
 
 
+def few_at_a_time(vae, pixels):
+    """pixels (N, h, w, c) uint8 as batches of up to 8 for the VAE."""
+    return (to_float(pixels[k: k + 8]).to(vae.shift.device) for k in range(0, len(pixels), 8))
+
+
 @torch.no_grad()
 def show_reconstructions(vae, pixels, path, columns=16):
     """Save originals above their reconstructions, enlarged; return the mean absolute error in grey levels (0-255)."""
-    drawn = np.concatenate([to_pixels(vae.reconstruct(to_float(pixels[k: k + 32]))) for k in range(0, len(pixels), 32)])
+    drawn = np.concatenate([to_pixels(vae.reconstruct(x)) for x in few_at_a_time(vae, pixels)])
     sheet = grid(np.concatenate([pixels[:columns], drawn[:columns]]), columns)
     Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), Image.Resampling.NEAREST).save(path)
     return float(np.abs(drawn.astype(int) - pixels).mean())
@@ -253,6 +261,7 @@ def main(argv=None):
     parser.add_argument("--kl-weight", type=float, default=1e-6, help="weight of the KL term; App. C has 1e-6")
     parser.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints of the training")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt in the run's folder")
+    parser.add_argument("--overwrite", action="store_true", help="start anew although the run's folder has a checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and noise")
     parser.add_argument("--out", default="out/vae", help="folder for vae.pt, reconstructions.png, log.jsonl and last.pt")
     parser.set_defaults(**preset)
@@ -263,7 +272,8 @@ def main(argv=None):
     test = data.load_pairs(args.data, args.data_dir, args.image_size, split="test", n=256, seed=args.seed)
     config.image_channels = pairs.pixels.shape[-1]
     judges, said = appoint_judges(args, pairs) if args.loss == "paper" else (None, "the toy's loss")
-    print(f"loss: {judges.describe() if judges else 'L1 + L2'} + {'codebook' if args.codes else f'{args.kl_weight:g} KL'}  ({said})")
+    print(f"loss: {judges.describe() if judges else 'L1 + L2'} + "
+          f"{'codebook' if args.codes else f'{args.kl_weight:g} KL'}  ({said})")
     began = time.time()
     with ctrl_c() as stop:
         vae = train_vae(pairs.pixels, config, args.steps, args.batch, args.lr, args.kl_weight, args.seed, judges=judges,
@@ -271,14 +281,16 @@ def main(argv=None):
     if vae is None:
         return print(f"stopped and saved in {out}/last.pt; the same command with --resume goes on from there")
     save(out / "vae.pt", pack_vae(vae))
+    vae.to("cuda" if torch.cuda.is_available() else "cpu")
     error = show_reconstructions(vae, test.pixels[:256], out / "reconstructions.png")
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {time.time() - began:.0f} s; mean error on unseen "
           f"pictures {error:.2f} of 255; wrote {out}/vae.pt and reconstructions.png")
     if args.codes:
         with torch.no_grad():
-            codes = torch.cat([vae.encode_codes(to_float(test.pixels[k: k + 32])) for k in range(0, 256, 32)])
+            codes = torch.cat([vae.encode_codes(x) for x in few_at_a_time(vae, test.pixels[:256])])
         share, perplexity = codebook_use(torch.bincount(codes.flatten(), minlength=args.codes))
-        print(f"codebook: {share:.0%} of {args.codes:,} codes used on {len(codes)} unseen pictures, perplexity {perplexity:.0f}")
+        print(f"codebook: {share:.0%} of {args.codes:,} codes used on {len(codes)} unseen pictures, perplexity "
+              f"{perplexity:.0f}")
 
 
 def check(args, config, out):
@@ -291,7 +303,8 @@ def check(args, config, out):
             raise data.UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(args, name)}")
     f = 2 ** (len(config.multipliers) - 1)
     if args.image_size % f:
-        raise data.UserError(f"--image-size must be divisible by {f}, got {args.image_size}: the latents are {f} times smaller")
+        raise data.UserError(f"--image-size must be divisible by {f}, got {args.image_size}: the latents are {f} times "
+                             f"smaller")
     if args.loss == "paper" and args.image_size < 32:
         raise data.UserError(f"--loss paper needs pictures of at least 32 pixels, got --image-size {args.image_size}: its "
                              f"networks halve them up to five times")
@@ -301,6 +314,9 @@ def check(args, config, out):
         raise data.UserError(f"{out} is a file: name another folder with --out")
     if args.resume and not (out / "last.pt").exists():
         raise data.UserError(f"there is nothing to resume: {out}/last.pt does not exist")
+    if (out / "last.pt").exists() and not (args.resume or args.overwrite):
+        raise data.UserError(f"{out} already holds a run: add --resume to go on with it, --overwrite to start anew, or name "
+                             f"another folder with --out")
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ class Quantiser(nn.Module):
         chosen = self.codebook[codes]
         # TRAP: beta belongs to the term that moves the encoder; a much-copied implementation had it on the other one
         loss = (chosen - vectors.detach()).square().mean() + BETA * (vectors - chosen.detach()).square().mean()
-        straight = vectors + (chosen - vectors).detach()                # straight-through: codes forward, gradient to vectors
+        straight = vectors + (chosen - vectors).detach()    # straight-through: codes forward, the gradient to the vectors
         return straight.view(M, h, w, z).permute(0, 3, 1, 2), codes.view(M, h, w), loss
 
 
@@ -250,9 +250,9 @@ def to_pixels(x):
 def encode_all(vae, pixels, progress=True):
     """Normalised (mean, deviation) of all pictures, each (N, z, h/f, w/f), computed once before training."""
     vae.eval()
-    device = vae.shift.device
-    parts = [[part.cpu() for part in vae.encode(to_float(pixels[k: k + 256]).to(device))]
-             for k in tqdm(range(0, len(pixels), 256), desc="encoding pictures", disable=not progress, leave=False)]
+    n = max(1, 2 ** 18 // (pixels.shape[1] * pixels.shape[2]))          # as much memory as 256 pictures of 32 x 32
+    parts = [[part.cpu() for part in vae.encode(to_float(pixels[k: k + n]).to(vae.shift.device))]
+             for k in tqdm(range(0, len(pixels), n), desc="encoding pictures", disable=not progress, leave=False)]
     return torch.cat([m for m, _ in parts]), torch.cat([s for _, s in parts])
 
 
@@ -307,8 +307,8 @@ if __name__ == "__main__":
     for shown in (VAEConfig(), VAEConfig(codes=512), paper(), paper(codes=16_384)):
         with torch.device("meta"):                      # shapes without memory: the paper's network costs nothing here
             network = VAE(shown)
-        print(f"{'VQ-VAE' if shown.codes else 'VAE':7s}{sum(p.numel() for p in network.parameters()):11,} parameters; a picture of "
-              f"256 x 256 becomes {256 // network.f} x {256 // network.f} "
+        print(f"{'VQ-VAE' if shown.codes else 'VAE':7s}{sum(p.numel() for p in network.parameters()):11,} parameters; a picture "
+              f"of 256 x 256 becomes {256 // network.f} x {256 // network.f} "
               + (f"words out of {shown.codes:,}" if shown.codes else f"vectors of {shown.z} numbers"))
     shipped = unpack_vae(load(Path(__file__).parent / "assets/scenes_vae.pt", "vae"))
     pictures = to_float(data.load_scenes(3, seed=1, progress=False).pixels)
@@ -316,4 +316,5 @@ if __name__ == "__main__":
         mean, _ = shipped.encode(pictures)
         for noise in (0.0, 0.1, 0.5, 1.0):
             error = (shipped.decode(mean + noise * torch.randn(mean.shape)) - pictures).abs().mean() * 127.5
-            print(f"shipped VAE: latents of deviation {mean.std():.2f} and noise of {noise:.1f} decode with error {error:5.2f} of 255")
+            print(f"shipped VAE: latents of deviation {mean.std():.2f} with noise of {noise:.1f} decode to an error of "
+                  f"{error:5.2f} of 255")

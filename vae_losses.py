@@ -213,7 +213,7 @@ def fill(net, found, source, what):
         if name not in found:
             raise data.UserError(f"{source} has no tensor {name!r}: is it {what}? Its first is {next(iter(found), 'none')!r}")
         if tuple(found[name].shape) != tuple(value.shape):
-            raise data.UserError(f"{source}: {name!r} is {tuple(found[name].shape)}, but {what} has {tuple(value.shape)} there")
+            raise data.UserError(f"{source}: {name!r} is {tuple(found[name].shape)}, but in {what} it is {tuple(value.shape)}")
     net.load_state_dict({name: found[name] for name in net.state_dict()})
 
 
@@ -240,14 +240,14 @@ def load_moco(path):
     found, prefix = read_tensors(path).get("state_dict"), "module.encoder_q."
     if not isinstance(found, dict) or not any(name.startswith(prefix) for name in found):
         raise data.UserError(f"{path} is not a MoCo v2 checkpoint: that has a 'state_dict' whose names begin with {prefix!r}")
-    net = ResNet50()
-    fill(net, {name[len(prefix):]: value for name, value in found.items() if name.startswith(prefix)}, path, "MoCo's ResNet-50")
+    net, found = ResNet50(), {name[len(prefix):]: value for name, value in found.items() if name.startswith(prefix)}
+    fill(net, found, path, "MoCo's ResNet-50")
     return FeatureDistance(net, cosine_weights((256, 512, 1024, 2048)))
 
 
 def stand_ins(net):
     """(LPIPS, ID) of the toy, both from one SmallNet: where things are from its first maps, what they are from its last."""
-    return FeatureDistance(net, cosine_weights((16, 32, 64, None))), FeatureDistance(net, cosine_weights((None, None, None, 64)))
+    return tuple(FeatureDistance(net, cosine_weights(widths)) for widths in ((16, 32, 64, None), (None, None, None, 64)))
 
 
 # ---------------------------------------------------------------------------------------------------------- the adversary
@@ -260,14 +260,15 @@ class PatchGAN(nn.Module):
         widths = [width * min(2 ** k, 8) for k in range(layers + 1)]
         stack = [nn.Conv2d(channels, width, 4, 2, padding=1), nn.LeakyReLU(0.2)]
         for k, (a, b) in enumerate(zip(widths, widths[1:]), 1):
-            stack += [nn.Conv2d(a, b, 4, 2 if k < layers else 1, padding=1, bias=False), nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
+            conv = nn.Conv2d(a, b, 4, 2 if k < layers else 1, padding=1, bias=False)
+            stack += [conv, nn.BatchNorm2d(b), nn.LeakyReLU(0.2)]
         self.stack = nn.Sequential(*stack, nn.Conv2d(widths[-1], 1, 4, padding=1))
         for name, weight in self.named_parameters():    # as Isola et al. begin: small, so that at first D has no opinion
             if weight.ndim == 4:
                 nn.init.normal_(weight, std=0.02)
 
     def forward(self, x):
-        return self.stack(x)
+        return self.stack(x).float()
 
 
 def hinge(real, drawn):

@@ -193,8 +193,9 @@ def test_resnet_is_the_references():
     transformers = pytest.importorskip("transformers", reason="transformers, the reference, is not installed")
     theirs = transformers.ResNetModel(transformers.ResNetConfig()).eval()
     ours, found = ResNet50().eval(), {}
-    renamed = {f"layer.{k}.convolution": f"conv{k + 1}" for k in range(3)} | {f"layer.{k}.normalization": f"bn{k + 1}" for k in range(3)}
-    renamed |= {"shortcut.convolution": "downsample.0", "shortcut.normalization": "downsample.1"}
+    renamed = {"shortcut.convolution": "downsample.0", "shortcut.normalization": "downsample.1"}
+    for k in range(3):
+        renamed |= {f"layer.{k}.convolution": f"conv{k + 1}", f"layer.{k}.normalization": f"bn{k + 1}"}
     for name, value in theirs.state_dict().items():
         if value.ndim == 1:                             # running statistics as if it had been trained
             value = torch.rand_like(value) + 0.5
@@ -222,7 +223,8 @@ def test_moco_in_its_published_format(files):
     for name, value in identity.net.state_dict().items():
         assert torch.equal(value, found["module.encoder_q." + name]), name
     x, y = pictures(2, 3, 64, 64), pictures(2, 3, 64, 64)
-    wanted = sum(1 - nn.functional.cosine_similarity(a, b).mean((1, 2)) for a, b in zip(*(identity.net(for_imagenet(z)) for z in (x, y))))
+    seen = zip(*(identity.net(for_imagenet(z)) for z in (x, y)))
+    wanted = sum(1 - nn.functional.cosine_similarity(a, b).mean((1, 2)) for a, b in seen)
     assert torch.allclose(identity(x, y), wanted / 4, rtol=1e-3) and identity(x, x).tolist() == [0, 0]
 
 
@@ -241,7 +243,8 @@ def test_wrong_lpips_files(files, which, words):
     (files / "text.pth").write_text("not weights\n")
     torch.save([1, 2], files / "list.pth")
     torch.save({"features.0.weight": torch.zeros(32, 3, 3, 3)}, files / "narrow.pth")
-    torch.save({f"lin{k}.model.1.weight": torch.zeros(1, w, 1, 1) for k, w in enumerate((64, 192, 384, 256, 256))}, files / "alex.pth")
+    alex = {f"lin{k}.model.1.weight": torch.zeros(1, w, 1, 1) for k, w in enumerate((64, 192, 384, 256, 256))}
+    torch.save(alex, files / "alex.pth")
     with pytest.raises(UserError) as mistake:
         load_lpips(",".join(str(files / name) for name in which.split(",")))
     assert all(word in str(mistake.value) for word in words) and "\n" not in str(mistake.value)
@@ -319,7 +322,7 @@ def test_the_discriminators_loss_is_its_own(judges):
     drawn = pictures(4, 3, 16, 16).requires_grad_()
     loss = judges.discriminator_loss(pictures(4, 3, 16, 16), drawn)
     loss.backward()
-    assert drawn.grad is None and all(p.grad.abs().sum() > 0 for n, p in judges.discriminator.named_parameters() if "weight" in n)
+    assert drawn.grad is None and all(p.grad.abs().sum() > 0 for p in judges.discriminator.parameters() if p.ndim == 4)
     assert loss.item() == pytest.approx(1, abs=0.2)     # no opinion yet: hinge of answers near 0
 
 
