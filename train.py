@@ -37,6 +37,7 @@ from diffusion import Diffusion, same_noise
 from model import Transfusion, count, losses, sized
 from patchify import PATCHES
 from sample import Kit, save_kit
+from train_vae import train_vae
 
 
 def option(default, help, choices=None):
@@ -151,7 +152,7 @@ def prepare(config, out):
         raise data.UserError(f"the longest document, two captions and pictures, takes {longest} positions and does not fit in "
                              f"a context of {config.seq_len}: raise --seq-len or --patch")
     if vae is None:
-        vae = vae_module.train_vae(pairs.pixels, vae_config, config.vae_steps, seed=config.seed)
+        vae = train_vae(pairs.pixels, vae_config, config.vae_steps, seed=config.seed)
         vae_module.save(out / "vae.pt", vae_module.pack_vae(vae))
     latents = vae_module.encode_all(vae, pairs.pixels)
     torch.manual_seed(config.seed)

@@ -4,32 +4,39 @@ vae.py: pictures in a small space                             (Transfusion §2.3
 THE IDEA    Pixels are wasteful: most of them can be guessed from their neighbours. A convolutional network squeezes an
             h x w picture into a latent picture f times smaller on each side, a second one draws it back, and the
             transformer only ever sees the latents. Noise on the code (a variational autoencoder) keeps the space smooth,
-            so that a slightly wrong latent still decodes to a sensible picture.
+            so that a slightly wrong latent still decodes to a sensible picture. Chameleon, the paper's rival, wants words
+            instead: its VQ-VAE is the same network with a quantiser in the middle, which replaces each place's vector by
+            the nearest of a few learnt ones, so that a picture becomes a grid of integers.
 A PICTURE   (3, 32, 32) -> encoder -> mean, log-variance (4, 8, 8) -> sample z -> decoder -> (3, 32, 32)
-                              stage: [ResBlock] x blocks, then half the size; middle: ResBlock, attention, ResBlock
-THE RULE    L = L1(x, x') + L2(x, x') + kl_weight * KL( N(mean, var) || N(0, 1) )
-            App. C has L1 + LPIPS + 0.5 GAN + 0.2 ID + 1e-6 KL. The toy's L2 stands where LPIPS does: L1 alone is content
-            with the median, and the median of a mostly black picture is black (whole objects stay missing for long).
+                                               or: vector z -> nearest code, 0 .. codes-1 (8, 8) -> its vector -> decoder
+            stage: [ResBlock] x blocks, then half the size; middle: ResBlock, attention, ResBlock
+THE RULE    z = mean + deviation * noise;   KL( N(mean, var) || N(0, 1) ) = 1/2 sum (mean^2 + var - 1 - ln var)
             latents for the transformer: (z - shift) / scale, so that each has about zero mean and unit deviation
-SHAPES      pictures (M, c, h, w) float32 in [-1, 1]; latents (M, z, h/f, w/f) float32, f = 2 ** (number of stages - 1)
-PAPER/HERE  same: the network's plan; with `paper()` it has the paper's numbers (channel 128, multipliers 1 2 4 4, z = 8).
-            our choice: the scale of the latents (the paper is silent), AdamW, sums over pixels divided by pictures.
-READ NEXT   patchify.py        TRY IT  python vae.py --data scenes        TEST  tests/test_vae.py
+            VQ-VAE: code = argmin_k |e - c_k|, and in place of the KL  mean |sg(e) - c|^2 + 0.25 mean |e - sg(c)|^2
+            (sg: no gradient; van den Oord et al. 2017, eq. 3). The rest of the loss: vae_losses.py.
+SHAPES      pictures (M, c, h, w) float32 in [-1, 1]; latents (M, z, h/f, w/f) float32, f = 2 ** (number of stages - 1);
+            codes (M, h/f, w/f) int64, 0 .. codes-1
+PAPER/HERE  same: the network's plan; with `paper()` it has the paper's numbers (channel 128, multipliers 1 2 4 4, z = 8),
+            and 83,709,419 parameters (the paper says 86M); the quantiser after a projection to z = 8, 16,384 codes.
+            our choice: the scale of the latents (the paper is silent), sums over pixels divided by pictures; codes start
+            at, and when idle for 100 steps move to, what the encoder says (else most of them are never used).
+READ NEXT   vae_losses.py, train_vae.py, patchify.py        TRY IT  python vae.py, python train_vae.py
+TEST        tests/test_vae.py
 """
-import argparse
 import os
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 import data
+
+BETA = 0.25                                             # Paper App. C: commitment
+IDLE = 100                                              # our choice: steps without use after which a code moves elsewhere
 
 
 @dataclass
@@ -41,11 +48,16 @@ class VAEConfig:
     blocks: int = 1                                     # residual blocks per stage (the decoder has one more)
     z: int = 4                                          # latent channels
     attention: bool = True                              # in the middle, at the smallest size
+    codes: int = 0                                      # 0: a VAE; else a VQ-VAE with that many codes (App. C: 16,384)
+
+    def __post_init__(self):
+        if self.codes < 0 or self.codes == 1:
+            raise data.UserError(f"a VQ-VAE needs at least 2 codes (0 means: a VAE, no codes), got {self.codes}")
 
 
-def paper():
-    """The VAEConfig of App. C: 256x256x3 to 32x32x8."""
-    return VAEConfig(channels=128, multipliers=(1, 2, 4, 4), blocks=2, z=8)
+def paper(codes=0):
+    """The VAEConfig of App. C: 256x256x3 to 32x32x8. codes: 16_384 for its VQ-VAE."""
+    return VAEConfig(channels=128, multipliers=(1, 2, 4, 4), blocks=2, z=8, codes=codes)
 
 
 def norm(channels):
@@ -85,9 +97,59 @@ def middle(c, attention):
     return [ResBlock(c, c), *([Attention(c)] if attention else []), ResBlock(c, c)]
 
 
+class Quantiser(nn.Module):
+    """(M, z, h, w) -> the same with each place's vector replaced by the nearest of `codes` learnt ones.
+    Buffers: `idle`, steps since a code was last chosen; `uses`, how often, since someone set it to 0."""
+
+    def __init__(self, codes, z):
+        super().__init__()
+        self.codebook = nn.Parameter(torch.randn(codes, z))
+        self.register_buffer("idle", torch.full((codes,), IDLE))        # so all are placed at the first training step
+        self.register_buffer("uses", torch.zeros(codes, dtype=torch.long))
+
+    @torch.no_grad()
+    def nearest(self, vectors):
+        """(n,) int64: the code nearest to each of (n, z) vectors. |e - c|^2 / 2 without |e|^2, which all codes share."""
+        with torch.autocast(vectors.device.type, enabled=False):        # in bf16 near codes would tie
+            return (self.codebook.square().sum(1) / 2 - vectors.float() @ self.codebook.T).argmin(1)
+
+    @torch.no_grad()
+    def revive(self, vectors, generator=None):
+        """Put idle codes on vectors of this batch, drawn at random. Without it a code that starts far from every vector
+        is never the nearest, so it never learns."""
+        dead = (self.idle >= IDLE).nonzero().squeeze(1)
+        drawn = torch.randint(len(vectors), (len(dead),), generator=generator).to(vectors.device)
+        self.codebook[dead], self.idle[dead] = vectors[drawn].float(), 0
+
+    def forward(self, e, generator=None):
+        """(vectors (M, z, h, w) for the decoder, codes (M, h, w), codebook loss). van den Oord et al. 2017, eq. 3.
+        generator: for reviving codes, in training."""
+        M, z, h, w = e.shape
+        vectors = e.permute(0, 2, 3, 1).reshape(-1, z)
+        if self.training:
+            self.revive(vectors, generator)
+        codes = self.nearest(vectors)
+        if self.training:
+            uses = torch.bincount(codes, minlength=len(self.codebook))
+            self.uses += uses
+            self.idle.add_(1).masked_fill_(uses > 0, 0)
+        chosen = self.codebook[codes]
+        # TRAP: beta belongs to the term that moves the encoder; a much-copied implementation had it on the other one
+        loss = (chosen - vectors.detach()).square().mean() + BETA * (vectors - chosen.detach()).square().mean()
+        straight = vectors + (chosen - vectors).detach()    # straight-through: codes forward, the gradient to the vectors
+        return straight.view(M, h, w, z).permute(0, 3, 1, 2), codes.view(M, h, w), loss
+
+
+def codebook_use(uses):
+    """(share of codes used, perplexity) of how often each was: (codes,) int. Perplexity: exp of the entropy, so that n
+    codes used equally often give n."""
+    p = uses.double() / uses.sum().clamp(min=1)
+    return (uses > 0).double().mean().item(), torch.special.entr(p).sum().exp().item()
+
+
 class VAE(nn.Module):
-    """Encoder and decoder, and the buffers `shift`, `scale` (z,) that normalise the latents, `reach`: the largest
-    normalised latent seen on training pictures, by which samplers clip."""
+    """Encoder and decoder; with config.codes a VQ-VAE. Buffers `shift`, `scale` (z,) normalise the latents; `reach`: the
+    largest normalised latent seen on training pictures, by which samplers clip."""
 
     def __init__(self, config):
         super().__init__()
@@ -100,7 +162,8 @@ class VAE(nn.Module):
             if stage < len(widths) - 1:
                 down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
         down += middle(c, config.attention)
-        down += [norm(c), nn.SiLU(), nn.Conv2d(c, 2 * config.z, 3, padding=1), nn.Conv2d(2 * config.z, 2 * config.z, 1)]
+        out = config.z if config.codes else 2 * config.z                # VQ-VAE: projected to z, else mean and log-variance
+        down += [norm(c), nn.SiLU(), nn.Conv2d(c, 2 * config.z, 3, padding=1), nn.Conv2d(2 * config.z, out, 1)]
         up = [nn.Conv2d(config.z, config.z, 1), nn.Conv2d(config.z, c, 3, padding=1)] + middle(c, config.attention)
         for stage, width in reversed(list(enumerate(widths))):
             for _ in range(config.blocks + 1):
@@ -109,6 +172,7 @@ class VAE(nn.Module):
                 up += [nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1)]
         up += [norm(c), nn.SiLU(), nn.Conv2d(c, config.image_channels, 3, padding=1)]
         self.encoder, self.decoder = nn.Sequential(*down), nn.Sequential(*up)
+        self.quantiser = Quantiser(config.codes, config.z) if config.codes else None
         self.register_buffer("shift", torch.zeros(config.z))
         self.register_buffer("scale", torch.ones(config.z))
         self.register_buffer("reach", torch.tensor(4.0))
@@ -119,14 +183,30 @@ class VAE(nn.Module):
         """How many times smaller the latents are, per side."""
         return 2 ** (len(self.config.multipliers) - 1)
 
-    def moments(self, x):
-        """Raw (mean, log-variance), each (M, z, h/f, w/f). Raises ValueError for a shape that f does not divide."""
+    def squeeze(self, x):
+        """The encoder's output. Raises ValueError for a shape that f does not divide."""
         M, c, h, w = x.shape
         if c != self.config.image_channels or h % self.f or w % self.f:
             raise ValueError(f"this VAE takes (M, {self.config.image_channels}, h, w) with h and w divisible by {self.f}, "
                              f"got {tuple(x.shape)}")
-        mean, logvar = self.encoder(x).chunk(2, dim=1)
+        return self.encoder(x)
+
+    def moments(self, x):
+        """Raw (mean, log-variance), each (M, z, h/f, w/f)."""
+        if self.quantiser:
+            raise ValueError("a VQ-VAE has no mean and variance: use encode_codes")
+        mean, logvar = self.squeeze(x).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
+
+    def forward(self, x, generator=None):
+        """(drawn, prior): the picture drawn back from a random latent of q(z | x), or from its codes, not yet clamped; and
+        the KL in nats per picture, or the codebook loss. generator: a CPU generator, so that every device sees one noise."""
+        if self.quantiser:
+            vectors, _, loss = self.quantiser(self.squeeze(x), generator)
+            return self.decoder(vectors), loss
+        mean, logvar = (part.float() for part in self.moments(x))
+        z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator).to(x.device)
+        return self.decoder(z), 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / len(x)
 
     def encode(self, x):
         """Normalised latents: (mean, deviation) of q(z | x), each (M, z, h/f, w/f)."""
@@ -137,6 +217,23 @@ class VAE(nn.Module):
     def decode(self, latents):
         """Pictures in [-1, 1] of normalised latents."""
         return self.decoder(latents * self.scale.view(1, -1, 1, 1) + self.shift.view(1, -1, 1, 1)).clamp(-1, 1)
+
+    def encode_codes(self, x):
+        """(M, h/f, w/f) int64: a picture's words, in 0 .. codes-1. In raster order: `.flatten(1)`."""
+        if not self.quantiser:
+            raise ValueError("this is a VAE, without codes: use encode, or train one with VAEConfig(codes=...)")
+        e = self.squeeze(x).permute(0, 2, 3, 1)
+        return self.quantiser.nearest(e.reshape(-1, self.config.z)).view(e.shape[:3])
+
+    def decode_codes(self, codes):
+        """Pictures in [-1, 1] of codes (M, h/f, w/f)."""
+        if codes.ndim != 3 or (len(codes) and not 0 <= codes.min() <= codes.max() < self.config.codes):
+            raise ValueError(f"wanted codes (M, h, w) between 0 and {self.config.codes - 1}, got {tuple(codes.shape)}")
+        return self.decoder(self.quantiser.codebook[codes].permute(0, 3, 1, 2)).clamp(-1, 1)
+
+    def reconstruct(self, x):
+        """Pictures in [-1, 1], drawn back as well as it can: from the mean latent, or from the codes."""
+        return self.decode_codes(self.encode_codes(x)) if self.quantiser else self.decode(self.encode(x)[0])
 
 
 def to_float(pixels):
@@ -149,51 +246,17 @@ def to_pixels(x):
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def loss_terms(vae, x, generator=None):
-    """(reconstruction, KL), each summed over a picture's elements and averaged over pictures. App. C."""
-    mean, logvar = vae.moments(x)
-    z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator, device=x.device)
-    error = vae.decoder(z) - x
-    recon = (error.abs() + error.square()).sum() / len(x)
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / len(x)
-    return recon, kl
-
-
 @torch.no_grad()
 def encode_all(vae, pixels, progress=True):
     """Normalised (mean, deviation) of all pictures, each (N, z, h/f, w/f), computed once before training."""
     vae.eval()
-    parts = [vae.encode(to_float(pixels[k: k + 256]))
-             for k in tqdm(range(0, len(pixels), 256), desc="encoding pictures", disable=not progress, leave=False)]
+    n = max(1, 2 ** 18 // (pixels.shape[1] * pixels.shape[2]))          # as much memory as 256 pictures of 32 x 32
+    parts = [[part.cpu() for part in vae.encode(to_float(pixels[k: k + n]).to(vae.shift.device))]
+             for k in tqdm(range(0, len(pixels), n), desc="encoding pictures", disable=not progress, leave=False)]
     return torch.cat([m for m, _ in parts]), torch.cat([s for _, s in parts])
 
 
-def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed=0, progress=True):
-    """A trained VAE. pixels: (N, h, w, c) uint8. Warm-up and cosine decay, then shift, scale and reach are measured."""
-    torch.manual_seed(seed)
-    generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    vae = VAE(config).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    rate = lambda k: min((k + 1) / (0.1 * steps), 0.5 + 0.5 * np.cos(np.pi * k / steps))         # warm-up, then cosine to 0
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    bar = tqdm(range(steps), desc="training the VAE", disable=not progress)
-    for _ in bar:
-        x = to_float(pixels[rng.integers(len(pixels), size=batch)]).contiguous(memory_format=torch.channels_last)
-        recon, kl = loss_terms(vae, x, generator)
-        optimizer.zero_grad(set_to_none=True)
-        (recon + kl_weight * kl).backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0 * x[0].numel())
-        optimizer.step()
-        schedule.step()
-        bar.set_postfix(L1=f"{recon.item() / x[0].numel():.4f}", KL=f"{kl.item():.0f}")
-    mean, deviation = encode_all(vae, pixels[:4096], progress=False)
-    # TRAP: diffusion assumes latents of about unit deviation; unscaled ones make the noise schedule wrong without a sign of it
-    vae.shift.copy_(mean.mean((0, 2, 3)))
-    vae.scale.copy_((mean.var((0, 2, 3)) + deviation.square().mean((0, 2, 3))).sqrt())
-    vae.reach.fill_(encode_all(vae, pixels[:4096], progress=False)[0].abs().max().item())
-    return vae.eval()
-
-
+# ------------------------------------------------------------------------------------------------------------ checkpoints
 def save(path, content):
     """Write a checkpoint so that the path holds either the old file or the whole new one, never half of one."""
     path = Path(path)
@@ -218,8 +281,8 @@ def load(path, kind):
 
 
 def pack_vae(vae):
-    """The VAE as plain data, for a checkpoint."""
-    return {"kind": "vae", "config": asdict(vae.config), "weights": vae.state_dict()}
+    """The VAE as plain data, for a checkpoint of kind "vae", or "vqvae" if it has codes."""
+    return {"kind": "vqvae" if vae.config.codes else "vae", "config": asdict(vae.config), "weights": vae.state_dict()}
 
 
 def unpack_vae(content):
@@ -240,44 +303,18 @@ def grid(pictures, columns, gap=2):
     return sheet
 
 
-@torch.no_grad()
-def show_reconstructions(vae, pixels, path, columns=16):
-    """Save originals above their reconstructions, enlarged; return the mean absolute error in grey levels (0-255)."""
-    mean, _ = vae.encode(to_float(pixels))
-    drawn = to_pixels(vae.decode(mean))
-    sheet = grid(np.concatenate([pixels[:columns], drawn[:columns]]), columns)
-    Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), Image.Resampling.NEAREST).save(path)
-    return float(np.abs(drawn.astype(int) - pixels).mean())
-
-
-def main(argv=None):
-    """Train a VAE as the command line says; save it and a picture of its reconstructions."""
-    parser = argparse.ArgumentParser(description="Train the VAE and show reconstructions.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", choices=("scenes", "mnist", "folder"), default="scenes", help="what to learn from")
-    parser.add_argument("--data-dir", help="folder of MNIST idx files, or of pictures with captions.jsonl")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels per side (scenes, folder)")
-    parser.add_argument("--steps", type=int, default=1200, help="training steps of 32 pictures")
-    parser.add_argument("--kl-weight", type=float, default=1e-6, help="weight of the KL term; App. C has 1e-6")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and noise")
-    parser.add_argument("--out", default="out/vae", help="folder for vae.pt and reconstructions.png")
-    args = parser.parse_args(argv)
-    if args.steps < 1 or args.image_size < 1 or not args.kl_weight >= 0:
-        raise data.UserError("--steps and --image-size must be at least 1, --kl-weight 0 or more")
-    if args.image_size % 4:
-        raise data.UserError(f"--image-size must be divisible by 4, got {args.image_size}: the latents are 4 times smaller")
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        raise data.UserError(f"{args.out} is a file: name another folder with --out")
-    pairs = data.load_pairs(args.data, args.data_dir, args.image_size, n=20000, seed=args.seed)
-    test = data.load_pairs(args.data, args.data_dir, args.image_size, split="test", n=256, seed=args.seed)
-    began = time.time()
-    vae = train_vae(pairs.pixels, VAEConfig(image_channels=pairs.pixels.shape[-1]), args.steps,
-                    kl_weight=args.kl_weight, seed=args.seed)
-    save(Path(args.out) / "vae.pt", pack_vae(vae))
-    error = show_reconstructions(vae, test.pixels[:256], Path(args.out) / "reconstructions.png")
-    print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {time.time() - began:.0f} s; mean error on unseen "
-          f"pictures {error:.2f} of 255; wrote {args.out}/vae.pt and reconstructions.png")
-
-
 if __name__ == "__main__":
-    data.run_command(main)
+    for shown in (VAEConfig(), VAEConfig(codes=512), paper(), paper(codes=16_384)):
+        with torch.device("meta"):                      # shapes without memory: the paper's network costs nothing here
+            network = VAE(shown)
+        print(f"{'VQ-VAE' if shown.codes else 'VAE':7s}{sum(p.numel() for p in network.parameters()):11,} parameters; a picture "
+              f"of 256 x 256 becomes {256 // network.f} x {256 // network.f} "
+              + (f"words out of {shown.codes:,}" if shown.codes else f"vectors of {shown.z} numbers"))
+    shipped = unpack_vae(load(Path(__file__).parent / "assets/scenes_vae.pt", "vae"))
+    pictures = to_float(data.load_scenes(3, seed=1, progress=False).pixels)
+    with torch.no_grad():
+        mean, _ = shipped.encode(pictures)
+        for noise in (0.0, 0.1, 0.5, 1.0):
+            error = (shipped.decode(mean + noise * torch.randn(mean.shape)) - pictures).abs().mean() * 127.5
+            print(f"shipped VAE: latents of deviation {mean.std():.2f} with noise of {noise:.1f} decode to an error of "
+                  f"{error:5.2f} of 255")

@@ -19,12 +19,13 @@ import evaluate
 import sample
 import scenes
 import train
+import train_vae
 import vae as vae_module
 from diffusion import Diffusion
 from model import Transfusion, sized
 
 ROOT = Path(__file__).resolve().parents[1]
-MAINS = {"sample.py": sample.main, "train.py": train.main, "evaluate.py": evaluate.main, "vae.py": vae_module.main}
+MAINS = {"sample.py": sample.main, "train.py": train.main, "evaluate.py": evaluate.main, "train_vae.py": train_vae.main}
 
 
 @pytest.fixture(scope="session")
@@ -173,11 +174,11 @@ def test_captions_file(capsys, monkeypatch, tmp_path, shelf, last, words):
 def test_too_few_pictures(capsys, monkeypatch, tmp_path, shelf):
     """Catches a data set without a test split that is found out after the VAE has been trained."""
     folder_of_pictures(tmp_path, n=3)
-    monkeypatch.setattr(vae_module, "train_vae", lambda *a, **k: pytest.fail("trained a VAE first"))
+    monkeypatch.setattr(train, "train_vae", lambda *a, **k: pytest.fail("trained a VAE first"))
     mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--data", "folder", "--data-dir", tmp_path], "at least ten")
 
 
-@pytest.mark.parametrize("program", ["train.py", "vae.py"])
+@pytest.mark.parametrize("program", ["train.py", "train_vae.py"])
 def test_out_is_a_file(capsys, monkeypatch, tmp_path, shelf, program):
     """Catches a run that fails at its end because it cannot write, and a file of the user's that is overwritten."""
     (tmp_path / "run").write_text("precious")
@@ -206,10 +207,10 @@ def test_resume_with_a_changed_option(capsys, monkeypatch, tmp_path, shelf):
 
 
 @pytest.mark.parametrize("program, arguments, words", [
-    ("vae.py", ["--steps", "0", "--out", "run"], ["--steps"]),
-    ("vae.py", ["--image-size", "33", "--steps", "2", "--out", "run"], ["divisible by 4"]),
-    ("vae.py", ["--data", "folder", "--data-dir", "absent", "--out", "run"], ["captions.jsonl"]),
-    ("vae.py", ["--kl-weight", "-1", "--steps", "2", "--out", "run"], ["--kl-weight"]),
+    ("train_vae.py", ["--steps", "0", "--out", "run"], ["--steps"]),
+    ("train_vae.py", ["--image-size", "33", "--steps", "2", "--out", "run"], ["divisible by 4"]),
+    ("train_vae.py", ["--data", "folder", "--data-dir", "absent", "--out", "run"], ["captions.jsonl"]),
+    ("train_vae.py", ["--kl-weight", "-1", "--steps", "2", "--out", "run"], ["--kl-weight"]),
     ("evaluate.py", ["--n", "0"], ["--n"]),
     ("evaluate.py", ["--guidance", "-1"], ["--guidance"]),
     ("evaluate.py", ["--sampler", "euler"], ["euler", "ddpm"]),
@@ -232,7 +233,7 @@ def test_vae_and_evaluate(capsys, monkeypatch, tmp_path, shelf, program, argumen
     ("sample.py", ["a purple circle", "--checkpoint", "MODEL"], ["'purple'"]),
     ("train.py", ["--steps", "0"], ["--steps"]),
     ("evaluate.py", ["--checkpoint", "absent.pt"], ["absent.pt"]),
-    ("vae.py", ["--data", "folder"], ["--data-dir"])], ids=lambda v: v if isinstance(v, str) else "")
+    ("train_vae.py", ["--data", "folder"], ["--data-dir"])], ids=lambda v: v if isinstance(v, str) else "")
 def test_real_command_lines(tmp_path, shelf, program, arguments, words):
     """Catches a program that is not run through `run_command`, or needs to be started in its own folder."""
     arguments = [str(shelf / "model.pt") if a == "MODEL" else a for a in arguments]

@@ -1,8 +1,8 @@
 """
 test_vae.py: the small space and its checkpoints                                       (vae.py; Transfusion App. C; PAPER §4.11)
 
-Shapes and the paper's size; the loss against formulas that others wrote; latents that arrive at unit deviation; and files
-that are never half written, nor read if they are something else.
+Shapes and the paper's size; latents that arrive at unit deviation; a quantiser against brute force and against its loss
+written out by hand; and files that are never half written, nor read if they are something else.
 """
 import os
 from pathlib import Path
@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Normal, kl_divergence
 
 import data
 import vae as vae_module
 from data import UserError
-from vae import VAE, VAEConfig, encode_all, load, loss_terms, pack_vae, save, to_float, to_pixels, train_vae, unpack_vae
+from train_vae import train_vae
+from vae import (IDLE, VAE, Quantiser, VAEConfig, codebook_use, encode_all, load, pack_vae, save, to_float, to_pixels,
+                 unpack_vae)
 
 TINY = VAEConfig(channels=8, multipliers=(1, 2, 2), z=4)
 
@@ -75,44 +76,6 @@ def test_pixels_and_floats(shape):
     assert to_pixels(torch.tensor([-3.0, 3.0]).view(1, 1, 1, 2)).tolist() == [[[[0], [255]]]]
 
 
-# ----------------------------------------------------------------------------------------------------------------- losses
-def test_loss_terms(pictures):
-    """Catches a wrong KL (log-variance taken for deviation, a lost half), means where sums are meant, a decoder fed the mean."""
-    vae, x = VAE(TINY), to_float(pictures[:6])
-    with torch.no_grad():
-        recon, kl = loss_terms(vae, x, torch.Generator().manual_seed(3))
-        mean, logvar = vae.moments(x)
-        q = Normal(mean, (0.5 * logvar).exp())
-        assert kl.item() == pytest.approx(kl_divergence(q, Normal(0.0, 1.0)).sum().item() / 6, rel=1e-5)
-        z = mean + q.stddev * torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
-        error = vae.decoder(z) - x
-        assert recon.item() == pytest.approx((error.abs().sum() + (error ** 2).sum()).item() / 6, rel=1e-5)
-
-
-def test_loss_falls(pictures, trained):
-    """PAPER §4.11, a VAE that does not learn: catches an optimizer or a schedule that never moves a weight."""
-    torch.manual_seed(1)
-    fresh, x = VAE(TINY), to_float(pictures[:64])
-    with torch.no_grad():
-        before, after = (loss_terms(vae, x, torch.Generator().manual_seed(0))[0].item() for vae in (fresh, trained))
-    assert after < 0.6 * before
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20])
-def test_any_number_of_steps(pictures, steps):
-    """Catches a schedule that divides by zero for some numbers of steps."""
-    train_vae(pictures[:8], VAEConfig(channels=4, multipliers=(1, 1), z=2), steps=steps, batch=2, progress=False)
-
-
-def test_training_repeats(pictures):
-    """Catches global random numbers: `python train.py` would not repeat itself."""
-    config = VAEConfig(channels=4, multipliers=(1, 1), z=2)
-    one = train_vae(pictures[:32], config, steps=3, batch=4, seed=5, progress=False)
-    torch.rand(7), np.random.rand(7)
-    two = train_vae(pictures[:32], config, steps=3, batch=4, seed=5, progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
-
-
 # ---------------------------------------------------------------------------------------------------------------- latents
 @torch.no_grad()
 def test_latents_have_unit_deviation(pictures, trained):
@@ -146,6 +109,122 @@ def test_encode_all_encodes_all(pictures, trained):
     assert torch.allclose(mean[200:], mean[:90], atol=1e-4)
     with torch.no_grad():
         assert torch.allclose(mean[283], trained.encode(to_float(many[283:284]))[0][0], atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------------------- quantiser
+@pytest.fixture
+def vq():
+    """A VQ-VAE whose codes lie where its encoder's output does, so that many of them are used."""
+    vae = VAE(VAEConfig(channels=8, multipliers=(1, 2, 2), z=4, codes=40)).train()
+    vae(torch.rand(4, 3, 16, 16) * 2 - 1)               # one training step's look places the codes
+    return vae.eval()
+
+
+def test_the_papers_vqvae():
+    """App. C: same network but for the projection to 8 dimensions, and 16,384 codes. Catches a codebook of another width."""
+    with torch.device("meta"):
+        vae = VAE(vae_module.paper(codes=16_384))
+    assert vae.quantiser.codebook.shape == (16_384, 8)
+    projection = 16 * 8 + 8 - (16 * 16 + 16)            # a 1x1 convolution to 8 channels, not to mean and log-variance
+    assert sum(p.numel() for p in vae.parameters()) == 83_709_419 + projection + 16_384 * 8
+
+
+def test_nearest_is_the_nearest():
+    """Catches a forgotten |c|^2 (the longest code wins then), a sign, or a codebook transposed."""
+    quantiser, vectors = Quantiser(50, 3), torch.randn(400, 3)
+    quantiser.codebook.data *= torch.linspace(0.1, 3, 50)[:, None]
+    wanted = (vectors[:, None] - quantiser.codebook[None]).square().sum(2).argmin(1)
+    assert torch.equal(quantiser.nearest(vectors), wanted) and len(wanted.unique()) > 20
+
+
+def test_straight_through():
+    """Catches a gradient that stops at the quantiser, or passes it changed: d out / d e must be the identity, though out is
+    made of codes alone."""
+    quantiser, e = Quantiser(10, 4).eval(), torch.randn(2, 4, 3, 5, requires_grad=True)
+    out, codes, _ = quantiser(e)
+    assert torch.allclose(out, quantiser.codebook[codes].permute(0, 3, 1, 2), atol=1e-6) and not torch.allclose(out, e, atol=0.1)
+    weight = torch.randn_like(out)
+    (out * weight).sum().backward()
+    assert torch.equal(e.grad, weight) and quantiser.codebook.grad is None
+
+
+def test_codebook_loss_by_hand():
+    """van den Oord et al. eq. 3 with beta = 0.25. Catches beta on the codebook's term, a lost stop-gradient, sums for means."""
+    quantiser = Quantiser(2, 2).eval()
+    quantiser.codebook.data = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+    places = torch.tensor([[0.1, 0.3], [0.7, 1.0]])     # two places, two numbers each
+    e = places.T.reshape(1, 2, 1, 2).clone().requires_grad_()
+    _, codes, loss = quantiser(e)
+    chosen = quantiser.codebook.detach()[codes.flatten()]
+    loss.backward()
+    assert codes.flatten().tolist() == [0, 1]
+    assert loss.item() == pytest.approx(1.25 * (places - chosen).square().mean().item())
+    assert torch.allclose(quantiser.codebook.grad, 2 * (chosen - places) / 4)
+    assert torch.allclose(e.grad[0, :, 0].T, 0.25 * 2 * (places - chosen) / 4)
+
+
+@torch.no_grad()
+def test_codes_there_and_back(vq):
+    """Catches rows taken for columns, and a sampler that decodes something else than what was trained."""
+    x = torch.rand(3, 3, 16, 24) * 2 - 1
+    codes = vq.encode_codes(x)
+    assert codes.shape == (3, 4, 6) and codes.dtype == torch.int64 and len(codes.unique()) > 5
+    drawn = vq(x)[0].clamp(-1, 1)
+    assert torch.allclose(vq.decode_codes(codes), drawn, atol=1e-5) and torch.equal(vq.reconstruct(x), vq.decode_codes(codes))
+    assert not torch.allclose(vq.decode_codes(codes.roll(1, 2)), drawn, atol=1e-3)
+
+
+def test_idle_codes_move_to_where_the_encoder_speaks():
+    """Catches codes that stay dead, live codes that are moved, and a codebook that changes while evaluating."""
+    quantiser, e = Quantiser(20, 3), torch.randn(2, 3, 4, 4)
+    places = e.permute(0, 2, 3, 1).reshape(-1, 3)
+    before = quantiser.codebook.detach().clone()
+    quantiser.eval()(e)
+    assert torch.equal(quantiser.codebook, before) and quantiser.idle.eq(IDLE).all() and not quantiser.uses.any()
+    quantiser.train()
+    quantiser.idle[:] = 0
+    quantiser.idle[[3, 7]] = IDLE
+    _, codes, _ = quantiser(e, torch.Generator().manual_seed(0))
+    moved = (quantiser.codebook != before).any(1).nonzero().flatten().tolist()
+    assert moved == [3, 7] and all((places == quantiser.codebook[k]).all(1).any() for k in moved)
+    assert torch.equal(quantiser.uses, torch.bincount(codes.flatten(), minlength=20))
+    assert ((quantiser.idle == 0) == (quantiser.uses > 0)).all() and quantiser.idle.max() == 1
+
+
+def test_codebook_use_by_hand():
+    """Catches an entropy in bits, a share of the used codes only, and NaN where nothing was counted."""
+    assert codebook_use(torch.tensor([5, 5, 0, 0, 5, 5])) == pytest.approx((4 / 6, 4.0))
+    share, perplexity = codebook_use(torch.tensor([3, 1]))
+    assert perplexity == pytest.approx(np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))) and share == 1
+    assert codebook_use(torch.zeros(4, dtype=torch.long))[0] == 0
+
+
+@torch.no_grad()
+def test_one_is_not_the_other(vq):
+    """Catches a VQ-VAE whose codes are used as a VAE's mean, and codes that are none (torch would take -1 for the last)."""
+    with pytest.raises(ValueError, match="encode_codes"):
+        vq.encode(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(ValueError, match="without codes"):
+        VAE(TINY).encode_codes(torch.zeros(1, 3, 16, 16))
+    for wrong in (torch.full((1, 2, 2), 40), torch.full((1, 2, 2), -1), torch.zeros(4, dtype=torch.long)):
+        with pytest.raises(ValueError, match="between 0 and 39"):
+            vq.decode_codes(wrong)
+
+
+@pytest.mark.parametrize("codes", [1, -5])
+def test_too_few_codes(codes):
+    """Catches a codebook that says nothing."""
+    with pytest.raises(UserError, match="at least 2"):
+        VAEConfig(codes=codes)
+
+
+def test_a_vqvae_has_a_kind_of_its_own(tmp_path, vq):
+    """Catches a VQ-VAE given to train.py as its VAE: the sentence names both. And a codebook that is not saved."""
+    save(tmp_path / "vae.pt", pack_vae(vq))
+    with pytest.raises(UserError, match="'vqvae'.*'vae'"):
+        load(tmp_path / "vae.pt", "vae")
+    again, x = unpack_vae(load(tmp_path / "vae.pt", "vqvae")), torch.rand(2, 3, 16, 16)
+    assert torch.equal(again.encode_codes(x), vq.encode_codes(x)) and again.config == vq.config
 
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints
@@ -223,13 +302,3 @@ def test_grid():
         y, x = 2 + (k // 3) * 6, 2 + (k % 3) * 8
         assert (sheet[y: y + 4, x: x + 6] == k + 1).all()
     assert (sheet[-6:, -8:] == 96).all()
-
-
-def test_main_writes_a_vae_and_reconstructions(tmp_path, capsys, monkeypatch):
-    """Catches a command line that trains and then loses the result."""
-    load_pairs = data.load_pairs
-    monkeypatch.setattr(data, "load_pairs", lambda *args, n, **more: load_pairs(*args, n=20, **more))
-    vae_module.main(["--steps", "3", "--out", str(tmp_path / "run")])
-    vae = unpack_vae(load(tmp_path / "run/vae.pt", "vae"))
-    assert vae.config.image_channels == 3 and (tmp_path / "run/reconstructions.png").stat().st_size > 1000
-    assert "mean error" in capsys.readouterr().out

@@ -1,0 +1,291 @@
+"""
+test_train_vae.py: two networks learn against each other           (train_vae.py; Transfusion App. C; PAPER §4.11)
+
+The loss against formulas that others wrote; a discriminator that takes steps of its own, with gradients of its own, from its
+step on; a run that is stopped and resumed and is the same run; and a command line that says what is on.
+"""
+import argparse
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+import data
+import train_vae as training
+import vae_losses
+from data import UserError
+from train_vae import ctrl_c, loss_terms, prepare_training, resume_training, save_training, train_vae, training_step
+from vae import VAE, VAEConfig, load, to_float, unpack_vae
+from vae_losses import Judges, PatchGAN, SmallNet, stand_ins
+
+TINY = VAEConfig(channels=8, multipliers=(1, 2, 2), z=4)
+SMALL = dict(channels=4, multipliers=(1, 1), z=2)       # as small as it gets
+OPTIONS = dict(steps=6, batch=4, lr=2e-3, kl_weight=1e-6, seed=0)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """(100, 32, 32, 3) uint8: small scenes."""
+    return data.load_scenes(100, 0, progress=False).pixels
+
+
+def make_judges(gan_start=2):
+    """All of App. C's judges, small and untrained, the same each time."""
+    torch.manual_seed(3)
+    return Judges(*stand_ins(SmallNet(5)), PatchGAN(width=8, layers=2), gan_start)
+
+
+def weights(module):
+    """A copy of a module's parameters, in one vector."""
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+# ----------------------------------------------------------------------------------------------------------------- losses
+def test_loss_terms(pictures):
+    """Catches a wrong KL (log-variance taken for deviation, a lost half), means where sums are meant, a decoder fed the mean."""
+    vae, x = VAE(TINY), to_float(pictures[:6])
+    with torch.no_grad():
+        recon, kl = loss_terms(vae, x, torch.Generator().manual_seed(3))
+        mean, logvar = vae.moments(x)
+        q = Normal(mean, (0.5 * logvar).exp())
+        assert kl.item() == pytest.approx(kl_divergence(q, Normal(0.0, 1.0)).sum().item() / 6, rel=1e-5)
+        z = mean + q.stddev * torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
+        error = vae.decoder(z) - x
+        assert recon.item() == pytest.approx((error.abs().sum() + (error ** 2).sum()).item() / 6, rel=1e-5)
+
+
+def test_loss_falls(pictures):
+    """PAPER §4.11, a VAE that does not learn: catches an optimizer or a schedule that never moves a weight."""
+    trained = train_vae(pictures, TINY, steps=20, batch=8, seed=1, progress=False)
+    torch.manual_seed(1)
+    fresh, x = VAE(TINY), to_float(pictures[:32])
+    with torch.no_grad():
+        before, after = (loss_terms(vae, x, torch.Generator().manual_seed(0))[0].item() for vae in (fresh, trained))
+    assert after < 0.7 * before
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10])
+def test_any_number_of_steps(pictures, steps):
+    """Catches a schedule that divides by zero for some numbers of steps."""
+    train_vae(pictures[:8], VAEConfig(channels=4, multipliers=(1, 1), z=2), steps=steps, batch=2, progress=False)
+
+
+def test_training_repeats(pictures):
+    """Catches global random numbers: `python train.py` would not repeat itself."""
+    config = VAEConfig(channels=4, multipliers=(1, 1), z=2)
+    one = train_vae(pictures[:32], config, steps=3, batch=4, seed=5, progress=False)
+    torch.rand(7), np.random.rand(7)
+    two = train_vae(pictures[:32], config, steps=3, batch=4, seed=5, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
+
+
+# ------------------------------------------------------------------------------------------------------- the second player
+@pytest.mark.parametrize("codes", [0, 12])
+def test_the_discriminator_steps_from_its_step_on(pictures, codes):
+    """PAPER §4.11, a discriminator that is never stepped: catches it, and one that is stepped before it judges."""
+    run = prepare_training(VAEConfig(**SMALL, codes=codes), make_judges(gan_start=2), OPTIONS)
+    critic = run.judges.discriminator
+    for step in range(4):
+        before, drawing = weights(critic), weights(run.vae)
+        training_step(run, pictures)
+        assert torch.equal(before, weights(critic)) == (step < 2), step
+        assert not torch.equal(drawing, weights(run.vae)) and run.step == step + 1
+
+
+def test_the_discriminators_gradient_is_its_own(pictures):
+    """TRAP: the VAE's backward leaves gradients in the discriminator that would teach it to be fooled. Its step must use the
+    hinge's gradient alone, of this batch and of the reconstructions of this step."""
+    run, seen = prepare_training(VAEConfig(**SMALL), make_judges(gan_start=0), OPTIONS), {}
+    critic, hinge_loss = run.judges.discriminator, run.judges.discriminator_loss
+
+    def watched(x, drawn):
+        loss = hinge_loss(x, drawn)
+        seen["wanted"] = torch.autograd.grad(loss, list(critic.parameters()), retain_graph=True)
+        seen["drawn"], seen["real"] = drawn, x
+        return loss
+
+    run.judges.discriminator_loss = watched
+    for _ in range(2):
+        training_step(run, pictures)
+    assert all(torch.allclose(p.grad, wanted, rtol=1e-4, atol=1e-8) for p, wanted in zip(critic.parameters(), seen["wanted"]))
+    assert seen["drawn"].requires_grad and not torch.equal(seen["drawn"], seen["real"])
+
+
+def test_before_its_step_nothing_is_changed_by_it(pictures):
+    """App. C: catches a discriminator that is felt before its step, through the loss, the random numbers or the schedule."""
+    without = Judges(*stand_ins(make_judges().lpips.net))
+    one = train_vae(pictures, VAEConfig(**SMALL), 4, batch=4, judges=make_judges(gan_start=4), progress=False)
+    two = train_vae(pictures, VAEConfig(**SMALL), 4, batch=4, judges=without, progress=False)
+    three = train_vae(pictures, VAEConfig(**SMALL), 4, batch=4, judges=make_judges(gan_start=3), progress=False)
+    assert torch.equal(weights(one), weights(two)) and not torch.equal(weights(one), weights(three))
+
+
+@pytest.mark.parametrize("judged", [False, True], ids=["toy", "paper"])
+def test_the_prior_counts(pictures, judged):
+    """The fifth term. Catches a KL that is logged and not added, and 1e-6 of a KL that is not a sum over the latent: the
+    gradient must change by exactly weight times that of the KL in nats (per picture's elements, in App. C's means)."""
+    x, gradients = pictures[:4], []
+    for kl_weight in (0.0, 10.0):
+        given = {**OPTIONS, "kl_weight": kl_weight, "lr": 0.0}
+        run = prepare_training(VAEConfig(**SMALL), make_judges(9) if judged else None, given)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
+            training_step(run, x)
+        gradients.append(torch.cat([p.grad.flatten() for p in run.vae.encoder.parameters()]))
+    again = prepare_training(VAEConfig(**SMALL), None, OPTIONS)
+    chosen = to_float(x[again.rng.integers(4, size=4)])
+    _, kl = again.vae(chosen, again.generator)
+    wanted = torch.cat([g.flatten() for g in torch.autograd.grad(kl, list(again.vae.encoder.parameters()))])
+    wanted = 10.0 * wanted / (chosen[0].numel() if judged else 1)
+    assert torch.allclose(gradients[1] - gradients[0], wanted, rtol=1e-2, atol=1e-3 * wanted.abs().max())
+
+
+def test_a_vqvae_learns(pictures):
+    """Catches a codebook left where it began, a loss that does not fall, and a codebook loss that is not asked for."""
+    run = prepare_training(VAEConfig(**SMALL, codes=16), None, {**OPTIONS, "steps": 40, "lr": 1e-2})
+    training_step(run, pictures)
+    first, book = training.log_line(run), run.vae.quantiser.codebook.detach().clone()
+    while run.step < 40:
+        training_step(run, pictures)
+    row = training.log_line(run)
+    assert row["L1+L2"] < 0.7 * first["L1+L2"] and row["codebook"] > 0
+    assert not torch.allclose(book, run.vae.quantiser.codebook, atol=1e-3)
+    assert 0 < row["codes_used"] <= 1 <= row["perplexity"] <= 16 and not run.vae.quantiser.uses.any()
+
+
+# ------------------------------------------------------------------------------------------------------------------ resume
+@pytest.mark.parametrize("codes", [0, 12])
+@pytest.mark.parametrize("judged", [False, True], ids=["toy", "paper"])
+def test_resumed_is_uninterrupted(pictures, tmp_path, codes, judged):
+    """Catches whatever a checkpoint forgets: an optimizer, the discriminator, its BatchNorm, random numbers, the sums of the
+    log. Stopped in the middle of a line of the log, after the discriminator has begun."""
+    config = VAEConfig(**SMALL, codes=codes)
+    options = dict(steps=6, batch=4, log_every=2, progress=False)
+    whole = train_vae(pictures, config, judges=judges_if(judged), out=tmp_path / "whole", **options)
+
+    class AfterThree:
+        calls = 0
+
+        def __bool__(self):
+            self.calls += 1
+            return self.calls > 3
+
+    assert train_vae(pictures, config, judges=judges_if(judged), out=tmp_path / "two", stop=AfterThree(), **options) is None
+    torch.rand(5), np.random.rand(5)
+    judges = judges_if(judged)
+    resumed = train_vae(pictures, config, judges=judges, out=tmp_path / "two", resume=True, **options)
+    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    one, two = ((tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "two"))
+    assert one == two and [json.loads(row)["step"] for row in one] == [2, 4, 6]
+    last = [load(tmp_path / name / "last.pt", "vae training")["parts"] for name in ("whole", "two")]
+    assert len(last[0]) == (4 if judged else 2)
+    for a, b in zip(*(torch.utils._pytree.tree_leaves(parts) for parts in last), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def judges_if(judged):
+    return make_judges() if judged else None
+
+
+def test_resume_with_other_options(pictures, tmp_path):
+    """Catches a resume that mixes two runs. The sentence names the option and both values; the checkpoint stays."""
+    run = prepare_training(VAEConfig(**SMALL), None, OPTIONS)
+    training_step(run, pictures)
+    save_training(run, tmp_path)
+    kept = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(UserError, match="lr 0.002, not 0.5"):
+        resume_training(prepare_training(VAEConfig(**SMALL), None, {**OPTIONS, "lr": 0.5}), tmp_path)
+    with pytest.raises(UserError, match="loss L1 .* L2, not L1 .* ID"):
+        for judges in (None, make_judges()):
+            train_vae(pictures, VAEConfig(**SMALL), 4, batch=4, judges=judges, out=tmp_path / "x", resume=bool(judges),
+                      progress=False)
+    assert (tmp_path / "last.pt").read_bytes() == kept
+
+
+def test_ctrl_c_waits_for_the_step():
+    """Catches a step torn apart by Ctrl-C, a program that cannot be stopped, and a signal handler left behind."""
+    before = signal.getsignal(signal.SIGINT)
+    with ctrl_c() as pressed:
+        assert not pressed
+        os.kill(os.getpid(), signal.SIGINT)
+        assert pressed
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# ------------------------------------------------------------------------------------------------------------ command line
+@pytest.fixture
+def few(monkeypatch):
+    """Little data, whatever is asked for, and a stand-in that has learnt little."""
+    load_pairs, train_small_net = data.load_pairs, vae_losses.train_small_net
+    monkeypatch.setattr(vae_losses, "train_small_net", lambda *a, seed: train_small_net(*a, steps=2, batch=4, seed=seed))
+    monkeypatch.setattr(data, "load_pairs", lambda *args, n, **more: load_pairs(*args, n=20, **more))
+
+
+def test_main_writes_a_vae_and_reconstructions(tmp_path, capsys, few):
+    """Catches a command line that trains and then loses the result."""
+    training.main(["--steps", "3", "--out", str(tmp_path / "run")])
+    vae, said = unpack_vae(load(tmp_path / "run/vae.pt", "vae")), capsys.readouterr().out
+    assert vae.config.image_channels == 3 and (tmp_path / "run/reconstructions.png").stat().st_size > 1000
+    assert "mean error" in said and "loss: L1 + L2 + 1e-06 KL" in said
+
+
+def test_main_with_the_papers_loss_and_codes(tmp_path, capsys, few):
+    """Catches a run that does not say who judges it, and a VQ-VAE that does not say how many of its codes it used."""
+    command = ["--steps", "3", "--batch", "4", "--loss", "paper", "--gan-start", "1", "--codes", "16"]
+    command += ["--out", str(tmp_path / "run")]
+    training.main(command)
+    vae, said = unpack_vae(load(tmp_path / "run/vae.pt", "vqvae")), capsys.readouterr().out
+    assert "L1 + LPIPS + 0.2 ID + 0.5 GAN from step 1 + codebook" in said and said.count("our small network") == 2
+    assert "of 16 codes used" in said and vae.config.codes == 16
+    row = json.loads((tmp_path / "run/log.jsonl").read_text())
+    assert set(row) == {"step", "L1", "LPIPS", "ID", "GAN", "weight", "D", "codebook", "codes_used", "perplexity"}
+    with pytest.raises(UserError, match="--resume"):
+        training.main(command)
+
+
+def test_terms_without_weights_are_off_and_it_is_said():
+    """Catches a run at the paper's size that trains without LPIPS or ID in silence, or with our toy network in their place."""
+    pairs = data.load_scenes(3, 0, progress=False)
+    args = argparse.Namespace(paper=True, lpips_weights=None, moco_weights=None, gan_start=50_000, seed=0)
+    judges, said = training.appoint_judges(args, pairs)
+    assert judges.lpips is None and judges.identity is None and judges.describe() == "L1 + 0.5 GAN from step 50000"
+    assert "LPIPS is OFF" in said and "ID is OFF" in said
+    assert sum(p.numel() for p in judges.discriminator.parameters()) == 2_765_633
+
+
+def test_paper_is_the_papers(capsys):
+    """App. C's numbers are what --paper sets. Catches a default of the toy that stays."""
+    with pytest.raises(SystemExit):
+        training.main(["--paper", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for number in ("1000000", "50000", "256", "1e-06", "paper"):
+        assert f"(default: {number})" in said
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--codes", "1"], ["at least 2", "1"]),
+    (["--codes", "-4"], ["at least 2"]),
+    (["--batch", "0"], ["--batch"]),
+    (["--lr", "nan"], ["--lr"]),
+    (["--gan-start", "-1"], ["--gan-start"]),
+    (["--paper", "--image-size", "100"], ["divisible by 8"]),
+    (["--loss", "paper", "--image-size", "16"], ["at least 32", "16"]),
+    (["--moco-weights", "moco.pth"], ["--loss paper"]),
+    (["--loss", "paper", "--moco-weights", "absent.pth"], ["absent.pth"]),
+    (["--loss", "paper", "--lpips-weights", "absent.pth,vgg.pth"], ["absent.pth"]),
+    (["--resume"], ["nothing to resume", "last.pt"]),
+], ids=lambda v: " ".join(v))
+def test_mistakes(tmp_path, monkeypatch, few, arguments, words):
+    """Catches a traceback, a mistake that is found after the work is done, and a folder left behind."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "train_vae", lambda *a, **k: pytest.fail("trained before it looked at the options"))
+    with pytest.raises(UserError) as mistake:
+        training.main([*arguments, "--out", "run"])
+    assert all(word in str(mistake.value) for word in words) and os.listdir(tmp_path) == []
