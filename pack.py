@@ -1,5 +1,5 @@
 """
-pack.py: text and pictures to shards                                             (Transfusion §4.1 "Data"; the format: shards.py)
+pack.py: text and pictures to shards                                  (Transfusion §4.1 "Data"; shards.py has the format)
 
 THE IDEA    `python data.py pack` reads its sources as streams, one item at a time: tokens by the tokenizer, latents by the
             VAE, 64 pictures at once. When the documents of a shard are enough they are packed first-fit into rows and
@@ -45,7 +45,7 @@ from shards import Pieces, cut_row, dump_tokenizer, fingerprint, load_tokenizer,
 # Each yields (bytes so far, read). read() -> (text, function that gives the pixels (h, w, c), or None), or raises UserError
 # if this one item is no good. Packing that resumes passes over items without calling `read`, so without opening pictures.
 def read_line(raw, where, keys, folder=None, size=None):
-    """The item of one line: text itself (no keys), or JSON with the text under keys[0] and a picture's name under keys[1]."""
+    """The item of one line: text (no keys), or JSON with the text under keys[0] and a picture's name under keys[1]."""
     try:
         entry = json.loads(raw) if keys else raw.decode("utf-8")
         text = (entry[keys[0]] if keys else entry).strip()
@@ -90,7 +90,8 @@ def members_of(path, size):
             stem = lambda member: str(PurePosixPath(member.name).parent / PurePosixPath(member.name).name.split(".")[0])
             for name, files in itertools.groupby((m for m in tar if m.isfile()), stem):
                 files = list(files)
-                yield files[-1].offset_data + files[-1].size, functools.partial(read_member, tar, files, f"{path}:{name}", size)
+                end = files[-1].offset_data + files[-1].size
+                yield end, functools.partial(read_member, tar, files, f"{path}:{name}", size)
     except (tarfile.TarError, EOFError, zlib.error):
         raise UserError(f"{path} is truncated or not a tar: fetch it again, or leave it out") from None
 
@@ -173,12 +174,13 @@ class Filling:
             raise UserError(f"a caption of {len(ids)} tokens and {self.patches} patches do not fit in {self.T} positions")
         new = not self.follows or self.lengths[-1] + length > self.T
         self.put(ids, length + 2 * new, new)
-        self.follows = self.rng.random() < self.another                  # our choice: some documents tell of several pictures
+        self.follows = self.rng.random() < self.another # our choice: some documents tell of several pictures
         self.pixels.append(pixels)
         if len(self.pixels) == 64:
             self.encode()
 
     def put(self, ids, length, new):
+        """One more part, of `length` positions, in a new document or in the last one."""
         if new:
             self.documents.append([])
             self.lengths.append(0)
@@ -204,8 +206,8 @@ class Filling:
         documents = [self.documents[d] for row in rows for d in row]
         order = [p for document in documents for p in document]
         begin = lambda lengths: np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        arrays = {"words": np.concatenate([self.parts[p] for p in order]), "parts": begin([len(self.parts[p]) for p in order]),
-                  "documents": begin([len(d) for d in documents]), "rows": begin([len(row) for row in rows])}
+        arrays = {"words": np.concatenate([self.parts[p] for p in order]), "rows": begin([len(row) for row in rows]),
+                  "documents": begin([len(d) for d in documents]), "parts": begin([len(self.parts[p]) for p in order])}
         if self.kind == "pairs":
             arrays["latents"] = np.concatenate(self.latents)[order]
         arrays["sums"] = np.array([cut_row(arrays, r)[2] for r in range(len(rows))], np.uint32)
@@ -222,66 +224,87 @@ class Filling:
         os.replace(building, path)
 
 
-def pack_kind(kind, sources, words, vae, settings, out, args):
-    """Pack all text, or all pairs; returns the headers of the shards. Shard k begins where shard k-1 ended, at (source number, item number), so each can be
-    packed without the others: what is there and whole is passed over, what is missing or broken is packed anew."""
-    names, headers, position, stream = list(sources), [], [0, 0], None
-    recipe = {"shard_rows": args.shard_rows, "another": args.another if kind == "pairs" else None,
-              "scenes": [args.world, args.scenes] if "scenes" in names else None}
-    encode = words.encode if isinstance(words, Pieces) else lambda text: words.encode(text.lower())
-    begins = dict(zip(names, itertools.accumulate(sources.values(), initial=0)))
-    bar = tqdm(total=sum(sources.values()), unit="B", unit_scale=True, desc=f"packing {kind}")
+def packed_before(path, recipe):
+    """The header of a shard that is there and whole, else None. Raises UserError if it comes of another recipe."""
+    try:
+        header = read_header(path)
+    except UserError:
+        return None                                     # it will be packed anew
+    sources = dict(list(recipe["sources"].items())[: len(header["recipe"]["sources"])])              # later ones may be new
+    other = [k for k, v in header["recipe"].items() if v != ({**recipe, "sources": sources}).get(k)]
+    if other:
+        raise UserError(f"{path} was packed with another {' and '.join(other)} ({header['recipe'][other[0]]}, now "
+                        f"{recipe.get(other[0])}): give the same options to go on, or name another --out")
+    return header
 
-    def items(source, item):                            # all that follows a position
+
+def fill(shard, stream, full, encode, bar):
+    """Fill a shard from the stream until it has `full` positions. Returns (position after the last item, or None at the
+    end of the stream; number of items skipped; what was wrong with the first five)."""
+    position, skipped, problems = None, 0, []
+    for position, upto, read in stream:
+        bar.update(upto - bar.n)
+        try:
+            text, pixels = read()
+            ids = encode(text)
+            if ids:
+                shard.add(ids, pixels and pixels())
+            elif pixels:
+                raise UserError(f"item {position[1]} of source {position[0] + 1} has an empty caption")
+        except UserError as problem:
+            skipped, problems = skipped + 1, (problems + [str(problem)])[:5]
+        if shard.positions >= full:
+            break
+    return position, skipped, problems
+
+
+def pack_kind(kind, sources, words, vae, settings, out, args):
+    """Pack all text, or all pairs; returns the headers of the shards. Each begins where the one before it ended, at
+    [source number, items read of it]; what is there and whole is passed over, what is missing or broken packed anew."""
+    names, begins = list(sources), list(itertools.accumulate(sources.values(), initial=0))
+    recipe = {**settings, "sources": sources, "shard_rows": args.shard_rows, "another": args.another, "world": args.world}
+    encode = words.encode if isinstance(words, Pieces) else lambda text: words.encode(text.lower())
+
+    def items(source, item):
         for k, name in enumerate(names[source:], source):
             skip = item if k == source else 0
             for n, (upto, read) in enumerate(itertools.islice(items_of(kind, name, args), skip, None), skip + 1):
-                yield [k, n], begins[name] + upto, read
+                yield (k, n), begins[k] + upto, read
 
-    while True:
-        path = out / f"{kind}-{len(headers):06d}"
-        try:
-            header = read_header(path)
-        except UserError:
-            header = None
-        if header:
-            before = {**header["settings"], **header["recipe"], "sources": header["sources"]}
-            now = {**settings, **recipe, "sources": names[: len(header["sources"])]}
-            other = [k for k in now if before.get(k) != now[k]]
-            if other:
-                raise UserError(f"{path} was packed with another {' and '.join(other)} ({before.get(other[0])}, not "
-                                f"{now[other[0]]}): give the same options to go on, or name another --out")
-            headers, position, stream = headers + [header], header["next"], None
-            continue
-        stream = stream or items(*position)
-        shard = Filling(kind, len(headers), args.seq_len, settings.get("patches"), vae, args.another)
-        skipped, problems = 0, []
-        for position, upto, read in stream:
-            bar.update(upto - bar.n)
-            try:
-                text, pixels = read()
-                ids = encode(text)
-                if ids:
-                    shard.add(ids, pixels and pixels())
-                elif kind == "pairs":
-                    raise UserError(f"{names[position[0]]} item {position[1]} has an empty caption")
-            except UserError as problem:
-                skipped, problems = skipped + 1, (problems + [str(problem)])[:5]
-            if shard.positions >= args.shard_rows * args.seq_len:
+    headers, position, stream = [], (0, 0), None
+    with tqdm(total=begins[-1], unit="B", unit_scale=True, desc=f"packing {kind}") as bar:
+        while True:
+            path = out / f"{kind}-{len(headers):06d}"
+            if header := packed_before(path, recipe):
+                headers, position, stream = headers + [header], header["next"], None
+                continue
+            stream = stream or items(*position)
+            shard = Filling(kind, len(headers), args.seq_len, settings.get("patches"), vae, args.another)
+            position, skipped, problems = fill(shard, stream, args.shard_rows * args.seq_len, encode, bar)
+            told = {"skipped": skipped, "problems": problems}
+            if not shard.documents:                     # the end, or nothing but bad items up to it
                 break
-        if not shard.documents:                         # the end, or nothing but bad items up to it
-            if headers:
-                headers[-1] |= {"skipped": headers[-1]["skipped"] + skipped, "problems": headers[-1]["problems"] + problems}
-                break
-            raise UserError(f"--{kind}: nothing in {', '.join(names[:3])} can be used" +
-                            (f"; first of {skipped} problems: {problems[0]}" if problems else ": empty"))
-        shard.write(path, {"settings": settings, "kind": kind, "sources": names[: position[0] + 1], "recipe": recipe,
-                           "next": position, "skipped": skipped, "problems": problems})
-        headers.append(read_header(path))
-        bar.set_postfix(shards=len(headers), skipped=sum(h["skipped"] for h in headers))
-    bar.update(bar.total - bar.n)
-    bar.close()
+            shard.write(path, {"settings": settings, "kind": kind, "next": position, **told,
+                               "recipe": {**recipe, "sources": {k: sources[k] for k in names[: position[0] + 1]}}})
+            headers.append(read_header(path))
+            bar.set_postfix(shards=len(headers), skipped=sum(h["skipped"] for h in headers))
+        bar.update(bar.total - bar.n)
+    if not headers:
+        raise UserError(f"--{kind}: nothing in {', '.join(names[:3])} can be used" +
+                        (f"; the first of {skipped} problems: {problems[0]}" if problems else ", it is empty"))
+    headers[-1] |= {"skipped": headers[-1]["skipped"] + skipped, "problems": headers[-1]["problems"] + problems}
     return headers
+
+
+def keep(path, content, thing, what):
+    """Put the tokenizer or the VAE beside its shards. Raises UserError if another one is there already."""
+    if path.exists():
+        there = load_tokenizer(path) if what == "tokenizer" else vae_module.unpack_vae(vae_module.load(path, "vae"))
+        if fingerprint(there) != fingerprint(thing):
+            raise UserError(f"{path.parent} was packed with another {what} ({fingerprint(there)}, this one is "
+                            f"{fingerprint(thing)}): name another --out")
+    else:
+        write_whole(path, content)
 
 
 def write_whole(path, content):
@@ -291,62 +314,67 @@ def write_whole(path, content):
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def keep(path, content, thing, what):
-    """Put the tokenizer or the VAE beside its shards. Raises UserError if another one is there already."""
-    if not path.exists():
-        return write_whole(path, content)
-    there = load_tokenizer(path) if what == "tokenizer" else vae_module.unpack_vae(vae_module.load(path, "vae"))
-    if fingerprint(there) != fingerprint(thing):
-        raise UserError(f"{path.parent} was packed with another {what} ({fingerprint(there)}, this one is "
-                        f"{fingerprint(thing)}): name another --out")
-
-
 # ------------------------------------------------------------------------------------------------------------ command line
 def parse_arguments(argv):
+    """The options, each checked by itself."""
     parser = argparse.ArgumentParser(prog="data.py pack", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
                                      description="Pack text and captioned pictures into shards. The same command goes on "
                                                  "where a killed one stopped, and packs missing or broken shards anew.")
-    parser.add_argument("--text", action="append", default=[], help='.txt or .jsonl ("text") with a document per line, a '
-                                                                    'folder of them, or the word scenes (may be repeated)')
-    parser.add_argument("--pairs", action="append", default=[], help="folder of pictures with captions.jsonl, .tar of webdataset, "
-                                                                     "folder of .tar, or the word scenes (may be repeated)")
-    parser.add_argument("--tokenizer", default="words", help="a SentencePiece .model, a tokenizer.json, or the word words: whole "
-                                                             "words, collected from the sources")
-    parser.add_argument("--vae", default="", help="the vae.pt that makes the latents (pairs)")
-    parser.add_argument("--seq-len", type=int, default=4096, help="T, positions per row (the paper: 4096)")
-    parser.add_argument("--patch", type=int, default=2, help="side of a patch, in latent pixels")
-    parser.add_argument("--image-size", type=int, default=256, help="pixels per side, after centre-cropping")
-    parser.add_argument("--shard-rows", type=int, default=1024, help="rows per shard, about; 1024 of the paper's size are 0.25 GB")
-    parser.add_argument("--another", type=float, default=0.1, help="after a pair, the chance of one more in the same document")
-    parser.add_argument("--scenes", type=int, default=5000, help="how many of each kind the word scenes stands for")
-    parser.add_argument("--world", choices=tuple(scenes.WORLDS), default="one", help="which captions of scenes")
-    parser.add_argument("--out", default="packed", help="folder for the shards")
+    add = parser.add_argument
+    add("--text", action="append", default=[], help='.txt, or .jsonl with {"text": ...}, a document per line; a folder of '
+                                                    'them; or the word scenes (may be repeated)')
+    add("--pairs", action="append", default=[], help="folder of pictures with captions.jsonl; .tar in webdataset's layout; "
+                                                     "a folder of them; or the word scenes (may be repeated)")
+    add("--tokenizer", default="words", help="a SentencePiece .model; a tokenizer.json; or the word words: whole words, "
+                                             "collected from the sources")
+    add("--vae", default="", help="the vae.pt that makes the latents (pairs)")
+    add("--seq-len", type=int, default=4096, help="T, positions per row (the paper: 4096)")
+    add("--patch", type=int, default=2, help="side of a patch, in latent pixels")
+    add("--image-size", type=int, default=256, help="pixels per side, after centre-cropping")
+    add("--shard-rows", type=int, default=1024, help="rows per shard, about; they are held in memory while it is packed")
+    add("--another", type=float, default=0.1, help="after a pair, the chance of one more in the same document")
+    add("--scenes", type=int, default=5000, help="how many texts, and how many pairs, the word scenes stands for")
+    add("--world", choices=tuple(scenes.WORLDS), default="one", help="which captions of scenes")
+    add("--out", default="packed", help="folder for the shards")
     args = parser.parse_args(argv)
-    for name in ("seq_len", "patch", "image_size", "shard_rows", "scenes"):
-        if getattr(args, name) < (3 if name == "seq_len" else 1):
-            raise UserError(f"--{name.replace('_', '-')} must be at least {3 if name == 'seq_len' else 1}, got {getattr(args, name)}")
+    for name, least in (("seq_len", 3), ("patch", 1), ("image_size", 1), ("shard_rows", 1), ("scenes", 1)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if not 0 <= args.another < 1:
         raise UserError(f"--another must be at least 0 and below 1, got {args.another}")
     if not args.text + args.pairs:
         raise UserError("say what to pack: --text a.jsonl, --pairs folder, or --text scenes --pairs scenes")
     if args.pairs and not args.vae:
         raise UserError("--pairs needs --vae: the vae.pt that turns pictures into latents (`python vae.py` trains one)")
+    if args.tokenizer != "words" and Path(args.tokenizer).suffix not in (".json", ".model"):
+        raise UserError(f"--tokenizer {args.tokenizer} is neither a .model, nor a .json, nor the word words")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise UserError(f"{args.out} is a file: name another folder with --out")
     return args
 
 
 def picture_settings(vae, args):
-    """What the header of pairs says beside seq_len and tokenizer. Raises UserError if the numbers do not go together."""
-    f, z, side = vae.f, vae.config.z, args.image_size // vae.f
-    if args.image_size % f or side % args.patch or vae.config.image_channels != 3:
-        raise UserError(f"this VAE takes pictures of {vae.config.image_channels} channels and makes them {f} times smaller: "
-                        f"pictures must have 3, and --image-size {args.image_size} must be divisible by {f} x --patch {args.patch}")
+    """What the header of pairs says beside the rest. Raises UserError if the numbers do not go together."""
+    c, f, side = vae.config.image_channels, vae.f, args.image_size // vae.f
+    if c != 3 or args.image_size % f or side % args.patch:
+        raise UserError(f"this VAE takes pictures of {c} channels and makes them {f} times smaller: they must have 3, and "
+                        f"--image-size {args.image_size} must be divisible by {f} x --patch {args.patch}")
     patches = (side // args.patch) ** 2
     if patches + 5 > args.seq_len:
         raise UserError(f"a picture takes {patches} patches; with four special tokens and a caption they do not fit in "
                         f"--seq-len {args.seq_len}: raise it, or raise --patch")
-    return {"patch": args.patch, "image_size": args.image_size, "patches": patches, "latent": [z, side, side], "vae": fingerprint(vae)}
+    return {"patch": args.patch, "image_size": args.image_size, "patches": patches,
+            "latent": [vae.config.z, side, side], "vae": fingerprint(vae)}
+
+
+def add_up(headers, T):
+    """The totals of all shards."""
+    total = {name: sum(h[name] for h in headers) for name in ("rows", "documents", "positions", "pictures", "skipped")}
+    total["patches"] = sum(h["pictures"] * h["settings"].get("patches", 0) for h in headers)
+    total["text_tokens"] = total["positions"] - total["patches"]
+    total["bytes"] = sum(sum(h["bytes"].values()) for h in headers)
+    total["deviation"] = (sum(h["deviation_squared"] for h in headers) / max(1, total["pictures"])) ** 0.5
+    return total | {"shards": len(headers), "filled": total["positions"] / (total["rows"] * T)}
 
 
 def main(argv=None):
@@ -355,37 +383,32 @@ def main(argv=None):
     out, sources = Path(args.out), {kind: find_sources(kind, getattr(args, kind), args.scenes) for kind in ("text", "pairs")}
     vae = vae_module.unpack_vae(vae_module.load(args.vae, "vae")) if args.pairs else None
     pictures = picture_settings(vae, args) if vae else {}
-    if args.tokenizer == "words":
-        words = load_tokenizer(out / "tokenizer.json") if (out / "tokenizer.json").exists() else collect_words(sources, args)
-    else:
-        if Path(args.tokenizer).suffix not in (".json", ".model"):
-            raise UserError(f"--tokenizer {args.tokenizer} is neither a .model, nor a .json, nor the word words")
-        words = load_tokenizer(Path(args.tokenizer))
-    if len(words) > 65536:
+    before = out / "tokenizer.json"
+    words = (load_tokenizer(Path(args.tokenizer)) if args.tokenizer != "words" else
+             load_tokenizer(before) if before.exists() else collect_words(sources, args))
+    if len(words) > 2 ** 16:
         raise UserError(f"{len(words):,} tokens do not fit in 16 bits: give a SentencePiece model with --tokenizer")
-    kept = dump_tokenizer(words)
-    keep(*(out / "tokenizer.json", json.dumps(kept).encode()) if isinstance(kept, list) else (out / "tokenizer.model", kept), words, "tokenizer")
+    if isinstance(words, Pieces):
+        keep(out / "tokenizer.model", words.model, words, "tokenizer")
+    else:
+        keep(before, json.dumps(words.words).encode(), words, "tokenizer")
     if vae:
         keep(out / "vae.pt", Path(args.vae).read_bytes(), vae, "VAE")
         vae.to("cuda" if torch.cuda.is_available() else "cpu")
-    base, headers = {"version": 1, "seq_len": args.seq_len, "tokenizer": fingerprint(words)}, []
-    for kind in sources:
-        if sources[kind]:
-            headers += pack_kind(kind, sources[kind], words, vae, base | (pictures if kind == "pairs" else {}), out, args)
-    total = {name: sum(h[name] for h in headers) for name in ("rows", "documents", "positions", "pictures", "skipped")}
-    total |= {"shards": len(headers), "patches": total["pictures"] * pictures.get("patches", 0), "bytes": sum(sum(h["bytes"].values()) for h in headers)}
-    total |= {"text_tokens": total["positions"] - total["patches"], "filled": total["positions"] / (total["rows"] * args.seq_len)}
-    count = {kind: sum(h["kind"] == kind for h in headers) for kind in sources}
-    names = [f"{kind}-{k:06d}" for kind in sources for k in range(count[kind])]
+    settings, headers = {"version": 1, "seq_len": args.seq_len, "tokenizer": fingerprint(words)}, []
+    for kind, found in sources.items():
+        if found:
+            headers += pack_kind(kind, found, words, vae, settings | (pictures if kind == "pairs" else {}), out, args)
+    total = add_up(headers, args.seq_len)
+    names = [f"{kind}-{k:06d}" for kind in sources for k in range(sum(h["kind"] == kind for h in headers))]
     write_whole(out / "index.json", json.dumps({"shards": names, "totals": total}, indent=1).encode())
-    print(f"{out}: {total['shards']} shards, {total['rows']:,} rows of {args.seq_len} ({total['filled']:.1%} full), {total['documents']:,} "
-          f"documents, {total['text_tokens']:,} text tokens, {total['patches']:,} patches of {total['pictures']:,} pictures, "
-          f"{total['bytes'] / 1e9:.3f} GB")
-    if total["pictures"]:
-        deviation = (sum(h["deviation_squared"] for h in headers) / total["pictures"]) ** 0.5
-        print(f"the latents' means are stored; the deviation of q(z | x), left out, is {deviation:.4f} of a latent's own")
+    print(f"{out}: {total['shards']} shards, {total['rows']:,} rows of {args.seq_len} ({total['filled']:.1%} full), "
+          f"{total['documents']:,} documents, {total['text_tokens']:,} text tokens, {total['patches']:,} patches of "
+          f"{total['pictures']:,} pictures, {total['bytes'] / 1e9:.3f} GB")
+    if vae:
+        print(f"the latents' means are stored; left out is the deviation of q(z | x), {total['deviation']:.4f} of a latent's own")
     if total["skipped"]:
-        print(f"skipped {total['skipped']:,}: {'; '.join(list(itertools.chain(*(h['problems'] for h in headers)))[:5])}")
+        print(f"skipped {total['skipped']:,}: " + "; ".join(list(itertools.chain(*(h["problems"] for h in headers)))[:5]))
     return total
 
 

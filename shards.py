@@ -24,7 +24,7 @@ PAPER/HERE  same: 4096 positions, 32,000 pieces, 1 : 1, captions first in 80%, t
             deviation would double that. With assets/scenes_vae.pt we measured it at 0.005 of the latents' own, less than
             the noise of the first diffusion step (0.006); float16 rounds by 0.002 at most. Packing prints it for your VAE.
             left out: the up-weighting of beautiful pictures in the last 1%, which would be a third kind with its own s.
-READ NEXT   pack.py (who writes all this)        TRY IT  python shards.py; python shards.py packed        TEST  tests/test_shards.py
+READ NEXT   pack.py (who writes it)      TRY IT  python shards.py; python shards.py packed      TEST  tests/test_shards.py
 """
 import functools
 import hashlib
@@ -80,15 +80,21 @@ def dump_tokenizer(words):
 
 def load_tokenizer(kept):
     """Words or Pieces of `dump_tokenizer`'s result, or of a path that ends in .json (a list of words) or .model."""
-    if isinstance(kept, Path):
-        kept = json.loads(kept.read_text()) if kept.suffix == ".json" else kept.read_bytes()
+    if isinstance(kept, Path) and kept.suffix == ".json":
+        try:
+            kept = list(map(str, json.loads(kept.read_text())))
+        except (ValueError, TypeError):
+            raise UserError(f"{kept} is not a list of words, as packing writes it") from None
+    elif isinstance(kept, Path):
+        kept = kept.read_bytes()
     return Pieces(kept) if isinstance(kept, bytes) else data.Words(kept)
 
 
 def fingerprint(thing):
     """16 hex digits that name a tokenizer, or a VAE, by its content."""
     if isinstance(thing, vae_module.VAE):
-        content = b"".join(k.encode() + v.cpu().contiguous().numpy().tobytes() for k, v in sorted(thing.state_dict().items()))
+        state = sorted(thing.state_dict().items())
+        content = b"".join(k.encode() + v.cpu().contiguous().numpy().tobytes() for k, v in state)
     else:
         content = thing.model if isinstance(thing, Pieces) else json.dumps(thing.words).encode()
     return hashlib.sha256(content).hexdigest()[:16]
@@ -117,14 +123,14 @@ def read_header(path, settings=None):
         header = json.loads((path / "header.json").read_text())
         sizes, found = header["bytes"], header["settings"]
     except FileNotFoundError:
-        raise UserError(f"the shard {path} is missing: copy it there, or run the packing command again, which packs it anew") from None
+        raise UserError(f"the shard {path} is missing: copy it there, or run the packing command again, which packs it "
+                        f"anew") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"the shard {path} is broken (header.json cannot be read): {again}") from None
     for name, size in sizes.items():
         have = (path / name).stat().st_size if (path / name).exists() else None
         if have != size:
-            raise UserError(f"the shard {path} is broken ({name} {f'has {have:,} bytes' if have is not None else 'is missing'}, "
-                            f"its header says {size:,}): {again}")
+            raise UserError(f"the shard {path} is broken ({name} has {have or 0:,} bytes, its header says {size:,}): {again}")
     other = [k for k in found if settings and settings.get(k, found[k]) != found[k]]
     if other:
         raise UserError(f"the shard {path} was packed with another {' and '.join(other)} ({found[other[0]]}) than the rest "
@@ -157,16 +163,18 @@ class Shards:
         if not found:
             raise UserError(f"{folder} has no index.json: it holds no shards, or their packing has not finished; run "
                             f"`python data.py pack ... --out {folder}` (again)")
-        self.home, headers = found[0].parent, {"text": {}, "pairs": {}}
+        headers = {"text": {}, "pairs": {}}
         for index in found:
-            for name in json.loads(index.read_text())["shards"]:
+            for name in self.parse(index):
                 header = read_header(index.parent / name, self.settings)
                 self.settings |= header["settings"]
                 headers[header["kind"]][index.parent / name] = header
-        self.words = load_tokenizer(next(self.home.glob("tokenizer.*")))
+        beside = lambda names: next((p for index in found for name in names for p in index.parent.glob(name)), None)
+        self.vae_path, tokenizer = beside(["vae.pt"]), beside(["tokenizer.model", "tokenizer.json"])
+        self.words = load_tokenizer(tokenizer) if tokenizer else data.Words([])
         if fingerprint(self.words) != self.settings["tokenizer"]:
             raise UserError(f"the shards of {folder} were packed with another tokenizer ({self.settings['tokenizer']}) than "
-                            f"the one in {self.home} ({fingerprint(self.words)})")
+                            f"the one beside them ({tokenizer and fingerprint(self.words)}): put theirs there")
         self.patches = self.settings.get("patches", 0)
         self.paths = {kind: list(headers[kind]) for kind in headers}
         self.begins = {kind: np.cumsum([0] + [h["rows"] for h in headers[kind].values()]) for kind in headers}
@@ -175,13 +183,21 @@ class Shards:
         # The last rows of pairs are never trained on: the conditioning gap is measured there.
         self.held = min(16, total("pairs", "rows") // 10)
         self.rows = {"text": total("text", "rows"), "pairs": total("pairs", "rows") - self.held}
-        # Paper §4.1: text tokens and patches 1 : 1. A row of pairs has `gap` patches more than text tokens; text alone evens
-        # it out. Its share of the rows s solves  s * text = (1 - s) * gap,  kept in 2^-32 so that floor(g s) is exact.
+        # Paper §4.1: text tokens and patches 1 : 1. A row of pairs has `gap` patches more than text tokens; text alone
+        # evens it out. Its share s solves  s * text = (1 - s) * gap  and is kept in units of 2^-32: floor(g s) is exact.
         text = total("text", "positions") / max(1, self.rows["text"])
         gap = (2 * self.patches * self.pictures - total("pairs", "positions")) / max(1, total("pairs", "rows"))
         share = 1.0 if not self.rows["pairs"] else 0.0 if not self.rows["text"] else max(0.0, gap) / (max(0.0, gap) + text)
         self.share = round(share * 2 ** 32)
         self.arrays = functools.lru_cache(maxsize=256)(self.arrays)
+
+    @staticmethod
+    def parse(index):
+        """The names of the shards that an index.json lists."""
+        try:
+            return json.loads(index.read_text())["shards"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{index} is broken: run the packing command again, which writes it anew") from None
 
     def arrays(self, path):
         """The memory-mapped arrays of a shard; nothing is read yet."""
@@ -224,22 +240,34 @@ class Shards:
         batch = data.to_batch([[data.lay_out(document, self.words, self.patches) for document in documents]
                                for documents, _ in drawn], self.settings["seq_len"])
         batch.images = torch.arange(len(batch.images))  # the pictures lie in the order in which they are read
-        shape = (0, *self.settings.get("latent", (0, 0, 0)))
-        batch.latents = torch.from_numpy(np.concatenate([np.zeros(shape, np.float16)] + [l for _, l in drawn if l is not None])).float()
+        none = np.zeros((0, *self.settings.get("latent", (0, 0, 0))), np.float16)
+        batch.latents = torch.from_numpy(np.concatenate([none] + [l for _, l in drawn if l is not None])).float()
         return batch
 
-    def held_out(self):
-        """(captions as lists of ids, latents) of the rows that `batch` never gives."""
+    def held_out(self, most):
+        """(captions as lists of ids, latents) of up to `most` pairs that `batch` never gives."""
         rows = [self.stored("pairs", self.rows["pairs"] + k) for k in range(self.held)]
-        return ([text for documents, _ in rows for texts in documents for text in texts],
-                torch.from_numpy(np.concatenate([latents for _, latents in rows])).float() if rows else None)
+        captions = [text for documents, _ in rows for texts in documents for text in texts]
+        return captions[:most], torch.from_numpy(np.concatenate([latents for _, latents in rows])[:most]).float()
+
+    def must_have(self, **wanted):
+        """Raise UserError if the rows were packed with other numbers than these, or if there are no pictures in them."""
+        for name, value in wanted.items():
+            if self.settings.get(name, value) != value:
+                option = "--" + name.replace("_", "-")
+                raise UserError(f"the shards of {self.folder} were packed with {option} {self.settings[name]}, but here it is "
+                                f"{value}: give {option} {self.settings[name]}, or pack them again")
+        if not self.held:
+            raise UserError(f"{self.folder} has {self.rows['pairs']} rows of pairs; training needs at least ten, to keep a "
+                            f"tenth (16 at most) for the conditioning gap: pack more with --pairs")
 
     def vae(self, path=""):
         """The VAE of the latents, from beside the shards or from the path of one that must be the same."""
-        vae = vae_module.unpack_vae(vae_module.load(Path(path) if path else self.home / "vae.pt", "vae"))
+        path = path or self.vae_path or self.folder / "vae.pt"
+        vae = vae_module.unpack_vae(vae_module.load(path, "vae"))
         if fingerprint(vae) != self.settings["vae"]:
-            raise UserError(f"the latents of {self.folder} are of another VAE ({self.settings['vae']}) than "
-                            f"{path or self.home / 'vae.pt'} ({fingerprint(vae)}): leave out --vae, or pack again with it")
+            raise UserError(f"the latents of {self.folder} were made by another VAE ({self.settings['vae']}) than {path} "
+                            f"({fingerprint(vae)}): leave out --vae, or pack again with it")
         return vae
 
 
@@ -249,21 +277,25 @@ def check(folder):
     for kind in shards.paths:
         for k in tqdm(range(int(shards.begins[kind][-1])), desc=f"checking {kind}"):
             shards.stored(kind, k)
-    print(f"{folder}: {shards.begins['text'][-1]:,} rows of text and {shards.begins['pairs'][-1]:,} of pairs are what was written; "
-          f"text takes {shards.share / 2 ** 32:.1%} of the rows when read, so that text tokens : patches = 1 : 1")
+    print(f"{folder}: {shards.begins['text'][-1]:,} rows of text and {shards.begins['pairs'][-1]:,} of pairs are what was "
+          f"written; text takes {shards.share / 2 ** 32:.1%} of the rows when read, so that text tokens : patches = 1 : 1")
+
+
+def demo():
+    """Pack a little of the toy world, then show one row of four steps, and the order of ten rows in three epochs."""
+    import pack
+    with tempfile.TemporaryDirectory() as folder:
+        toy = "--text scenes --pairs scenes --scenes 200 --image-size 32 --seq-len 64 --shard-rows 32"
+        pack.main([*toy.split(), "--vae", str(Path(__file__).parent / "assets/scenes_vae.pt"), "--out", folder])
+        shards = Shards(folder)
+        print(f"\n{shards.share / 2 ** 32:.0%} of the rows are text. The first row of four steps; # is a patch:")
+        for step in range(4):
+            row = shards.batch(seed=0, step=step, micro=0, rows=1).tokens[0].tolist()
+            print(f"step {step}: " + " ".join(shards.words.words[k] for k in row).replace("<patch>", "#")[:150])
+    print("\nthe order of 10 rows, epoch by epoch:")
+    for epoch in range(3):
+        print([shuffled(k, 10, f"0 pairs {epoch}") for k in range(10)])
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        sys.exit(data.run_command(lambda _: check(sys.argv[1])))
-    import pack
-    with tempfile.TemporaryDirectory() as folder:
-        asset = Path(__file__).parent / "assets/scenes_vae.pt"
-        pack.main(["--text", "scenes", "--pairs", "scenes", "--scenes", "200", "--vae", str(asset), "--image-size", "32",
-              "--seq-len", "64", "--shard-rows", "8", "--out", folder])
-        shards = Shards(folder)
-        print(f"\n{shards.share / 2 ** 32:.0%} of the rows are text. Row 3 of four steps, one row each; # is a patch:")
-        for step in range(4):
-            batch = shards.batch(seed=0, step=step, micro=0, rows=1)
-            print(f"step {step}: " + " ".join(shards.words.words[k] for k in batch.tokens[0].tolist()).replace("<patch>", "#")[:150])
-        print("\nthe order of 10 rows: " + "; ".join(f"epoch {e} {[shuffled(k, 10, f'0 pairs {e}') for k in range(10)]}" for e in range(3)))
+    data.run_command(lambda argv: check(argv[0]) if argv else demo(), sys.argv[1:])
