@@ -103,13 +103,13 @@ def fingerprint(thing):
 # ---------------------------------------------------------------------------------------------------------------- reading
 def cut_row(arrays, r):
     """(documents, each a list of lists of ids; latents of its pictures or None; crc32 of all of it) of row r of a shard."""
-    d0, d1 = map(int, arrays["rows"][r: r + 2])
-    starts = np.asarray(arrays["documents"][d0: d1 + 1])
+    row = np.asarray(arrays["rows"][r: r + 2])
+    starts = np.asarray(arrays["documents"][row[0]: row[1] + 1])
     begins = np.asarray(arrays["parts"][starts[0]: starts[-1] + 1])
     words = np.asarray(arrays["words"][begins[0]: begins[-1]])
     latents = np.asarray(arrays["latents"][starts[0]: starts[-1]]) if "latents" in arrays else None
     crc = 0
-    for array in (starts, begins, words) + (() if latents is None else (latents,)):
+    for array in (row, starts, begins, words) + (() if latents is None else (latents,)):
         crc = zlib.crc32(array.tobytes(), crc)
     texts = [words[a: b].tolist() for a, b in itertools.pairwise(begins - begins[0])]
     return [texts[a: b] for a, b in itertools.pairwise(starts - starts[0])], latents, crc
@@ -140,12 +140,13 @@ def read_header(path, settings=None):
 
 def shuffled(k, n, key):
     """Which of n rows comes k-th in the order named `key`: a bijection of 0..n-1, without a list of n numbers."""
-    # A Feistel network: of the two halves of k's bits, add (xor) a hash of one to the other and swap, four times. Each
+    # A Feistel network: of the two halves of k's bits, add (xor) a hash of one to the other and swap, eight times. Each
     # round can be undone, so no two numbers collide. A result beyond n goes through again until one lands below n.
+    # Eight rounds: with four, ten rows came 5 standard errors too often at some places, over 2000 epochs.
     half = max(1, (n - 1).bit_length() + 1 >> 1)
     while True:
         left, right = k >> half, k & (1 << half) - 1
-        for turn in range(4):
+        for turn in range(8):
             digest = hashlib.blake2b(f"{key} {turn} {right}".encode(), digest_size=8).digest()
             left, right = right, left ^ int.from_bytes(digest) & (1 << half) - 1
         k = left << half | right
