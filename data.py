@@ -96,7 +96,8 @@ class Sequence:
 
 
 def lay_out(document, tokenizer, patches, ends=True):
-    """Sequence of a document. document: list of str (words) | ("image", index, t_max) | ("dropped", str).
+    """Sequence of a document. document: list of str (words) | ("image", index, t_max) | ("dropped", str). In place of
+    a str may stand the list of its ids (packed shards have those). tokenizer: Words, or shards.Pieces.
     patches: P, places per picture. `ends`: close with EOS (a prompt stays open). Transfusion §3."""
     out = Sequence()
 
@@ -105,13 +106,14 @@ def lay_out(document, tokenizer, patches, ends=True):
         out.image_id.extend([image_id] * len(tokens))
         out.learn.extend([learn] * len(tokens))
 
+    encode = lambda text: text if isinstance(text, list) else tokenizer.encode(text)
     put([BOS])
     for part in document:
-        if isinstance(part, str):
-            put(tokenizer.encode(part))
+        if isinstance(part, (str, list)):
+            put(encode(part))
         elif part[0] == "dropped":                      # TRAP: no LM loss on a dropped caption, nor from the token before it
             out.learn[-1] = False
-            put([DROP] * len(tokenizer.encode(part[1])), learn=False)
+            put([DROP] * len(encode(part[1])), learn=False)
         else:
             put([BOI], learn=False)                     # Paper §3: no LM loss where the input is BOI: a picture comes next
             put([PATCH] * patches, image_id=len(out.images), learn=False)
@@ -146,19 +148,29 @@ class Batch:
         return Batch(**{k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in vars(self).items()})
 
 
-def pack(sequences, T):
-    """Batch of sequences packed first-fit into rows of T positions, longest first; as many rows as it takes, so that
-    no document is ever cut or lost. Raises UserError if one is longer than T."""
+def first_fit(lengths, T):
+    """Rows of T positions, each a list of the numbers of the documents in it, longest first; as many rows as it takes,
+    so that no document is ever cut or lost. lengths: list of int. Raises UserError if one is longer than T."""
     rows, room = [], []
-    for seq in sorted(sequences, key=lambda s: -len(s.tokens)):
-        if len(seq.tokens) > T:
-            raise UserError(f"a document of {len(seq.tokens)} tokens does not fit in a context of {T}: raise --seq-len")
-        k = next((k for k, space in enumerate(room) if space >= len(seq.tokens)), len(rows))
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if lengths[number] > T:
+            raise UserError(f"a document of {lengths[number]} tokens does not fit in a context of {T}: raise --seq-len")
+        k = next((k for k, space in enumerate(room) if space >= lengths[number]), len(rows))
         if k == len(rows):
             rows.append([])
             room.append(T)
-        rows[k].append(seq)
-        room[k] -= len(seq.tokens)
+        rows[k].append(number)
+        room[k] -= lengths[number]
+    return rows
+
+
+def pack(sequences, T):
+    """Batch of sequences packed first-fit into rows of T positions. Raises UserError if one is longer than T."""
+    return to_batch([[sequences[k] for k in row] for row in first_fit([len(seq.tokens) for seq in sequences], T)], T)
+
+
+def to_batch(rows, T):
+    """Batch of rows, each a list of sequences that fit in T positions together."""
     shape = (len(rows), T)
     tokens, image_id, doc_id = np.full(shape, PAD), np.full(shape, -1), np.zeros(shape, dtype=np.int64)
     learn, images, t_max = np.zeros(shape, dtype=bool), [], []
@@ -334,6 +346,14 @@ def load_pairs(name, folder=None, size=32, split="train", n=20000, seed=0, categ
 
 
 # ------------------------------------------------------------------------------------------------- the stream of documents
+def one_pair(caption, k, caption_first, rng, drop, t_limit, T):
+    """The parts of a caption and its picture k, in their order: the rules of §4.1 and App. B.2. Either order, dropped or
+    not, takes the same number of positions. rng: decides whether the caption is dropped, with probability `drop`."""
+    if caption_first:
+        return [("dropped", caption) if rng.random() < drop else caption, ("image", k, T)]
+    return [("image", k, t_limit), caption]             # TRAP: the limit is for these only, and it is a maximum, not the t
+
+
 @dataclass
 class Documents:
     """Draws documents from Pairs. Every draw is a function of the generator it is given and of nothing else."""
@@ -364,12 +384,7 @@ class Documents:
         caption_first, document = rng.random() < self.caption_first, []
         for _ in range(1 + (rng.random() < self.second)):
             k = int(rng.integers(len(self.pairs.captions)))
-            if caption_first:
-                dropped = rng.random() < self.drop
-                caption = ("dropped", self.pairs.captions[k]) if dropped else self.pairs.captions[k]
-                document += [caption, ("image", k, self.T)]
-            else:                                       # TRAP: the limit is for these only, and it is a maximum, not the t
-                document += [("image", k, self.t_limit), self.pairs.captions[k]]
+            document += one_pair(self.pairs.captions[k], k, caption_first, rng, self.drop, self.t_limit, self.T)
         return document
 
     def log_prob(self, document):
@@ -383,6 +398,9 @@ class Documents:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["pack"]:                       # text and pictures to shards on disk
+        import pack as packing
+        sys.exit(run_command(packing.main, sys.argv[2:]))
     pairs = load_scenes(50, seed=0, progress=False)
     words, stream, rng = Words(pairs.vocabulary()), Documents(pairs, patches=16), np.random.default_rng(0)
     for _ in range(4):

@@ -31,13 +31,14 @@ import vae as vae_module
 from data import BOI, BOS, DROP, EOI, EOS, PATCH
 from diffusion import SAMPLERS, Diffusion, guide, sample
 from model import Cache, ModelConfig, Transfusion
+from shards import Pieces, dump_tokenizer, load_tokenizer
 
 
 @dataclass
 class Kit:
     """All that is needed to use a trained model: the network, its words, its VAE, its diffusion."""
     model: Transfusion
-    words: data.Words
+    words: data.Words | Pieces
     vae: vae_module.VAE
     diffusion: Diffusion
 
@@ -48,10 +49,8 @@ def load_kit(path, device="cpu"):
     try:
         model = Transfusion(ModelConfig(**content["config"]))
         model.load_state_dict({k: v.float() for k, v in content["weights"].items()})
-        kit = Kit(model.eval().to(device), data.Words([]), vae_module.unpack_vae(content["vae"]).to(device),
-                  Diffusion(**content["diffusion"]))
-        kit.words.__init__(content["words"])
-        return kit
+        return Kit(model.eval().to(device), load_tokenizer(content["words"]), vae_module.unpack_vae(content["vae"]).to(device),
+                   Diffusion(**content["diffusion"]))
     except (KeyError, TypeError, RuntimeError) as problem:
         raise data.UserError(f"{path} was written by another version of this program: "
                              f"{str(problem).splitlines()[0]}") from None
@@ -63,7 +62,7 @@ def save_kit(path, kit):
     packed = vae_module.pack_vae(kit.vae)
     packed["weights"] = half(packed["weights"])
     vae_module.save(path, {"kind": "model", "config": vars(kit.model.config), "weights": half(kit.model.state_dict()),
-                           "words": kit.words.words, "vae": packed,
+                           "words": dump_tokenizer(kit.words), "vae": packed,
                            "diffusion": {"kind": kit.diffusion.kind, "T": kit.diffusion.T, "shift": kit.diffusion.shift}})
 
 

@@ -37,6 +37,7 @@ from diffusion import Diffusion, same_noise
 from model import Transfusion, count, losses, sized
 from patchify import PATCHES
 from sample import Kit, save_kit
+from shards import Shards
 from train_vae import train_vae
 
 
@@ -48,8 +49,8 @@ def option(default, help, choices=None):
 @dataclass
 class Config:
     """Every number of a run. The defaults are the paper's process at toy size; PRESETS change numbers, not code."""
-    data: str = option("scenes", "what to learn from", ("scenes", "mnist", "folder"))
-    data_dir: str = option("", "folder of MNIST idx files, or of pictures with captions.jsonl")
+    data: str = option("scenes", "what to learn from", ("scenes", "mnist", "folder", "shards"))
+    data_dir: str = option("", "folder of MNIST idx files, of pictures with captions.jsonl, or of packed shards")
     world: str = option("one", "which captions of scenes: one object, or all six categories", tuple(scenes.WORLDS))
     image_size: int = option(32, "pixels per side (folder)")
     pairs: int = option(20000, "how many scenes to draw (scenes)")
@@ -65,7 +66,7 @@ class Config:
     lam: float = option(5.0, "lambda of eq. 4")
     drop: float = option(0.1, "share of captions dropped, for guidance")
     seq_len: int = option(96, "T, positions per row: documents are packed into rows of this length")
-    documents: int = option(64, "documents per micro-batch")
+    documents: int = option(64, "documents per micro-batch (shards: rows)")
     accumulate: int = option(1, "micro-batches per step")
     steps: int = option(1400, "optimizer steps")
     lr: float = option(2e-3, "peak learning rate; ends at a twentieth of it (the paper: 3e-4, ends at 1.5e-5)")
@@ -93,6 +94,7 @@ PRESETS = {
     # MNIST: flow's loss is larger than the eps loss; lambda = 2 gives it the share of the sum that 5 gives the latter.
     "mnist": dict(TOY, data="mnist", shift=2.0, lam=2.0, steps=2400, vae_steps=500),
     "folder": dict(TOY, data="folder", shift=2.0, steps=6000, vae_steps=2000),
+    "shards": dict(data="shards", documents=8),
     "six": dict(world="six", size="small", pairs=40000, steps=11000, seq_len=128, patch_position=True, diffusion="flow",
                 shift=3.0, save_every=1000, gap_every=500),
 }
@@ -114,7 +116,7 @@ def find_vae(config, out):
 
 @dataclass
 class Run:
-    """Everything that a step needs. latents: (mean, deviation) of all pictures, each (N, c, h, w)."""
+    """Everything that a step needs. latents: (mean, deviation) of all pictures, each (N, c, h, w); None: in the shards."""
     config: Config
     model: Transfusion
     average: Transfusion
@@ -122,8 +124,8 @@ class Run:
     words: data.Words
     vae: vae_module.VAE
     diffusion: Diffusion
-    documents: data.Documents
-    latents: tuple
+    documents: data.Documents | Shards
+    latents: tuple | None
     step: int = 0
 
     def kit(self):
@@ -133,6 +135,12 @@ class Run:
 
 def prepare(config, out):
     """The Run at step 0; trains a VAE if there is none, after everything that can be wrong has been checked."""
+    if config.data == "shards":                         # tokens and latents are ready, whatever their number
+        diffusion = Diffusion(config.diffusion, shift=config.shift)
+        packed = Shards(config.data_dir or "packed", drop=config.drop, t_limit=same_noise(diffusion, 500))
+        packed.must_have(seq_len=config.seq_len, patch=config.patch)
+        return assemble(config, shape_of(config, len(packed.words), tuple(packed.settings["latent"])), packed.words,
+                        packed.vae(config.vae), diffusion, packed, None)
     pairs = data.load_pairs(config.data, config.data_dir or None, config.image_size, n=config.pairs, seed=config.seed,
                             categories=scenes.WORLDS[config.world])
     words, side, channels = data.Words(pairs.vocabulary()), *pairs.pixels.shape[2:]
@@ -142,9 +150,7 @@ def prepare(config, out):
     if vae_config.image_channels != channels or side % f:
         raise data.UserError(f"the VAE takes pictures of {vae_config.image_channels} channels, with sides divisible by {f}; "
                              f"--data {config.data} has {channels} channels and {side} pixels")
-    shape = sized(config.size, vocabulary=len(words), latent=(vae_config.z, side // f, side // f), patch=config.patch,
-                  encoder=config.encoder, patch_position=config.patch_position, bidirectional=config.bidirectional,
-                  context=config.seq_len)
+    shape = shape_of(config, len(words), (vae_config.z, side // f, side // f))
     diffusion = Diffusion(config.diffusion, shift=config.shift)
     documents = data.Documents(pairs, shape.patches, drop=config.drop, t_limit=same_noise(diffusion, 500))
     longest = 2 + 2 * (max(len(caption.split()) for caption in pairs.captions) + shape.patches + 2)
@@ -154,7 +160,17 @@ def prepare(config, out):
     if vae is None:
         vae = train_vae(pairs.pixels, vae_config, config.vae_steps, seed=config.seed)
         vae_module.save(out / "vae.pt", vae_module.pack_vae(vae))
-    latents = vae_module.encode_all(vae, pairs.pixels)
+    return assemble(config, shape, words, vae, diffusion, documents, vae_module.encode_all(vae, pairs.pixels))
+
+
+def shape_of(config, vocabulary, latent):
+    """The ModelConfig of a run."""
+    return sized(config.size, vocabulary=vocabulary, latent=latent, patch=config.patch, encoder=config.encoder,
+                 patch_position=config.patch_position, bidirectional=config.bidirectional, context=config.seq_len)
+
+
+def assemble(config, shape, words, vae, diffusion, documents, latents):
+    """The Run at step 0: the model with its first weights, its average, its optimizer."""
     torch.manual_seed(config.seed)
     model = Transfusion(shape)
     matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) == large] for large in (True, False))
@@ -167,11 +183,16 @@ def prepare(config, out):
 def draw_batch(run, step, micro):
     """The Batch of a micro-batch, with latents, t and eps: a pure function of (seed, step, micro)."""
     rng = np.random.default_rng([run.config.seed, step, micro])
-    rows = [data.lay_out(run.documents.draw(rng), run.words, run.documents.patches) for _ in range(run.config.documents)]
-    batch, (mean, deviation) = data.pack(rows, run.config.seq_len), run.latents
+    if run.latents is None:                             # whole rows, with their latents
+        batch = run.documents.batch(run.config.seed, step, micro, run.config.documents, run.config.accumulate)
+    else:
+        rows = [data.lay_out(run.documents.draw(rng), run.words, run.documents.patches) for _ in range(run.config.documents)]
+        batch = data.pack(rows, run.config.seq_len)
     g = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
-    normal = lambda: torch.randn(len(batch.images), *mean.shape[1:], generator=g)
-    batch.latents = mean[batch.images] + deviation[batch.images] * normal()                       # a draw from q(z | x)
+    normal = lambda: torch.randn(len(batch.images), *run.model.config.latent, generator=g)
+    if run.latents is not None:
+        mean, deviation = run.latents
+        batch.latents = mean[batch.images] + deviation[batch.images] * normal()                   # a draw from q(z | x)
     batch.t = 1 + (torch.rand(len(batch.images), generator=g) * batch.t_max).long()               # uniform in 1..t_max
     batch.eps = normal()
     return batch
@@ -306,7 +327,8 @@ def fit(run, out, test):
     if run.step and log_path.exists():
         log = [row for row in map(json.loads, log_path.read_text().splitlines()) if row["step"] <= run.step]
     log_path.write_text("".join(json.dumps(row) + "\n" for row in log))
-    captions, latents = test.captions[:128], vae_module.encode_all(run.vae, test.pixels[:128], progress=False)[0]
+    captions, latents = run.documents.held_out(128) if test is None else (
+        test.captions[:128], vae_module.encode_all(run.vae, test.pixels[:128], progress=False)[0])
     bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1)
 
     def on_ctrl_c(*_):                                  # TRAP: an exception here could fall between weights, average and count
@@ -390,14 +412,15 @@ def main(argv=None):
     if out.exists() and not out.is_dir():
         raise data.UserError(f"{out} is a file: name another folder with --out")
     saved = load_run(config, out) if resume else None
-    test = data.load_pairs(config.data, config.data_dir or None, config.image_size, split="test", n=256, seed=config.seed,
-                           categories=scenes.WORLDS[config.world], progress=False)
+    test = None if config.data == "shards" else data.load_pairs(config.data, config.data_dir or None, config.image_size, split="test", n=256, seed=config.seed,
+                                                                categories=scenes.WORLDS[config.world], progress=False)
     run = prepare(config, out)
     if resume:
         resume_run(run, saved)
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    print(f"{config.data}: {len(run.documents.pairs.captions):,} pictures, {len(run.words)} words; model: {count(run.model):,} "
+    pictures = run.documents.pictures if test is None else len(run.documents.pairs.captions)
+    print(f"{config.data}: {pictures:,} pictures, {len(run.words)} words; model: {count(run.model):,} "
           f"parameters, {run.model.config.patches} patches per picture; {config.steps - run.step} steps to go; "
           f"prepared in {time.time() - began:.0f} s")
     log, finished = fit(run, out, test)
@@ -406,7 +429,7 @@ def main(argv=None):
     plot_curves(log, out / "curves.png")
     save_kit(out / "model.pt", run.kit())
     trained = time.time() - began
-    if not config.samples:
+    if not config.samples or test is None:              # shards keep no pixels to compare with
         return print(f"trained in {trained:.0f} s; wrote {out}/model.pt")
     found, lines, shown = evaluate.report(run.kit(), config.data, scenes.WORLDS[config.world], test, config.samples, config.seed,
                                           steps=config.sample_steps, guidance=config.guidance, sampler=config.sampler)

@@ -1,0 +1,668 @@
+"""
+test_shards.py: what is packed is what is trained on, in an order that anyone can compute        (shards.py, pack.py; DESIGN 7)
+
+First the rows on disk against the same documents laid out in memory, then the order, then the proportions of the paper, then
+everything that may go wrong with a folder: killed, cut short, flipped, mixed up. At the end train.py on a packed folder.
+"""
+import collections
+import io
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import model
+import pack
+import shards
+import train
+import vae as vae_module
+from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH, UserError
+from sample import load_kit
+from test_errors import check_sentence, contents
+
+ROOT = Path(__file__).resolve().parents[1]
+T, P = 64, 16                                           # latents of 8x8 in patches of 2x2
+
+
+@pytest.fixture(scope="module")
+def vae_path(tmp_path_factory):
+    """Path of an untrained VAE: (3, 32, 32) -> (2, 8, 8), with latents of about unit size."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vae") / "vae.pt"
+    vae = vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2))
+    vae.scale.fill_(0.1)
+    vae_module.save(path, vae_module.pack_vae(vae))
+    return path
+
+
+def command(vae, out, **options):
+    """The argument list of a small packing, with options as keywords; None leaves one out."""
+    small = dict(text="scenes", pairs="scenes", scenes=150, vae=vae, seq_len=T, patch=2, image_size=32, shard_rows=8, out=out)
+    given = {k: v for k, v in {**small, **options}.items() if v is not None}
+    return [str(word) for k, vs in given.items() for v in (vs if isinstance(vs, list) else [vs])
+            for word in ("--" + k.replace("_", "-"), v)]
+
+
+@pytest.fixture(scope="module")
+def packed(vae_path, tmp_path_factory):
+    """A folder of the toy world in shards, packed without interruption. Tests read it; none may change it."""
+    out = tmp_path_factory.mktemp("packed") / "packed"
+    pack.main(command(vae_path, out))
+    return out
+
+
+@pytest.fixture
+def own(packed, tmp_path):
+    """A copy of that folder to break."""
+    return Path(shutil.copytree(packed, tmp_path / "packed"))
+
+
+def all_rows(stream, kind):
+    """Every stored row of a kind: [(documents, latents)]."""
+    return [stream.stored(kind, k) for k in range(int(stream.begins[kind][-1]))]
+
+
+def same(a, b):
+    """Whether two Batches agree in everything."""
+    return all(torch.equal(v, getattr(b, k)) for k, v in vars(a).items() if isinstance(v, torch.Tensor))
+
+
+def documents_of(batch):
+    """The documents of each row as (list of ids, ...) of a Batch, padding left out."""
+    return [[batch.tokens[b, batch.doc_id[b] == d].tolist() for d in range(int(batch.doc_id[b].max()) + 1)
+             if int(batch.tokens[b, batch.doc_id[b] == d][0]) != PAD] for b in range(len(batch.tokens))]
+
+
+# ------------------------------------------------------------------------------------------------------- disk against memory
+def test_every_item_of_the_sources_is_stored_once(packed, vae_path):
+    """Catches a lost or doubled document, a caption with another's picture, latents in the wrong order or precision."""
+    stream, vae = shards.Shards(packed), vae_module.unpack_vae(vae_module.load(vae_path, "vae"))
+    said = [read()[0] for _, read in pack.scenes_of("text", "one", 150, 32)]
+    told = [stream.words.decode(part) for documents, _ in all_rows(stream, "text") for parts in documents for part in parts]
+    assert sorted(told) == sorted(said) and len(set(said)) > 20
+    items = [(text, pixels()) for _, read in pack.scenes_of("pairs", "one", 150, 32) for text, pixels in [read()]]
+    with torch.no_grad():
+        wanted = vae.encode(vae_module.to_float(np.stack([pixels for _, pixels in items])))[0].numpy()
+    found = [(stream.words.decode(part), latent) for documents, latents in all_rows(stream, "pairs")
+             for part, latent in zip(itertools.chain(*documents), latents, strict=True)]
+    assert len(found) == 150 and found[0][1].dtype == np.float16
+    nearest = [int(np.abs(wanted - latent).reshape(150, -1).max(1).argmin()) for _, latent in found]
+    assert sorted(nearest) == list(range(150))
+    for k, (caption, latent) in zip(nearest, found):
+        assert caption == items[k][0]
+        np.testing.assert_allclose(latent, wanted[k], rtol=2 ** -10, atol=1e-4)          # float16 has 11 bits
+
+
+def test_rows_are_what_data_lays_out_and_packs(packed):
+    """Token by token, `learn` by `learn`: a batch from disk = data.lay_out and data.pack of the same documents as text.
+    Catches a second, diverging implementation of the layout, and any offset that is off by one."""
+    stream, seen = shards.Shards(packed), collections.Counter()
+    for step in range(30):
+        batch, at = stream.batch(5, step, 0, rows=2), 0
+        for b, documents in enumerate(documents_of(batch)):
+            in_memory = []
+            for tokens in documents:
+                assert tokens[0] == BOS and tokens[-1] == EOS
+                words, parts, k = [], [], 0
+                for token in tokens[1:-1]:              # the document again as `lay_out` takes it, from its tokens
+                    if token == BOI:
+                        parts += [words] * bool(words)
+                        words = []
+                    elif token == EOI:
+                        parts, k = parts + [("image", at, int(batch.t_max[at]))], k + 1
+                        at += 1
+                    elif token != PATCH:
+                        words.append(token)
+                parts += [words] * bool(words)
+                parts = [part if isinstance(part, tuple) else stream.words.decode(part) if DROP not in part else
+                         ("dropped", "a " * len(part)) for part in parts]
+                in_memory.append(parts)
+                seen[tuple("image" if isinstance(p, tuple) and p[0] == "image" else "text" for p in parts)] += 1
+            one = data.pack([data.lay_out(parts, stream.words, P) for parts in in_memory], T)
+            assert len(one.tokens) == 1
+            order = np.argsort([-len(d) for d in documents], kind="stable")              # pack puts the longest first
+            assert [documents[k] for k in order] == documents_of(one)[0]
+            for name in ("tokens", "learn", "doc_id"):
+                assert torch.equal(getattr(one, name)[0], getattr(batch, name)[b]), name
+            assert torch.equal(one.image_id[0] >= 0, batch.image_id[b] >= 0)
+        assert at == len(batch.images) == len(batch.latents) and batch.images.tolist() == list(range(at))
+        ids = batch.image_id[batch.image_id >= 0].view(-1, P)
+        assert torch.equal(ids, torch.arange(at)[:, None].expand(at, P))                 # numbered in reading order
+    assert seen[("text",)] and seen[("text", "image")] and seen[("image", "text")] and seen[("text", "image") * 2]
+
+
+def test_latents_follow_their_places(packed):
+    """The latents of a batch are those stored with the captions of its rows, also in rows read after text rows."""
+    stream = shards.Shards(packed, drop=0.0)
+    by_caption = collections.defaultdict(list)
+    for documents, latents in all_rows(stream, "pairs"):
+        for part, latent in zip(itertools.chain(*documents), latents):
+            by_caption[tuple(part)].append(latent)
+    for step in range(20):
+        batch = stream.batch(1, step, 0, rows=3)
+        m = 0
+        for tokens in itertools.chain(*documents_of(batch)):
+            texts, pictures, words = [], [], []
+            for token in tokens[1:]:
+                if token in (BOI, EOS) and words:
+                    texts, words = texts + [tuple(words)], []
+                elif token == EOI:
+                    pictures, m = pictures + [batch.latents[m].numpy()], m + 1
+                elif token >= len(data.SPECIAL):
+                    words.append(token)
+            for text, picture in zip(texts, pictures):
+                assert any((picture == latent).all() for latent in by_caption[text])
+        assert m == len(batch.latents)
+
+
+def test_long_texts_are_cut_and_nothing_is_lost(tmp_path):
+    """Texts of every length around T: no row has more than T positions, the pieces together are the text."""
+    texts = [[f"w{(7 * n + k) % 50}" for k in range(n)] for n in (1, T - 3, T - 2, T - 1, T, 2 * T - 4, 2 * T - 3, 5 * T)]
+    (tmp_path / "a.txt").write_text("\n\n".join(" ".join(text) for text in texts))
+    total = pack.main(command(None, tmp_path / "packed", text=tmp_path / "a.txt", pairs=None, shard_rows=1))
+    stream, stored = shards.Shards(tmp_path / "packed"), []
+    for k in range(total["rows"]):
+        documents, _ = stream.stored("text", k)
+        assert sum(2 + len(part) for parts in documents for part in parts) <= T
+        stored += [stream.words.decode(part).split() for parts in documents for part in parts]
+    pieces = [text[k: k + T - 2] for text in texts for k in range(0, len(text), T - 2)]
+    assert sorted(stored) == sorted(pieces)
+    assert total["text_tokens"] == sum(2 + len(piece) for piece in pieces)
+    batch = stream.batch(0, 0, 0, rows=total["rows"])
+    assert batch.tokens.shape == (total["rows"], T) and len(batch.latents) == len(batch.images) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------- the order
+@pytest.mark.parametrize("n", [*range(1, 40), 63, 64, 65, 1000, 4097])
+def test_the_order_is_a_bijection(n):
+    """Catches a row that is never read, or read twice in an epoch."""
+    assert sorted(shards.shuffled(k, n, "0 pairs 3") for k in range(n)) == list(range(n))
+
+
+def test_orders_differ_and_are_even():
+    """Every row comes at every place equally often, over epochs; epochs, seeds and kinds have orders of their own."""
+    orders = [tuple(shards.shuffled(k, 6, f"0 text {epoch}") for k in range(6)) for epoch in range(2000)]
+    assert len(set(orders)) > 600                       # of 720, of which 2000 draws hit 675
+    counts = np.array([[sum(o[place] == row for o in orders) for row in range(6)] for place in range(6)])
+    assert abs(counts - 2000 / 6).max() < 5 * np.sqrt(2000 * 5 / 36)
+    long = {key: tuple(shards.shuffled(k, 500, key) for k in range(500)) for key in ("0 text 0", "0 text 1", "1 text 0", "0 pairs 0")}
+    assert len(set(long.values())) == 4
+    for order in long.values():                         # neighbours are torn apart
+        assert abs(np.corrcoef(order, range(500))[0, 1]) < 0.2 and np.mean(np.abs(np.diff(order)) == 1) < 0.02
+
+
+def test_a_batch_is_a_function_of_its_arguments(packed):
+    """A step's rows are the same for 1, 2 or 8 micro-batches, for any number of ranks that share them, in any order of
+    calls, in a process that starts in the middle: what makes resuming exact at any world size."""
+    first, second = shards.Shards(packed), shards.Shards(packed)
+    whole = [first.batch(3, step, 0, rows=8) for step in range(4)]
+    for micros in (2, 4, 8):
+        for step in (3, 1):
+            ranks = [[second.batch(3, step, micro, rows=8 // micros, micros=micros) for micro in range(rank, micros, 2)]
+                     for rank in (1, 0)]                # two ranks, each with every other micro-batch
+            parts = [b for pair in zip(ranks[1], ranks[0]) for b in pair]
+            assert torch.equal(torch.cat([b.tokens for b in parts]), whole[step].tokens)
+            assert torch.equal(torch.cat([b.latents for b in parts]), whole[step].latents)
+            assert torch.equal(torch.cat([b.t_max for b in parts]), whole[step].t_max)
+    assert not same(first.batch(4, 0, 0, rows=8), whole[0]) and not same(whole[0], whole[1])
+
+
+def test_an_epoch_reads_each_row_once(packed):
+    """Of each kind, without the held-out rows, which are never read; the next epoch has them in another order."""
+    stream, read = shards.Shards(packed), {"text": [], "pairs": []}
+    keep = stream.stored
+    stream.stored = lambda kind, k: read[kind].append(k) or keep(kind, k)
+    steps = 2 * sum(stream.rows.values()) * 2
+    for step in range(steps):
+        stream.row(0, step)
+    assert stream.held == 7 and stream.rows["pairs"] == int(stream.begins["pairs"][-1]) - 7
+    for kind, n in stream.rows.items():
+        assert len(read[kind]) >= 2 * n
+        assert sorted(read[kind][:n]) == sorted(read[kind][n: 2 * n]) == list(range(n)) and read[kind][:n] != read[kind][n: 2 * n]
+
+
+# ------------------------------------------------------------------------------------------------------- the paper's numbers
+def test_proportions(vae_path, tmp_path):
+    """Over many rows: text tokens : patches = 1 : 1 within 2%; captions first in 80%; dropped in 10% of those; the noise
+    limit where the picture is first, and only there. Drawn anew each epoch, with lengths preserved."""
+    pack.main(command(vae_path, tmp_path, scenes=600, shard_rows=64))
+    stream = shards.Shards(tmp_path, drop=0.1, t_limit=321, T=900)
+    patches = texts = 0
+    first = dropped = documents = 0
+    for step in range(300):
+        batch = stream.batch(2, step, 0, rows=8)
+        patches += int((batch.image_id >= 0).sum())
+        texts += int(((batch.image_id < 0) & (batch.tokens != PAD)).sum())
+        m = 0
+        for tokens in itertools.chain(*documents_of(batch)):
+            n = tokens.count(BOI)
+            if n:
+                picture_first = tokens[1] == BOI
+                assert batch.t_max[m: m + n].tolist() == [321 if picture_first else 900] * n
+                documents, first, dropped = documents + 1, first + (not picture_first), dropped + (tokens[1] == DROP)
+                assert not (picture_first and DROP in tokens)
+                m += n
+        assert m == len(batch.images)
+    assert texts / patches == pytest.approx(1, abs=0.02)
+    sigma = lambda p, n: 4 * np.sqrt(p * (1 - p) / n)
+    assert abs(first / documents - 0.8) < sigma(0.8, documents) and documents > 3000
+    assert abs(dropped / first - 0.1) < sigma(0.1, first)
+    orders = collections.defaultdict(set)               # of one and the same row, over its epochs
+    for g in range(6 * sum(stream.rows.values())):
+        laid, latents = stream.row(2, g)
+        if latents is not None:
+            lengths = tuple(len(data.lay_out(d, stream.words, stream.patches).tokens) for d in laid)
+            orders[latents.tobytes()].add((lengths, tuple(isinstance(d[0], list) for d in laid), tuple(d[0][0] == "dropped" for d in laid)))
+    assert all(len({lengths for lengths, _, _ in drawn}) == 1 for drawn in orders.values())
+    assert np.mean([len(drawn) > 1 for drawn in orders.values()]) > 0.7
+
+
+# ------------------------------------------------------------------------------------------------ opening, breaking, mending
+def test_opening_reads_no_arrays(packed, monkeypatch):
+    """Catches a reader that loads what it should map: a trillion tokens do not fit in memory."""
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", lambda *a, **k: pytest.fail("opening read an array"))
+        stream = shards.Shards(packed)
+    arrays = stream.arrays(packed / "pairs-000000")
+    assert set(arrays) == {"words", "parts", "documents", "rows", "sums", "latents"}
+    assert all(isinstance(array, np.memmap) for array in arrays.values())
+    assert arrays["words"].dtype == np.uint16 and arrays["latents"].dtype == np.float16
+
+
+class Killed(BaseException):
+    """Stands for a power cut: nothing may catch it."""
+
+
+@pytest.mark.parametrize("after", [0, 1, 4, 9, 13])
+@pytest.mark.parametrize("where", ["before the rename", "in the middle of a file"])
+def test_killed_and_resumed_is_byte_identical(packed, vae_path, tmp_path, monkeypatch, after, where):
+    """The same command after a kill gives the folder of an uninterrupted packing, byte for byte."""
+    calls, name, owner = itertools.count(), *(("replace", os) if where.startswith("before") else ("save", np))
+    keep, limit = getattr(owner, name), after if name == "replace" else 4 * after
+
+    def dies(path, *rest, **options):
+        if next(calls) == limit:
+            if name == "save":
+                Path(path).write_bytes(b"half an arr")
+            raise Killed
+        return keep(path, *rest, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dies)
+        with pytest.raises(Killed):
+            pack.main(command(vae_path, tmp_path / "packed"))
+    if after:
+        with pytest.raises(UserError, match="has not finished"):
+            shards.Shards(tmp_path / "packed")
+    pack.main(command(vae_path, tmp_path / "packed"))
+    assert contents(tmp_path / "packed") == contents(packed)
+    pack.main(command(vae_path, tmp_path / "packed"))   # and once more: nothing left to do
+    assert contents(tmp_path / "packed") == contents(packed)
+
+
+def test_a_real_kill(packed, vae_path, tmp_path):
+    """SIGKILL to `python data.py pack`, then the same command line."""
+    line = [sys.executable, str(ROOT / "data.py"), "pack", *command(vae_path, tmp_path / "packed")]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "packed/text-000001").exists():
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it was quicker than this test"
+    assert 2 <= len(list((tmp_path / "packed").glob("*-*"))) < len(list(packed.glob("*-*")))
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == 0 and "text tokens" in done.stdout and "% full" in done.stdout
+    assert contents(tmp_path / "packed") == contents(packed)
+
+
+@pytest.mark.parametrize("harm, words", [
+    (lambda p: shutil.rmtree(p), ["is missing"]),
+    (lambda p: (p / "header.json").write_text("{"), ["is broken", "header.json"]),
+    (lambda p: (p / "header.json").unlink(), ["is missing"]),
+    (lambda p: (p / "latents.npy").unlink(), ["is broken", "latents.npy"]),
+    (lambda p: (p / "words.npy").write_bytes((p / "words.npy").read_bytes()[:-3]), ["is broken", "words.npy"]),
+], ids=["no folder", "header cut", "no header", "no array", "truncated"])
+def test_broken_shards_are_named_and_mended(own, packed, vae_path, harm, words):
+    """At opening, before a day of training, not at the row; and the packing command makes the same bytes again."""
+    harm(own / "pairs-000001")
+    with pytest.raises(UserError) as found:
+        shards.Shards(own)
+    assert all(word in str(found.value) for word in [*words, "pairs-000001", "packing command again"])
+    pack.main(command(vae_path, own))
+    assert contents(own) == contents(packed)
+
+
+@pytest.mark.parametrize("name", ["words", "parts", "documents", "rows", "sums", "latents"])
+def test_a_flipped_bit_is_found(own, name):
+    """Same sizes, wrong content: the row's checksum finds it when the row is read, wherever in the shard it is."""
+    path, rng = own / f"pairs-000002/{name}.npy", np.random.default_rng(0)
+    raw, n = path.read_bytes(), np.load(path).nbytes
+    for place in [len(raw) - n, len(raw) - 1, *rng.integers(len(raw) - n, len(raw), size=4)]:
+        path.write_bytes(raw[:place] + bytes([raw[place] ^ 16]) + raw[place + 1:])
+        with pytest.raises(UserError, match="pairs-000002 is broken"):
+            all_rows(shards.Shards(own), "pairs")
+        with pytest.raises(SystemExit):
+            data.run_command(lambda _: shards.check(own))
+    path.write_bytes(raw)
+    all_rows(shards.Shards(own), "pairs")
+
+
+def test_an_unfinished_or_broken_index(own, tmp_path):
+    """No index: packing has not finished. A broken one: named."""
+    (own / "index.json").write_text('{"shards": [')
+    with pytest.raises(UserError, match="index.json is broken"):
+        shards.Shards(own)
+    (own / "index.json").unlink()
+    with pytest.raises(UserError, match="has not finished"):
+        shards.Shards(own)
+    with pytest.raises(UserError, match="no index.json"):
+        shards.Shards(tmp_path / "nowhere")
+
+
+# ------------------------------------------------------------------------------------------------------- other settings
+@pytest.fixture
+def other_vae(vae_path, tmp_path):
+    """Path of a VAE that differs in one number."""
+    content = torch.load(vae_path, weights_only=True)
+    content["weights"]["shift"][0] += 1e-3
+    vae_module.save(tmp_path / "other.pt", content)
+    return tmp_path / "other.pt"
+
+
+def test_mixed_folders(packed, own, vae_path, other_vae, tmp_path):
+    """Several packings in one folder are read as one, if tokenizer, VAE and sizes agree; else the odd shard is named."""
+    both = tmp_path / "both"
+    shutil.copytree(packed, both / "a")
+    pack.main(command(vae_path, both / "b", scenes=40))
+    one, two, stream = shards.Shards(both / "a"), shards.Shards(both / "b"), shards.Shards(both)
+    assert all(int(stream.begins[k][-1]) == int(one.begins[k][-1]) + int(two.begins[k][-1]) for k in ("text", "pairs"))
+    assert sorted(str(d) for d, _ in all_rows(stream, "text")) == sorted(str(d) for s in (one, two) for d, _ in all_rows(s, "text"))
+    for options, word in ((dict(vae=other_vae), "vae"), (dict(seq_len=48), "seq_len"), (dict(patch=4), "patch"),
+                          (dict(tokenizer=tmp_path / "words.json"), "tokenizer")):
+        (tmp_path / "words.json").write_text(json.dumps([*stream.words.words, "zebra"]))
+        shutil.rmtree(both / "b")
+        pack.main(command(**{"vae": vae_path, "out": both / "b", "scenes": 40, **options}))
+        with pytest.raises(UserError, match=f"b/.*-000000 was packed with another .*{word}"):
+            shards.Shards(both)
+
+
+def test_other_tokenizer_and_other_vae(own, packed, other_vae, vae_path, tmp_path):
+    """The files beside the shards, or the --vae of the command, are not those of the shards."""
+    stream = shards.Shards(own)
+    assert shards.fingerprint(stream.vae()) == shards.fingerprint(stream.vae(vae_path)) == stream.settings["vae"]
+    with pytest.raises(UserError, match="another VAE"):
+        stream.vae(other_vae)
+    shutil.copy(other_vae, own / "vae.pt")
+    with pytest.raises(UserError, match="another VAE"):
+        shards.Shards(own).vae()
+    (own / "tokenizer.json").write_text(json.dumps([*stream.words.words, "zebra"]))
+    with pytest.raises(UserError, match="another tokenizer"):
+        shards.Shards(own)
+    (own / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="another tokenizer"):
+        shards.Shards(own)
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(seq_len=48), ["seq_len", "64", "48", "--out"]),
+    (dict(patch=4), ["patch"]),
+    (dict(shard_rows=9), ["shard_rows"]),
+    (dict(another=0.5), ["another"]),
+    (dict(scenes=151), ["sources"]),
+    (dict(vae="other"), ["another VAE", "--out"]),
+    (dict(tokenizer="other"), ["another tokenizer", "--out"]),
+])
+def test_going_on_with_other_options_is_refused(capsys, own, packed, vae_path, other_vae, tmp_path, options, words):
+    """One sentence, and the folder is as it was."""
+    (tmp_path / "words.json").write_text(json.dumps([*shards.Shards(own).words.words, "zebra"]))
+    options = {k: {"vae": other_vae, "tokenizer": tmp_path / "words.json"}[k] if v == "other" else v for k, v in options.items()}
+    with pytest.raises(SystemExit) as stop:
+        data.run_command(pack.main, command(**{"vae": vae_path, "out": own, **options}))
+    captured = capsys.readouterr()
+    check_sentence(stop.value.code, captured.out, captured.err, *words)
+    assert contents(own) == contents(packed)
+
+
+def test_more_sources_may_follow(vae_path, tmp_path):
+    """The same command with one source more packs that one too, and leaves the shards that are there alone."""
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} text of some words number {k % 7}" for k in range(90)))
+    (tmp_path / "words.json").write_text(json.dumps("a b text of some words number 0 1 2 3 4 5 6".split()))
+    options = dict(tokenizer=tmp_path / "words.json", pairs=None, vae=None)
+    pack.main(command(out=tmp_path / "packed", text=tmp_path / "a.txt", **options))
+    before = contents(tmp_path / "packed")
+    pack.main(command(out=tmp_path / "packed", text=[tmp_path / "a.txt", tmp_path / "b.txt"], **options))
+    after = contents(tmp_path / "packed")
+    assert all(after[path] == before[path] for path in before if path.name != "index.json") and len(after) > len(before)
+    told = [shards.Shards(tmp_path / "packed").words.decode(d[0]) for d in
+            itertools.chain(*(documents for documents, _ in all_rows(shards.Shards(tmp_path / "packed"), "text")))]
+    assert len(told) == 180 and sum(text.startswith("b ") for text in told) == 90
+
+
+# ------------------------------------------------------------------------------------------------------------------- sources
+def picture(color, kind="PNG", size=(40, 30)):
+    """The bytes of a picture."""
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, kind)
+    return file.getvalue()
+
+
+def test_sources(vae_path, tmp_path, capsys):
+    """Folders with captions.jsonl, tars in webdataset's layout, text lines and JSON lines, read as streams; what is bad is
+    counted, named and skipped, and pictures reach the VAE as data.open_picture crops them."""
+    folder, tars, texts = tmp_path / "folder", tmp_path / "tars", tmp_path / "texts"
+    for path in (folder, tars, texts):
+        path.mkdir()
+    (folder / "red.png").write_bytes(picture("red", size=(90, 40)))
+    (folder / "cut.png").write_bytes(picture("red")[:50])
+    entries = [{"image": "red.png", "caption": "All Red"}, {"image": "cut.png", "caption": "cut"}, {"image": "no.png", "caption": "no"},
+               {"caption": "nothing"}, {"image": "red.png", "caption": "  "}, {"image": "red.png", "caption": "red again"},
+               {"image": "red.png", "caption": "very " * 60}]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    members = {"b/1.jpg": picture("blue", "JPEG"), "b/1.txt": b"blue one", "b/2.json": b'{"caption": "green two"}', "b/2.x.png": b"",
+               "b/2.png": picture("lime"), "b/3.jpg": picture("red", "JPEG"), "b/4.jpg": b"not a picture", "b/4.txt": b"four"}
+    with tarfile.open(tars / "0.tar", "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    (texts / "a.txt").write_bytes("One line\n\ntwo lines, really\n".encode() + b"\xff\xfe bad\n")
+    (texts / "b.jsonl").write_text('{"text": "from json"}\n{"words": "no"}\nnot json\n{"text": 7}\n{"text": "last"}')
+    total = pack.main(command(vae_path, tmp_path / "packed", text=texts, pairs=[folder, tars], another=0))
+    stream, out = shards.Shards(tmp_path / "packed"), capsys.readouterr().out
+    told = lambda kind: sorted(stream.words.decode(p) for ds, _ in all_rows(stream, kind) for p in itertools.chain(*ds))
+    assert told("text") == ["from json", "last", "one line", "two lines, really"]
+    assert told("pairs") == ["all red", "blue one", "green two", "red again"]
+    assert total["skipped"] == 4 + 5 + 2 and "skipped 11" in out and "a.txt line 4" in out and "b.jsonl line 2" in out
+    problems = json.loads((tmp_path / "packed/pairs-000000/header.json").read_text())["problems"]
+    for name, problem in zip(["cut.png", "no.png", "captions.jsonl line 4", "empty caption", "60 tokens"], problems, strict=True):
+        assert name in problem and "BytesIO" not in problem
+    vae = stream.vae()
+    with torch.no_grad():
+        red = vae.encode(vae_module.to_float(np.stack([data.open_picture(folder / "red.png", 32)])))[0][0]
+    latents = {stream.words.decode(p): x for ds, xs in all_rows(stream, "pairs") for p, x in zip(itertools.chain(*ds), xs)}
+    np.testing.assert_allclose(latents["all red"], red, rtol=2 ** -10, atol=1e-4)
+    assert not np.allclose(latents["blue one"], latents["green two"], atol=0.05)
+
+
+def test_bad_members_of_a_tar_are_named(tmp_path):
+    """By tar and stem, not as <BytesIO object>; a truncated tar stops the packing and is named itself."""
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in (("1.jpg", b"no picture"), ("1.txt", b"one"), ("2.png", picture("red")), ("2.txt", b"two")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    (_, one), (_, two) = pack.members_of(path, 32)
+    with tarfile.open(path) as tar:
+        items = pack.members_of(path, 32)
+        text, pixels = next(items)[1]()
+        assert text == "one"
+        with pytest.raises(UserError, match="0.tar:1.jpg cannot be read"):
+            pixels()
+        text, pixels = next(items)[1]()
+        assert text == "two" and pixels().shape == (32, 32, 3)
+    path.write_bytes(path.read_bytes()[:1800])
+    with pytest.raises(UserError, match="0.tar is truncated"):
+        list(pack.members_of(path, 32))
+    path.write_text("no tar at all")
+    with pytest.raises(UserError, match="0.tar is truncated or not a tar"):
+        list(pack.members_of(path, 32))
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(text=None, pairs=None), ["say what to pack"]),
+    (dict(text="absent.jsonl"), ["absent.jsonl", "--text"]),
+    (dict(pairs="absent"), ["absent", "captions.jsonl"]),
+    (dict(text="."), ["no .txt or .jsonl"]),
+    (dict(pairs="."), ["no .tar", "captions.jsonl"]),
+    (dict(vae=None), ["--vae", "vae.py"]),
+    (dict(vae="absent.pt"), ["absent.pt"]),
+    (dict(image_size=30), ["--image-size 30", "divisible"]),
+    (dict(patch=3), ["--patch 3"]),
+    (dict(patch=1), ["64 patches", "--seq-len 64", "raise"]),
+    (dict(seq_len=2), ["--seq-len", "at least 3"]),
+    (dict(another=1), ["--another"]),
+    (dict(shard_rows=0), ["--shard-rows"]),
+    (dict(tokenizer="bert.bin"), ["bert.bin", ".model"]),
+    (dict(tokenizer="absent.model"), ["absent.model"]),
+    (dict(world="twelve"), ["--world", "twelve"]),
+])
+def test_mistakes(capsys, monkeypatch, tmp_path, vae_path, options, words):
+    """One sentence, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        data.run_command(pack.main, command(**{"vae": vae_path, "out": "out", **options}))
+    captured = capsys.readouterr()
+    check_sentence(stop.value.code, captured.out, captured.err, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_usable(capsys, tmp_path):
+    """Sources without one good document: the first problem is told."""
+    (tmp_path / "a.jsonl").write_text('{"words": 1}\n' * 3)
+    (tmp_path / "words.json").write_text('["a"]')
+    with pytest.raises(UserError, match="a.jsonl can be used; the first of 3 problems: .*line 1"):
+        pack.main(command(None, tmp_path / "out", text=tmp_path / "a.jsonl", pairs=None, tokenizer=tmp_path / "words.json"))
+
+
+# ------------------------------------------------------------------------------------------------------------ SentencePiece
+def test_without_sentencepiece(monkeypatch):
+    """The extra is optional: the sentence says what to install."""
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match="pip install sentencepiece"):
+        shards.load_tokenizer(b"model")
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """Path of a SentencePiece model of 300 pieces, trained here."""
+    sentencepiece = pytest.importorskip("sentencepiece", reason="pip install sentencepiece")
+    path, rng = tmp_path_factory.mktemp("pieces"), np.random.default_rng(0)
+    lines = [read()[0] for _, read in pack.scenes_of("text", "six", 300, 32)] + ["".join(rng.choice(list("abcdefgh "), 40)) for _ in range(300)]
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=str(path / "p"), vocab_size=300,
+                                             byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
+    return path / "p.model"
+
+
+def test_pieces(pieces):
+    """Ids stand behind the special tokens; any text comes back; no text can forge the layout; the bytes are all of it."""
+    words = shards.load_tokenizer(pieces)
+    for text in ("a red circle", "<boi> <s> </s> <patch>", "Grüße, 世界 :-)"):
+        ids = words.encode(text)
+        assert min(ids) >= len(data.SPECIAL) and max(ids) < len(words) and words.decode([BOS, *ids, EOS]) == text
+    assert words.words[: len(data.SPECIAL)] == list(data.SPECIAL)
+    assert [words.words[k] for k in words.encode("a circle")][0].startswith("▁")
+    again = shards.load_tokenizer(shards.dump_tokenizer(words))
+    assert again.encode("a red circle") == words.encode("a red circle") and shards.fingerprint(again) == shards.fingerprint(words)
+    for bad in (b"", b"garbage" * 9):
+        with pytest.raises(UserError, match="not a SentencePiece model"):
+            shards.load_tokenizer(bad)
+
+
+def test_pieces_from_pack_to_checkpoint(pieces, vae_path, tmp_path, monkeypatch):
+    """Pack with a SentencePiece model, train two steps, and the model.pt alone holds the tokenizer."""
+    monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
+    pack.main(command(vae_path, tmp_path / "packed", tokenizer=pieces, seq_len=192, shard_rows=2))
+    assert (tmp_path / "packed/tokenizer.model").read_bytes() == pieces.read_bytes()
+    stream = shards.Shards(tmp_path / "packed")
+    told = [stream.words.decode(part) for documents, _ in all_rows(stream, "text") for parts in documents for part in parts]
+    assert sorted(told) == sorted(read()[0] for _, read in pack.scenes_of("text", "one", 150, 32))
+    train.main(training(tmp_path / "packed", tmp_path / "run", steps=2, documents=2, seq_len=192))
+    words = load_kit(tmp_path / "run/model.pt").words
+    assert words.decode(words.encode("a red circle")) == "a red circle" and words.model == pieces.read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------------------ training
+def training(folder, out, **options):
+    """The argument list of a small training on a packed folder."""
+    small = dict(data="shards", data_dir=folder, size="toy", patch=2, seq_len=T, documents=6, steps=6, warmup=2, log_every=2,
+                 gap_every=6, save_every=3, out=out)
+    return [str(word) for k, v in {**small, **options}.items() for word in ("--" + k.replace("_", "-"), v)]
+
+
+def test_training_on_shards(packed, tmp_path, monkeypatch):
+    """train.py on packed scenes: the losses fall; interrupted and resumed gives the weights of the run in one go."""
+    monkeypatch.setitem(model.SIZES, "toy", (2, 32, 2))
+    train.main(training(packed, tmp_path / "whole", steps=40, lr=5e-3, log_every=10, gap_every=40, save_every=20))
+    log = [json.loads(line) for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
+    assert log[-1]["lm"] < 0.7 * log[0]["lm"] and log[-1]["diffusion"] < 0.95 * log[0]["diffusion"] and "gap" in log[-1]
+    keep, steps = train.train_step, itertools.count()
+
+    def stops(run):
+        if next(steps) == 27:
+            raise Killed
+        return keep(run)
+    options = dict(steps=40, lr=5e-3, log_every=10, gap_every=40, save_every=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", stops)
+        with pytest.raises(Killed):
+            train.main(training(packed, tmp_path / "again", **options))
+    train.main(training(packed, tmp_path / "again", **options) + ["--resume"])
+    a, b = (vae_module.load(tmp_path / f"{name}/last.pt", "training") for name in ("whole", "again"))
+    assert all(torch.equal(v, b["model"][k]) for k, v in a["model"].items()) and a["step"] == b["step"] == 40
+
+
+def test_draw_batch_takes_rows_and_latents(packed, tmp_path, monkeypatch):
+    """t within its limits, fresh noise per step, latents as stored; micro-batches of a step do not overlap."""
+    monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
+    config, _, _ = train.parse_arguments(training(packed, tmp_path / "run", accumulate=2))
+    run = train.prepare(config, tmp_path / "run")
+    one, two = train.draw_batch(run, 1, 0), train.draw_batch(run, 1, 1)
+    direct = shards.Shards(packed).batch(config.seed, 1, 1, rows=6, micros=2)
+    assert torch.equal(two.tokens, direct.tokens) and torch.equal(two.latents, direct.latents)
+    assert same(one, train.draw_batch(run, 1, 0)) and not torch.equal(one.tokens, two.tokens)
+    for batch in (one, two):
+        assert batch.tokens.shape == (6, T) and batch.latents.shape == batch.eps.shape and len(batch.t) == len(batch.latents)
+        assert int(batch.t.min()) >= 1 and bool((batch.t <= batch.t_max).all())
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(seq_len=48), ["--seq-len 64", "48"]),
+    (dict(patch=4), ["--patch 2", "4"]),
+    (dict(vae="other"), ["another VAE"]),
+    (dict(data_dir="nowhere"), ["nowhere", "index.json"]),
+    (dict(data_dir="text"), ["pairs", "at least ten"]),
+])
+def test_training_with_other_numbers(capsys, packed, other_vae, tmp_path, options, words):
+    """One sentence before anything is written."""
+    options = {k: other_vae if v == "other" else v for k, v in options.items()}
+    if options.get("data_dir") == "text":
+        options["data_dir"] = tmp_path / "packed"
+        pack.main(command(None, tmp_path / "packed", pairs=None))
+        capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        data.run_command(train.main, training(**{"folder": packed, "out": tmp_path / "run", **options}))
+    captured = capsys.readouterr()
+    check_sentence(stop.value.code, captured.out, captured.err, *words)
+    assert not (tmp_path / "run").exists()
