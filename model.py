@@ -157,7 +157,7 @@ class Transfusion(nn.Module):
         if xt.shape[1:] != self.config.latent or t.shape != xt.shape[:1]:
             raise ValueError(f"pictures must be (M, {', '.join(map(str, self.config.latent))}) with one t each, "
                              f"got {tuple(xt.shape)} and t {tuple(t.shape)}")
-        vectors, kept = self.pictures.encode(xt, t)
+        vectors, kept = self.pictures.encode(xt.to(self.pictures.into.weight.dtype), t)
         return (vectors if self.place is None else vectors + self.place), kept
 
     def trunk(self, x, pos, mask, cache=None):

@@ -163,7 +163,8 @@ def loss_terms(vae, x, generator=None):
 def encode_all(vae, pixels, progress=True):
     """Normalised (mean, deviation) of all pictures, each (N, z, h/f, w/f), computed once before training."""
     vae.eval()
-    parts = [vae.encode(to_float(pixels[k: k + 256]))
+    device = next(vae.parameters()).device
+    parts = [[x.cpu() for x in vae.encode(to_float(pixels[k: k + 256]).to(device))]
              for k in tqdm(range(0, len(pixels), 256), desc="encoding pictures", disable=not progress, leave=False)]
     return torch.cat([m for m, _ in parts]), torch.cat([s for _, s in parts])
 
