@@ -7,10 +7,10 @@ THE IDEA    A step is a fixed set of micro-batches. Deal them out to R processes
 A PICTURE   --accumulate 8 on 4 ranks, --shard 2: a mesh of 2 copies x 2 shards
 
             rank   micro-batches   owns of weights, gradient, AdamW, average
-             0     0 4             first half   \\ gather a block's weights just before it is needed, forget them after it;
-             1     1 5             second half  /  send every gradient to its owner
-             2     2 6             first half   \\ another copy (on another node): only gradients travel between copies
-             3     3 7             second half  /
+             0     0 4             first half   | they gather a block's weights just before it is needed, forget them after
+             1     1 5             second half  | it, and send every gradient to its owner
+             2     2 6             first half   | another copy, say on another node: only gradients travel between the
+             3     3 7             second half  | copies
 THE RULE    L = (sum of LM, all ranks) / (words, all ranks) + lambda (sum of DDPM, all ranks) / (pictures, all ranks)    eq. 4
             FSDP takes the mean of the ranks' gradients, so each rank's part of L is multiplied by R first.
 START       torchrun --standalone --nproc-per-node 8 train.py --preset 1.4b ...                                  one node
@@ -19,7 +19,7 @@ START       torchrun --standalone --nproc-per-node 8 train.py --preset 1.4b ... 
 OUT         out/<name>/checkpoints/step_000500/: torch.distributed.checkpoint's format, one file per rank and .metadata,
             written last: without it the checkpoint does not count. The last two are kept.
 PAPER/HERE  the paper says how large its batches are, not how they are divided: all of this is our choice.
-            Run here: CPU and gloo, 1 to 4 processes (tests). Written for CUDA and NCCL, not run: this machine has no GPU.
+            Run here: CPU and gloo, 1 and 2 processes (tests), and 4. Written for CUDA and NCCL, not run: no GPU here.
 READ NEXT   train.py        TRY IT  python scale.py        TEST  tests/test_scale.py (2 processes = 1 process)
 """
 import contextlib
@@ -175,7 +175,7 @@ def spread(make, ranks, checkpointing=False, compiled=False):
         raise ValueError(f"buffers are not drawn, and would be left empty: {buffers}")
     prepare_blocks(model, checkpointing, compiled)
     # Weights travel and compute in bfloat16; their owners keep and update them in float32, and gradients are added in it.
-    # TRAP: cast_forward_inputs would turn masks' and positions' float companions (cos, sin) to bfloat16 on their way.
+    # TRAP: cast_forward_inputs would also round the noisy pictures and RoPE's tables; the model casts where it means to.
     half = dict(param_dtype=ranks.dtype, reduce_dtype=torch.float32) if ranks.dtype != torch.float32 else {}
     how = dict(mesh=ranks.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False, **half))
     for block in model.blocks:
@@ -313,7 +313,7 @@ def memory(shape, parameters, rows, T, shard=1, mine=1, checkpointing=False, wid
 
 @contextlib.contextmanager
 def explain_memory(shape, parameters, config, ranks):
-    """Turn "out of memory" into a UserError that says what the memory is for and which option to change. config: train.Config."""
+    """Turn "out of memory" into a UserError: what the memory is for, and which option to change. config: train.Config."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
@@ -337,15 +337,15 @@ if __name__ == "__main__":
     from model import Transfusion, count, sized
     print("a step of 8 micro-batches, dealt out:")
     for R in (1, 2, 4):
-        print(f"  {R} ranks   " + "   ".join(f"rank {r}: {' '.join(map(str, range(r, 8, R)))}" for r in range(R)))
+        print(f"  R = {R}   " + "   ".join(f"rank {r}: {' '.join(map(str, range(r, 8, R)))}" for r in range(R)))
     print("\nmemory per GPU in GB, rows of 4096, 2 rows per micro-batch, weights divided among 8 GPUs\n"
           "size      parameters   one GPU alone   owned   gathered   waiting*   activations   with --checkpointing")
     for name in ("0.16b", "0.37b", "0.76b", "1.4b", "7b"):
         with torch.device("meta"):
             shape = sized(name, vocabulary=32000, latent=(8, 32, 32))
             n = count(Transfusion(shape))
-        whole_, parts = (list(memory(shape, n, 2, 4096, shard, 2).values()) for shard in (1, 8))
+        alone, parts = (list(memory(shape, n, 2, 4096, shard, 2).values()) for shard in (1, 8))
         less = memory(shape, n, 2, 4096, 8, 2, checkpointing=True)["activations"]
-        print(f"{name:6s} {n:14,d} {sum(whole_) / 1e9:15.1f} " + " ".join(f"{v / 1e9:{w}.1f}" for v, w in zip(parts, (7, 10, 10, 13)))
-              + f" {less / 1e9:19.1f}")
+        print(f"{name:6s} {n:14,d} {sum(alone) / 1e9:15.1f} " +
+              " ".join(f"{v / 1e9:{w}.1f}" for v, w in zip((*parts, less), (7, 10, 10, 13, 20))))
     print("* unreduced gradients, if a rank has more than one micro-batch per step: on 512 GPUs it has one")

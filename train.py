@@ -200,7 +200,7 @@ def learning_rate(config, step):
 
 
 def train_step(run):
-    """One optimizer step. Returns a dict of this rank's sums: lm, words, per-picture losses and their t, tokens; and grad_norm."""
+    """One optimizer step. Returns a dict of this rank's sums (lm, words, tokens), per-picture losses, their t; grad_norm."""
     config, model = run.config, run.model.train()
     batches = [draw_batch(run, run.step, micro) for micro in scale.micro_batches(config.accumulate)]
     mine = sum(int(b.learn.sum()) for b in batches)
@@ -339,7 +339,7 @@ def main(argv=None):
     config, resume, overwrite = parse_arguments(argv)
     out, began, ranks = Path(config.out), time.time(), scale.start(config.shard)
     complete, incomplete = scale.found(out)
-    say = print if scale.rank() == 0 else lambda *_: None
+    say = print if scale.rank() == 0 else lambda *_, **__: None
     if complete and not (resume or overwrite):
         raise data.UserError(f"{out} already holds a run: add --resume to go on with it, --overwrite to start anew, or "
                              f"name another folder with --out")
@@ -376,14 +376,15 @@ def main(argv=None):
             plot_curves(log, out / "curves.png")
             save_kit(out / "model.pt", kit)
         if config.samples:                              # drawn on all ranks
-            found, lines, shown = evaluate.report(kit, config.data, scenes.WORLDS[config.world], test, config.samples, config.seed,
-                                                  steps=config.sample_steps, guidance=config.guidance, sampler=config.sampler)
+            found, lines, shown = evaluate.report(kit, config.data, scenes.WORLDS[config.world], test, config.samples,
+                                                  config.seed, steps=config.sample_steps, guidance=config.guidance,
+                                                  sampler=config.sampler)
             found["train_seconds"] = trained
             if scale.rank() == 0:
                 plot_samples(shown, out / "samples.png")
                 (out / "report.json").write_text(json.dumps(found, indent=1))
-            say("\n".join(lines) + f"\ntrained in {trained:.0f} s, all in {time.time() - began:.0f} s; look at {out}/samples.png "
-                f"and {out}/curves.png")
+            say(*lines, sep="\n")
+            say(f"trained in {trained:.0f} s, all in {time.time() - began:.0f} s; look at {out}/samples.png and {out}/curves.png")
         else:
             say(f"trained in {trained:.0f} s; wrote {out}/model.pt")
     else:
