@@ -18,6 +18,7 @@ READ NEXT   train.py, which ends with this report      TRY IT  python evaluate.p
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +28,24 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import sample
+import scale
 import scenes
 import vae as vae_module
-from sample import decode_latents, describe, draw, encode_pixels, load_kit
+from sample import decode_latents, encode_pixels, load_kit
 
+device_of = lambda module: next(module.parameters()).device
 CLASSIFIER = Path(__file__).parent / "assets" / "mnist_classifier.pt"
+
+
+def draw(kit, captions, **options):
+    """`sample.draw`, divided among the ranks: the same pictures as one process draws."""
+    return np.concatenate(scale.divided(lambda part, first: sample.draw(kit, part, first=first, **options), captions))
+
+
+def describe(kit, latents):
+    """`sample.describe`, divided among the ranks."""
+    return sum(scale.divided(lambda part, first: sample.describe(kit, part), latents), [])
 
 
 def geneval(kit, categories, n=50, held_out=False, seed=0, **drawing):
@@ -43,7 +57,7 @@ def geneval(kit, categories, n=50, held_out=False, seed=0, **drawing):
             order = rng.permutation(len(options))
             prompts += [options[order[k % len(options)]] for k in range(n)]
     pictures = np.concatenate([draw(kit, [text for text, _ in prompts[k: k + 200]], seed=seed + k, **drawing)
-                               for k in tqdm(range(0, len(prompts), 200), desc="drawing", leave=False)])
+                               for k in tqdm(range(0, len(prompts), 200), desc="drawing", leave=False, disable=scale.rank() > 0)])
     seen = [scenes.parse(picture) for picture in pictures]
     verdicts = [[scenes.holds(claim, things, exact) for exact in (False, True)] for (_, claim), things in zip(prompts, seen)]
     table = {}
@@ -80,9 +94,9 @@ def excess_nats(kit, documents, n=500, seed=0):
     for k in range(0, n, 100):                                          # pictures are noise (t = T): no word depends on them
         batch = data.pack(sequences[k: k + 100], kit.model.config.context)
         noise = torch.randn(len(batch.images), *kit.model.config.latent, generator=torch.Generator().manual_seed(k))
-        logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, noise,
-                              torch.full((len(noise),), kit.diffusion.T))
-        total += F.cross_entropy(logits, batch.tokens.roll(-1, 1)[batch.learn], reduction="sum").item()
+        batch = replace(batch, latents=noise, t=torch.full((len(noise),), kit.diffusion.T)).to(device_of(kit.model))
+        logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, batch.latents, batch.t)
+        total += F.cross_entropy(logits.float(), batch.tokens.roll(-1, 1)[batch.learn], reduction="sum").item()
         words += int(batch.learn.sum())
     return (total - ideal) / words, ideal / words
 
@@ -98,10 +112,10 @@ def deductions(kit, n=200, seed=0, categories=scenes.WORLDS["six"]):
         back, scores = sides[rng.integers(len(sides))], []
         for wrong in (False, True):
             sequence = data.lay_out([scenes.deduction_text(claim.objects, rel, back, wrong)], kit.words, kit.model.config.patches)
-            batch = data.pack([sequence], len(sequence.tokens))
-            logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn,
-                                  torch.zeros(0, *kit.model.config.latent), torch.zeros(0, dtype=torch.long))
-            scores.append(-F.cross_entropy(logits, batch.tokens[0, 1:]).item())
+            none = dict(latents=torch.zeros(0, *kit.model.config.latent), t=torch.zeros(0, dtype=torch.long))
+            batch = replace(data.pack([sequence], len(sequence.tokens)), **none).to(device_of(kit.model))
+            logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, batch.latents, batch.t)
+            scores.append(-F.cross_entropy(logits.float(), batch.tokens[0, 1:]).item())
         right += scores[0] > scores[1]
     return right / n
 
@@ -119,8 +133,10 @@ def conditioning_gap(model, words, diffusion, captions, latents, seed=0):
         rows = [data.lay_out([text, ("image", k, diffusion.T)], words, model.config.patches) for k, text in enumerate(texts)]
         batch = data.pack(rows, model.config.context)
         k = batch.images
-        out = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, diffusion.add_noise(latents[k], eps[k], t[k]), t[k])[1]
-        means.append((out - diffusion.target(latents[k], eps[k])).square().mean().item())
+        batch = replace(batch, latents=latents[k], eps=eps[k], t=t[k]).to(device_of(model))
+        xt = diffusion.add_noise(batch.latents, batch.eps, batch.t)
+        out = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, xt, batch.t)[1]
+        means.append((out.float() - diffusion.target(batch.latents, batch.eps)).square().mean().item())
     return means[1] - means[0]
 
 
@@ -226,6 +242,55 @@ def describe_report(found, drawing):
     if "conditioning_gap" in found:
         lines.append(f"  {'conditioning gap':40s} {found['conditioning_gap']:6.3f} (0 = the caption is ignored)")
     return lines + [f"  measured in {found['seconds']:.0f} s"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- drawings
+def plot_curves(log, path):
+    """curves.png: both losses, the loss by noise level, the conditioning gap."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    steps = [row["step"] for row in log]
+    axes[0].plot(steps, [row["lm"] for row in log], label="LM (nats per word)")
+    axes[0].plot(steps, [row["diffusion"] for row in log], label="diffusion (mean square)")
+    axes[0].set_title("the two losses")
+    for k in range(5):
+        axes[1].plot(steps, [row["by_t"][k] for row in log], label=f"t in {200 * k + 1}..{200 * k + 200}", color=plt.cm.viridis(k / 5))
+    axes[1].set_title("diffusion loss by noise level")
+    gaps = [(row["step"], row["gap"]) for row in log if "gap" in row]
+    axes[2].plot(*zip(*gaps) if gaps else ([], []), marker=".")
+    axes[2].axhline(0, color="grey", linewidth=0.8)
+    axes[2].set_title("conditioning gap (0: caption ignored)")
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False, fontsize=8)
+    axes[0].set_yscale("log")
+    axes[1].set_yscale("log")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_samples(shown, path, columns=6, rows=4):
+    """samples.png: pictures under their prompts; a red title marks one that is not what was asked for."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    chosen = [shown[k] for k in np.linspace(0, len(shown) - 1, min(len(shown), columns * rows)).astype(int)]
+    figure, axes = plt.subplots(-(-len(chosen) // columns), columns, figsize=(2 * columns, 2.2 * -(-len(chosen) // columns)),
+                                squeeze=False, constrained_layout=True)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (text, picture, right) in zip(axes.flat, chosen):
+        axis.imshow(picture, interpolation="nearest")
+        halves = text.split() if len(text) > 18 else [text]
+        middle = len(halves) // 2
+        axis.set_title(" ".join(halves[:middle]) + "\n" + " ".join(halves[middle:]) if len(halves) > 1 else text,
+                       fontsize=9, color="black" if right else "red")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def main(argv=None):

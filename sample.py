@@ -58,7 +58,7 @@ def load_kit(path, device="cpu"):
 
 def save_kit(path, kit):
     """Write the Kit as one small file (weights in 16 bits: 2 bytes a parameter)."""
-    half = lambda content: {k: v.half() if v.is_floating_point() else v for k, v in content.items()}
+    half = lambda content: {k: v.half() if v.dtype == torch.float32 else v for k, v in content.items()}   # bfloat16 stays
     packed = vae_module.pack_vae(kit.vae)
     packed["weights"] = half(packed["weights"])
     vae_module.save(path, {"kind": "model", "config": vars(kit.model.config), "weights": half(kit.model.state_dict()),
@@ -180,15 +180,16 @@ class Decoder:
 
 
 def generate(kit, prompts, draw_now=False, max_words=64, max_pictures=1, seed=0, temperature=0.0, top_p=1.0,
-             progress=False, watch=None, **diffusing):
+             first=0, progress=False, watch=None, **diffusing):
     """Documents that continue the prompts, each a list of str and latents (c, h, w). Transfusion §3 "Inference".
 
     prompts, draw_now: see Decoder. max_words, max_pictures: when to stop, besides EOS; counted beyond the prompt.
     temperature, top_p: see `choose`. diffusing: steps, sampler, guidance. watch: called with (t, x_t, x0) at each step.
-    Noise is drawn per row from (seed, row number), so a picture does not depend on its neighbours in the batch."""
+    Noise is drawn per row from (seed, row number), so a picture does not depend on its neighbours in the batch; `first`:
+    the number of the first row, where these are a part of a longer list."""
     decoder, B = Decoder(kit, prompts, draw_now), len(prompts)
     words, pictures, context = [0] * B, [0] * B, kit.model.config.context
-    generators = [torch.Generator().manual_seed(seed * 100003 + b) for b in range(B)]
+    generators = [torch.Generator().manual_seed(seed * 100003 + first + b) for b in range(B)]
     chooser = torch.Generator().manual_seed(seed)
     room = lambda b, extra: len(decoder.tokens[b]) + extra <= context
     writing = [b for b in range(B) if not draw_now]
@@ -233,7 +234,7 @@ def encode_pixels(kit, pixels):
 
 
 def draw(kit, captions, **options):
-    """(M, h, w, 3) uint8: one picture per caption. options: steps, sampler, guidance, seed, progress, watch."""
+    """(M, h, w, 3) uint8: one picture per caption. options: steps, sampler, guidance, seed, first, progress, watch."""
     documents = generate(kit, [[caption] for caption in captions], draw_now=True, max_words=0, **options)
     return decode_latents(kit, torch.stack([next(p for p in parts if not isinstance(p, str)) for parts in documents]))
 

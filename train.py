@@ -2,12 +2,13 @@
 train.py: the loop                                                            (Transfusion §4.1 "Optimization", eq. 4)
 
 THE IDEA    Draw documents, mix noise into their pictures, ask the transformer for the next words and for the noise, add the
-            two losses, step. `python train.py` does it in six minutes on two cores and ends with a report and pictures.
+            two losses, step. `python train.py` does it in six minutes on two cores and ends with a report and pictures;
+            `torchrun ... train.py --preset 7b` runs the same lines on many GPUs (scale.py says how).
 A PICTURE   data.Documents -> data.pack -> Batch --t, eps--> model.losses -> LM + 5 DDPM -> AdamW -> EMA -> evaluate.report
 THE RULE    L = (sum of LM over all words) / words + lambda (sum of DDPM over all pictures) / pictures           eq. 4
-            words and pictures are counted over all micro-batches of a step before anything is divided.
+            words and pictures are counted over all micro-batches of a step, on all ranks, before anything is divided.
 OUT         out/<name>/: config.json, log.jsonl, curves.png, samples.png, report.json,
-            model.pt (the averaged weights, all that sample.py needs), last.pt (everything, to resume to the bit)
+            model.pt (the averaged weights, all that sample.py needs), checkpoints/ (everything, to resume to the bit)
 PAPER/HERE  same: AdamW (0.9, 0.95), decay 0.1, clip 1, warm-up, cosine to a twentieth, lambda = 5.
             our choice: no weight decay on vectors (norms, biases); sampling from an average of the weights (EMA);
             a toy learns at 1e-3 to 2e-3 where the paper's billions of parameters take 3e-4.
@@ -15,7 +16,6 @@ PAPER/HERE  same: AdamW (0.9, 0.95), decay 0.1, clip 1, warm-up, cosine to a twe
 READ NEXT   sample.py, evaluate.py        TRY IT  python train.py        TEST  tests/test_train.py
 """
 import argparse
-import copy
 import json
 import math
 import signal
@@ -30,15 +30,14 @@ from tqdm import tqdm
 
 import data
 import evaluate
-import plan
+import scale
 import scenes
 import vae as vae_module
 from diffusion import Diffusion, same_noise
+from evaluate import plot_curves, plot_samples
 from model import Transfusion, count, losses, sized
 from patchify import PATCHES
 from sample import Kit, save_kit
-from shards import Shards
-from train_vae import train_vae
 
 
 def option(default, help, choices=None):
@@ -67,7 +66,10 @@ class Config:
     drop: float = option(0.1, "share of captions dropped, for guidance")
     seq_len: int = option(96, "T, positions per row: documents are packed into rows of this length")
     documents: int = option(64, "documents per micro-batch (shards: rows)")
-    accumulate: int = option(1, "micro-batches per step")
+    accumulate: int = option(1, "micro-batches per step, over all processes together")
+    checkpointing: bool = option(False, "compute activations again in the backward pass instead of keeping them")
+    compile: bool = option(False, "torch.compile each block")
+    shard: int = option(0, "among how many processes the weights are divided; 0: all")
     steps: int = option(1400, "optimizer steps")
     lr: float = option(2e-3, "peak learning rate; ends at a twentieth of it (the paper: 3e-4, ends at 1.5e-5)")
     warmup: int = option(100, "steps of linear warm-up (the paper: 4000)")
@@ -94,16 +96,16 @@ PRESETS = {
     # MNIST: flow's loss is larger than the eps loss; lambda = 2 gives it the share of the sum that 5 gives the latter.
     "mnist": dict(TOY, data="mnist", shift=2.0, lam=2.0, steps=2400, vae_steps=500),
     "folder": dict(TOY, data="folder", shift=2.0, steps=6000, vae_steps=2000),
-    "shards": dict(data="shards", documents=8),
     "six": dict(world="six", size="small", pairs=40000, steps=11000, seq_len=128, patch_position=True, diffusion="flow",
                 shift=3.0, save_every=1000, gap_every=500),
 }
-# ---- the paper's sizes: rows of 4096 positions; steps of 2M tokens, the flagship's of 4M (§4.1, App. B.1). `documents` are rows.
-PAPER = dict(data="shards", seq_len=4096, documents=1, accumulate=512, steps=250000, lr=3e-4, warmup=4000, ema=0.9999)
+# Paper §4.1, App. B.1: rows of 4096 tokens, 2M tokens a step, 250k steps; Config's ddpm, lambda 5, patch 2 are the paper's.
+PAPER = dict(data="shards", seq_len=4096, documents=2, accumulate=256, steps=250000, lr=3e-4, warmup=4000, compile=True,
+             ema=0.9999, save_every=1000, gap_every=1000, sample_steps=250, guidance=5.0)
 PRESETS |= {size: dict(PAPER, size=size) for size in ("0.16b", "0.37b", "0.76b", "1.4b")}
-PRESETS["7b"] = dict(PAPER, size="7b", accumulate=1024, steps=500000)
-# ----
-AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_steps", "guidance", "sampler"}   # may change on resume
+PRESETS["7b"] = dict(PAPER, size="7b", accumulate=512, steps=500000, checkpointing=True)        # the flagship: 4M, 500k
+AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_steps", "guidance", "sampler",
+              "checkpointing", "compile", "shard"}      # may change on resume
 
 
 # ------------------------------------------------------------------------------------------------------------ preparation
@@ -116,31 +118,30 @@ def find_vae(config, out):
 
 @dataclass
 class Run:
-    """Everything that a step needs. latents: (mean, deviation) of all pictures, each (N, c, h, w); None: in the shards."""
+    """Everything that a step needs. latents: (mean, deviation) of all pictures, each (N, c, h, w).
+    On several ranks, model and average are divided among them: `average` holds tensors, and only `kit` can be asked."""
     config: Config
+    ranks: scale.Ranks
     model: Transfusion
     average: Transfusion
     optimizer: torch.optim.Optimizer
     words: data.Words
     vae: vae_module.VAE
     diffusion: Diffusion
-    documents: data.Documents | Shards
-    latents: tuple | None
+    documents: data.Documents
+    latents: tuple
     step: int = 0
 
     def kit(self):
-        """The averaged model, ready to sample."""
-        return Kit(self.average.eval(), self.words, self.vae, self.diffusion)
+        """The averaged model, whole on every rank, ready to sample. Every rank must call it."""
+        average = scale.whole(lambda: Transfusion(self.average.config), self.average, self.ranks.dtype)
+        return Kit(average.eval(), self.words, self.vae, self.diffusion)
 
 
-def prepare(config, out):
+def prepare(config, out, ranks=None):
     """The Run at step 0; trains a VAE if there is none, after everything that can be wrong has been checked."""
-    if config.data == "shards":                         # tokens and latents are ready, whatever their number
-        diffusion = Diffusion(config.diffusion, shift=config.shift)
-        packed = Shards(config.data_dir or "packed", drop=config.drop, t_limit=same_noise(diffusion, 500))
-        packed.must_have(seq_len=config.seq_len, patch=config.patch)
-        return assemble(config, shape_of(config, len(packed.words), tuple(packed.settings["latent"])), packed.words,
-                        packed.vae(config.vae), diffusion, packed, None)
+    ranks = ranks or scale.start(config.shard)
+    scale.micro_batches(config.accumulate)              # can they be dealt out?
     pairs = data.load_pairs(config.data, config.data_dir or None, config.image_size, n=config.pairs, seed=config.seed,
                             categories=scenes.WORLDS[config.world])
     words, side, channels = data.Words(pairs.vocabulary()), *pairs.pixels.shape[2:]
@@ -150,7 +151,9 @@ def prepare(config, out):
     if vae_config.image_channels != channels or side % f:
         raise data.UserError(f"the VAE takes pictures of {vae_config.image_channels} channels, with sides divisible by {f}; "
                              f"--data {config.data} has {channels} channels and {side} pixels")
-    shape = shape_of(config, len(words), (vae_config.z, side // f, side // f))
+    shape = sized(config.size, vocabulary=len(words), latent=(vae_config.z, side // f, side // f), patch=config.patch,
+                  encoder=config.encoder, patch_position=config.patch_position, bidirectional=config.bidirectional,
+                  context=config.seq_len)
     diffusion = Diffusion(config.diffusion, shift=config.shift)
     documents = data.Documents(pairs, shape.patches, drop=config.drop, t_limit=same_noise(diffusion, 500))
     longest = 2 + 2 * (max(len(caption.split()) for caption in pairs.captions) + shape.patches + 2)
@@ -158,44 +161,34 @@ def prepare(config, out):
         raise data.UserError(f"the longest document, two captions and pictures, takes {longest} positions and does not fit in "
                              f"a context of {config.seq_len}: raise --seq-len or --patch")
     if vae is None:
-        vae = train_vae(pairs.pixels, vae_config, config.vae_steps, seed=config.seed)
-        vae_module.save(out / "vae.pt", vae_module.pack_vae(vae))
-    return assemble(config, shape, words, vae, diffusion, documents, vae_module.encode_all(vae, pairs.pixels))
-
-
-def shape_of(config, vocabulary, latent):
-    """The ModelConfig of a run."""
-    return sized(config.size, vocabulary=vocabulary, latent=latent, patch=config.patch, encoder=config.encoder,
-                 patch_position=config.patch_position, bidirectional=config.bidirectional, context=config.seq_len)
-
-
-def assemble(config, shape, words, vae, diffusion, documents, latents):
-    """The Run at step 0: the model with its first weights, its average, its optimizer."""
+        with scale.rank_0_first():
+            if scale.rank() == 0:
+                vae_module.save(out / "vae.pt", vae_module.pack_vae(
+                    vae_module.train_vae(pairs.pixels, vae_config, config.vae_steps, seed=config.seed)))
+            vae = find_vae(config, out)
+    latents = vae_module.encode_all(vae.to(ranks.device), pairs.pixels, progress=scale.rank() == 0)
     torch.manual_seed(config.seed)
-    model = Transfusion(shape)
+    make = lambda: Transfusion(shape)
+    model = scale.spread(make, ranks, config.checkpointing, config.compile)
+    average = scale.hold(make, {k: v.detach().clone() for k, v in model.state_dict().items()})
     matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) == large] for large in (True, False))
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.decay), dict(params=vectors, weight_decay=0.0)],
                                   lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)          # Paper App. B.1
-    return Run(config, model, copy.deepcopy(model).requires_grad_(False), optimizer, words, vae, diffusion, documents, latents)
+    return Run(config, ranks, model, average, optimizer, words, vae, diffusion, documents, latents)
 
 
 # --------------------------------------------------------------------------------------------------------------- one step
 def draw_batch(run, step, micro):
     """The Batch of a micro-batch, with latents, t and eps: a pure function of (seed, step, micro)."""
     rng = np.random.default_rng([run.config.seed, step, micro])
-    if run.latents is None:                             # whole rows, with their latents
-        batch = run.documents.batch(run.config.seed, step, micro, run.config.documents, run.config.accumulate)
-    else:
-        rows = [data.lay_out(run.documents.draw(rng), run.words, run.documents.patches) for _ in range(run.config.documents)]
-        batch = data.pack(rows, run.config.seq_len)
+    rows = [data.lay_out(run.documents.draw(rng), run.words, run.documents.patches) for _ in range(run.config.documents)]
+    batch, (mean, deviation) = data.pack(rows, run.config.seq_len), run.latents
     g = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
-    normal = lambda: torch.randn(len(batch.images), *run.model.config.latent, generator=g)
-    if run.latents is not None:
-        mean, deviation = run.latents
-        batch.latents = mean[batch.images] + deviation[batch.images] * normal()                   # a draw from q(z | x)
+    normal = lambda: torch.randn(len(batch.images), *mean.shape[1:], generator=g)
+    batch.latents = mean[batch.images] + deviation[batch.images] * normal()                       # a draw from q(z | x)
     batch.t = 1 + (torch.rand(len(batch.images), generator=g) * batch.t_max).long()               # uniform in 1..t_max
     batch.eps = normal()
-    return batch
+    return batch.to(run.ranks.device)
 
 
 def learning_rate(config, step):
@@ -207,19 +200,21 @@ def learning_rate(config, step):
 
 
 def train_step(run):
-    """One optimizer step. Returns a dict of its sums: lm, words, per-picture losses and their t, grad_norm, tokens."""
+    """One optimizer step. Returns a dict of this rank's sums (lm, words, tokens), per-picture losses, their t; grad_norm."""
     config, model = run.config, run.model.train()
-    batches = [draw_batch(run, run.step, micro) for micro in range(config.accumulate)]
-    words = sum(int(b.learn.sum()) for b in batches)                    # TRAP: counted over the whole step, before dividing
-    pictures = max(1, sum(len(b.images) for b in batches))
-    lm_total, per_picture, t = 0.0, [], []
-    for batch in batches:
+    batches = [draw_batch(run, run.step, micro) for micro in scale.micro_batches(config.accumulate)]
+    mine = sum(int(b.learn.sum()) for b in batches)
+    words, pictures = scale.total([mine, sum(len(b.images) for b in batches)])      # TRAP: counted over the whole step, on
+    lm_total, per_picture, t = 0.0, [], []                                          # all ranks, before dividing
+    for k, batch in enumerate(batches):
+        scale.sync_gradients(model, k == len(batches) - 1)
         lm, _, each = losses(model, batch, run.diffusion)
-        (lm / words + config.lam * each.sum() / pictures).backward()    # eq. 4
-        lm_total += lm.item()
+        loss = lm / words + config.lam * each.sum() / max(1, pictures)  # eq. 4
+        (loss * scale.size()).backward()                                # gradients of ranks are averaged, ours must be added
+        lm_total += lm.detach()
         per_picture.append(each.detach())
         t.append(batch.t)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    norm = scale.full(torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip))
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config, run.step)
     run.optimizer.step()
@@ -228,160 +223,101 @@ def train_step(run):
     keep = min(config.ema, (1 + run.step) / (10 + run.step))            # the average forgets its random start quickly
     with torch.no_grad():                                               # else the average would remember every step's graph
         torch._foreach_lerp_(list(run.average.parameters()), list(run.model.parameters()), 1 - keep)
-    return {"lm": lm_total, "words": words, "each": torch.cat(per_picture), "t": torch.cat(t), "grad_norm": norm.item(),
+    return {"lm": lm_total.item(), "words": mine, "each": torch.cat(per_picture), "t": torch.cat(t), "grad_norm": norm.item(),
             "tokens": sum(int((b.tokens != data.PAD).sum()) for b in batches)}
 
 
 # ------------------------------------------------------------------------------------------------------------ bookkeeping
-def save_run(run, out):
-    """Write last.pt: everything that a resumed run needs to repeat the uninterrupted one to the bit."""
-    vae_module.save(out / "last.pt", {"kind": "training", "config": asdict(run.config), "step": run.step,
-                                      "model": run.model.state_dict(), "average": run.average.state_dict(),
-                                      "optimizer": run.optimizer.state_dict()})
-
-
-def load_run(config, out):
-    """The dict of last.pt. Raises UserError if the configuration has changed in a way that changes the run."""
-    saved = vae_module.load(out / "last.pt", "training")
-    changed = [k for k, v in asdict(config).items() if saved["config"].get(k, v) != v and k not in AFTERWARDS]
+def check_config(config, out):
+    """Raise UserError if the run in `out` had another configuration, in a way that changes the run."""
+    try:
+        before = json.loads((out / "config.json").read_text())
+        changed = [k for k, v in asdict(config).items() if before.get(k, v) != v and k not in AFTERWARDS]
+    except (OSError, ValueError, AttributeError) as problem:
+        raise data.UserError(f"{out}/config.json cannot be read ({problem}): is {out} the folder of a run?") from None
     if changed:
-        raise data.UserError(f"{out}/last.pt was trained with " +
-                             ", ".join(f"--{k.replace('_', '-')} {saved['config'][k]}" for k in changed) +
+        raise data.UserError(f"{out} was trained with " + ", ".join(f"--{k.replace('_', '-')} {before[k]}" for k in changed) +
                              "; resume with the same options, or start a new run with another --out")
-    return saved
-
-
-def resume_run(run, saved):
-    """Load the dict of last.pt into the Run."""
-    run.model.load_state_dict(saved["model"])
-    run.average.load_state_dict(saved["average"])
-    run.optimizer.load_state_dict(saved["optimizer"])
-    run.step = saved["step"]
 
 
 def summarize(window, run, seconds):
-    """One line of log.jsonl from the dicts of the last steps."""
-    each, t = (torch.cat([w[k] for w in window]) for k in ("each", "t"))
-    speed, device = sum(w["tokens"] for w in window) / seconds, plan.device_name(next(run.model.parameters()).device)
-    edges = range(0, run.diffusion.T, run.diffusion.T // 5)             # loss by noise level: the first thing to look at
-    bins = [each[(t > lo) & (t <= lo + run.diffusion.T // 5)] for lo in edges]
-    return {"step": run.step, "lm": sum(w["lm"] for w in window) / sum(w["words"] for w in window),
-            "diffusion": each.mean().item(), "by_t": [round(b.mean().item(), 4) if len(b) else None for b in bins],
+    """One line of log.jsonl from the dicts of the last steps. Every rank must call it."""
+    each, t = (torch.cat([w[k] for w in window]).cpu() for k in ("each", "t"))
+    width = run.diffusion.T // 5                                        # loss by noise level: the first thing to look at
+    bins = [each, *(each[(t > lo) & (t <= lo + width)] for lo in range(0, run.diffusion.T, width))]
+    lm, words, tokens, *pairs = scale.total([sum(w[k] for w in window) for k in ("lm", "words", "tokens")] +
+                                            [x for b in bins for x in (b.sum().item(), len(b))])
+    diffusion, *by_t = (total / n if n else None for total, n in zip(pairs[::2], pairs[1::2]))
+    return {"step": run.step, "lm": lm / words, "diffusion": diffusion, "by_t": [b and round(b, 4) for b in by_t],
             "grad_norm": window[-1]["grad_norm"], "lr": learning_rate(run.config, run.step - 1),
-            "tokens_per_s": round(speed), "mfu": plan.mfu(plan.flops_per_token(run.model), speed, device)}
-
-
-def plot_curves(log, path):
-    """curves.png: both losses, the loss by noise level, the conditioning gap."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
-    steps = [row["step"] for row in log]
-    axes[0].plot(steps, [row["lm"] for row in log], label="LM (nats per word)")
-    axes[0].plot(steps, [row["diffusion"] for row in log], label="diffusion (mean square)")
-    axes[0].set_title("the two losses")
-    for k in range(5):
-        axes[1].plot(steps, [row["by_t"][k] for row in log], label=f"t in {200 * k + 1}..{200 * k + 200}", color=plt.cm.viridis(k / 5))
-    axes[1].set_title("diffusion loss by noise level")
-    gaps = [(row["step"], row["gap"]) for row in log if "gap" in row]
-    axes[2].plot(*zip(*gaps) if gaps else ([], []), marker=".")
-    axes[2].axhline(0, color="grey", linewidth=0.8)
-    axes[2].set_title("conditioning gap (0: caption ignored)")
-    for axis in axes:
-        axis.set_xlabel("step")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
-    axes[1].legend(frameon=False, fontsize=8)
-    axes[0].set_yscale("log")
-    axes[1].set_yscale("log")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_samples(shown, path, columns=6, rows=4):
-    """samples.png: pictures under their prompts; a red title marks one that is not what was asked for."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    chosen = [shown[k] for k in np.linspace(0, len(shown) - 1, min(len(shown), columns * rows)).astype(int)]
-    figure, axes = plt.subplots(-(-len(chosen) // columns), columns, figsize=(2 * columns, 2.2 * -(-len(chosen) // columns)),
-                                squeeze=False, constrained_layout=True)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (text, picture, right) in zip(axes.flat, chosen):
-        axis.imshow(picture, interpolation="nearest")
-        halves = text.split() if len(text) > 18 else [text]
-        middle = len(halves) // 2
-        axis.set_title(" ".join(halves[:middle]) + "\n" + " ".join(halves[middle:]) if len(halves) > 1 else text,
-                       fontsize=9, color="black" if right else "red")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+            "tokens_per_s": round(tokens / seconds)}
 
 
 # --------------------------------------------------------------------------------------------------------------- the loop
 def fit(run, out, test):
     """Train to the last step, logging and saving. Returns (log, finished). Ctrl-C ends the step, saves, and stops."""
-    config, log, window, began, stop = run.config, [], [], time.time(), []
-    log_path = out / "log.jsonl"
+    config, log, window, began, stop, first = run.config, [], [], time.time(), [], scale.rank() == 0
+    log_path, saver = out / "log.jsonl", scale.Saver(out, run.ranks)
+    save = lambda: saver.save(run.step, run.model, run.average, run.optimizer)
     if run.step and log_path.exists():
         log = [row for row in map(json.loads, log_path.read_text().splitlines()) if row["step"] <= run.step]
-    log_path.write_text("".join(json.dumps(row) + "\n" for row in log))
-    captions, latents = run.documents.held_out(128) if test is None else (
-        test.captions[:128], vae_module.encode_all(run.vae, test.pixels[:128], progress=False)[0])
-    bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1)
+    scale.wait()                                        # before rank 0 writes what the others read
+    if first:
+        log_path.write_text("".join(json.dumps(row) + "\n" for row in log))
+    captions, latents = test.captions[:128], vae_module.encode_all(run.vae, test.pixels[:128], progress=False)[0]
+    bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1, disable=not first)
 
     def on_ctrl_c(*_):                                  # TRAP: an exception here could fall between weights, average and count
         stop.append(True)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)    # a second Ctrl-C stops at once
+        if scale.size() == 1:                           # torchrun passes one Ctrl-C on twice, and kills what goes on for 30 s
+            signal.signal(signal.SIGINT, signal.SIG_DFL)                # a second Ctrl-C stops at once
     in_main = threading.current_thread() is threading.main_thread()     # only there may Python catch a signal
     before = signal.signal(signal.SIGINT, on_ctrl_c) if in_main else None
     try:
-        while run.step < config.steps and not stop:
-            window.append(train_step(run))
+        while run.step < config.steps and not any(scale.total([len(stop)])):        # all ranks stop at the same step
+            with scale.explain_memory(run.average.config, count(run.average), config, run.ranks):
+                window.append(train_step(run))
             bar.update()
             if run.step % config.log_every == 0 or run.step == config.steps:
                 row = summarize(window, run, time.time() - began)
                 if run.step % config.gap_every == 0 or run.step == config.steps:
-                    row["gap"] = evaluate.conditioning_gap(run.average.eval(), run.words, run.diffusion, captions, latents)
-                row["seconds_left"] = round(bar.format_dict["elapsed"] / (run.step - bar.initial) * (config.steps - run.step))
-                log.append(row)
-                with open(log_path, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-                bar.set_postfix(lm=f"{row['lm']:.3f}", diff=f"{row['diffusion']:.3f}",
-                                mfu="-" if row["mfu"] is None else f"{row['mfu']:.1%}",
-                                gap=next((f"{r['gap']:.3f}" for r in reversed(log) if "gap" in r), "-"))
+                    row["gap"] = evaluate.conditioning_gap(run.kit().model, run.words, run.diffusion, captions, latents)
+                if first:
+                    left = bar.format_dict["elapsed"] / (run.step - bar.initial) * (config.steps - run.step)
+                    log.append({**row, "seconds_left": round(left)})
+                    with open(log_path, "a") as file:
+                        file.write(json.dumps(log[-1]) + "\n")
+                    bar.set_postfix(lm=f"{row['lm']:.3f}", diff=f"{row['diffusion'] or 0:.3f}",
+                                    gap=next((f"{r['gap']:.3f}" for r in reversed(log) if "gap" in r), "-"))
                 window, began = [], time.time()
             if run.step % config.save_every == 0:
-                save_run(run, out)
+                save()
+        save()
     finally:
+        saver.wait()
         if in_main:
             signal.signal(signal.SIGINT, before)
         bar.close()
-    save_run(run, out)
     return log, run.step == config.steps
 
 
 def parse_arguments(argv=None):
-    """(Config, resume, overwrite, None or the GPUs, MFU, device of --dry-run) of a command line."""
+    """(Config, resume, overwrite) of a command line."""
     parser = argparse.ArgumentParser(description="Train a Transfusion model. `python train.py` alone trains the first toy.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--preset", choices=tuple(PRESETS), help="a named set of options; default: that of --data")
-    parser.add_argument("--resume", action="store_true", help="go on from last.pt in the run's folder")
+    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in the run's folder")
     parser.add_argument("--overwrite", action="store_true", help="start anew although the run's folder has a checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="only print what the run will cost (a paper's size; no GPU needed)")
-    parser.add_argument("--gpus", type=int, default=1, help="of --dry-run: how many")
-    parser.add_argument("--mfu", type=float, default=0.46, help="of --dry-run: share of the GPUs' peak to assume")
-    parser.add_argument("--device", default="H100", help=f"of --dry-run: {', '.join(plan.DEVICES)}")
     kinds = {f.name: type(f.default) for f in fields(Config)}
     for f in fields(Config):
         more = dict(action=argparse.BooleanOptionalAction) if kinds[f.name] is bool else dict(type=kinds[f.name], choices=f.metadata["choices"])
         parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
                             help=f"{f.metadata['help']} (default: {f.default})", **more)
     given = vars(parser.parse_args(argv))
-    preset, resume, overwrite, dry = (given.pop(k) for k in ("preset", "resume", "overwrite", "dry_run"))
-    planned = tuple(given.pop(k) for k in ("gpus", "mfu", "device"))
+    preset, resume, overwrite = (given.pop(k) for k in ("preset", "resume", "overwrite"))
     preset = preset or given.get("data", "scenes")
+    if preset == "shards":
+        raise data.UserError("--data shards needs one of the paper's sizes: --preset 0.16b, 0.37b, 0.76b, 1.4b or 7b")
     config = Config(**{"out": f"out/{preset}", **PRESETS[preset], **given})
     for name in ("steps", "documents", "accumulate", "seq_len", "pairs", "vae_steps", "log_every", "gap_every", "save_every", "patch", "image_size"):
         if getattr(config, name) < 1:
@@ -395,49 +331,65 @@ def parse_arguments(argv=None):
                                  f"{int(name == 'sample_steps')}, got {getattr(config, name)}")
     if not (config.shift > 0 and config.clip > 0):
         raise data.UserError("--shift and --clip must be above 0")
-    return config, resume, overwrite, planned if dry else None
+    return config, resume, overwrite
 
 
 def main(argv=None):
     """Train as the command line says; returns the report's numbers."""
-    config, resume, overwrite, planned = parse_arguments(argv)
-    if planned:
-        return print("\n".join(plan.dry_run(config, *planned)))
-    out, began = Path(config.out), time.time()
-    if (out / "last.pt").exists() and not (resume or overwrite):
+    config, resume, overwrite = parse_arguments(argv)
+    out, began, ranks = Path(config.out), time.time(), scale.start(config.shard)
+    complete, incomplete = scale.found(out)
+    say = print if scale.rank() == 0 else lambda *_, **__: None
+    if complete and not (resume or overwrite):
         raise data.UserError(f"{out} already holds a run: add --resume to go on with it, --overwrite to start anew, or "
                              f"name another folder with --out")
-    if resume and not (out / "last.pt").exists():
-        raise data.UserError(f"there is nothing to resume: {out}/last.pt does not exist")
+    if resume and not complete:
+        raise data.UserError(f"there is nothing to resume: {out}/checkpoints has no complete checkpoint")
     if out.exists() and not out.is_dir():
         raise data.UserError(f"{out} is a file: name another folder with --out")
-    saved = load_run(config, out) if resume else None
-    test = None if config.data == "shards" else data.load_pairs(config.data, config.data_dir or None, config.image_size, split="test", n=256, seed=config.seed,
-                                                                categories=scenes.WORLDS[config.world], progress=False)
-    run = prepare(config, out)
+    if config.data == "shards":
+        raise data.UserError("--data shards: reading packed shards is not here yet")
     if resume:
-        resume_run(run, saved)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    pictures = run.documents.pictures if test is None else len(run.documents.pairs.captions)
-    print(f"{config.data}: {pictures:,} pictures, {len(run.words)} words; model: {count(run.model):,} "
-          f"parameters, {run.model.config.patches} patches per picture; {config.steps - run.step} steps to go; "
-          f"prepared in {time.time() - began:.0f} s")
+        check_config(config, out)
+    with scale.rank_0_first():                          # it may download
+        test = data.load_pairs(config.data, config.data_dir or None, config.image_size, split="test", n=256, seed=config.seed,
+                               categories=scenes.WORLDS[config.world], progress=False)
+    run = prepare(config, out, ranks)
+    if resume:
+        run.step = complete[-1]
+        scale.load(out, run.step, ranks, run.model, run.average, run.optimizer)
+        skipped = "".join(f" (step_{step:06d} was not finished: skipped)" for step in incomplete)
+        say(f"resuming from {scale.folder_of(out, run.step)}{skipped}")
+    if scale.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        for step in complete * (not resume):            # --overwrite
+            scale.remove(scale.folder_of(out, step))
+        (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
+    say(f"{config.data}: {len(run.documents.pairs.captions):,} pictures, {len(run.words)} words; model: {count(run.average):,} "
+        f"parameters, {run.average.config.patches} patches per picture; {config.steps - run.step} steps to go; "
+        f"{scale.size()} processes on {ranks.device.type}; prepared in {time.time() - began:.0f} s")
     log, finished = fit(run, out, test)
-    if not finished:
-        return print(f"stopped and saved at step {run.step}; the same command with --resume goes on from there")
-    plot_curves(log, out / "curves.png")
-    save_kit(out / "model.pt", run.kit())
-    trained = time.time() - began
-    if not config.samples or test is None:              # shards keep no pixels to compare with
-        return print(f"trained in {trained:.0f} s; wrote {out}/model.pt")
-    found, lines, shown = evaluate.report(run.kit(), config.data, scenes.WORLDS[config.world], test, config.samples, config.seed,
-                                          steps=config.sample_steps, guidance=config.guidance, sampler=config.sampler)
-    found["train_seconds"] = trained
-    plot_samples(shown, out / "samples.png")
-    (out / "report.json").write_text(json.dumps(found, indent=1))
-    print("\n".join(lines))
-    print(f"trained in {trained:.0f} s, all in {time.time() - began:.0f} s; look at {out}/samples.png and {out}/curves.png")
+    found, trained = None, time.time() - began
+    if finished:
+        kit = run.kit()
+        if scale.rank() == 0:
+            plot_curves(log, out / "curves.png")
+            save_kit(out / "model.pt", kit)
+        if config.samples:                              # drawn on all ranks
+            found, lines, shown = evaluate.report(kit, config.data, scenes.WORLDS[config.world], test, config.samples,
+                                                  config.seed, steps=config.sample_steps, guidance=config.guidance,
+                                                  sampler=config.sampler)
+            found["train_seconds"] = trained
+            if scale.rank() == 0:
+                plot_samples(shown, out / "samples.png")
+                (out / "report.json").write_text(json.dumps(found, indent=1))
+            say(*lines, sep="\n")
+            say(f"trained in {trained:.0f} s, all in {time.time() - began:.0f} s; look at {out}/samples.png and {out}/curves.png")
+        else:
+            say(f"trained in {trained:.0f} s; wrote {out}/model.pt")
+    else:
+        say(f"stopped and saved at step {run.step}; the same command with --resume goes on from there")
+    scale.stop()
     return found
 
 

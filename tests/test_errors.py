@@ -202,8 +202,9 @@ def test_resume_with_a_changed_option(capsys, monkeypatch, tmp_path, shelf):
     train.main([*SMALL, "--vae", str(shelf / "vae.pt")])
     mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", "--lr", "1", "--resume"], "--lr")
     mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt"], "--resume", "--overwrite")
-    (tmp_path / "run/last.pt").write_bytes((tmp_path / "run/last.pt").read_bytes()[:1000])
-    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", "--resume"], "last.pt", "truncated")
+    path = next((tmp_path / "run/checkpoints/step_000002").glob("*.distcp"))
+    path.write_bytes(path.read_bytes()[:1000])
+    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", "--resume"], "step_000002", "truncated")
 
 
 @pytest.mark.parametrize("program, arguments, words", [

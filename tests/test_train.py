@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import data
 import diffusion
 import model
+import scale
 import train
 import vae as vae_module
 from data import UserError
@@ -74,15 +76,15 @@ def prepared(command, tmp_path):
 
 
 def states(out):
-    """Everything in last.pt that must be repeated: {name: tensor or number}."""
-    saved, found = vae_module.load(out / "last.pt", "training"), {}
-    for part in ("model", "average"):
-        found |= {f"{part}.{k}": v for k, v in saved[part].items()}
-    for k, state in saved["optimizer"]["state"].items():
-        found |= {f"optimizer.{k}.{name}": v for name, v in state.items()}
-    for k, group in enumerate(saved["optimizer"]["param_groups"]):
-        found |= {f"group.{k}.{name}": v for name, v in group.items()}
-    return {**found, "step": saved["step"]}
+    """Everything in the last checkpoint that must be repeated: {name: tensor or number}."""
+    step = scale.found(out)[0][-1]
+    dcp_to_torch_save(scale.folder_of(out, step), out.parent / "state.pt")
+    saved = torch.load(out.parent / "state.pt", weights_only=False)
+    flat = lambda value, name="": {name[1:]: value} if not isinstance(value, dict) else {
+        k: v for key in value for k, v in flat(value[key], f"{name}.{key}").items()}
+    return {**flat({k: saved[k] for k in ("model", "average")}), **flat(saved["optimizer"]["state"]), "step": step,
+            "groups": [{k: v for k, v in group.items() if k != "lr"} for group in saved["optimizer"]["param_groups"]],
+            "lr": [group["lr"] for group in saved["optimizer"]["param_groups"]]}
 
 
 def log(out):
@@ -366,7 +368,7 @@ def test_ctrl_c_in_the_middle_of_a_step(command, tmp_path, whole, monkeypatch, w
 
 def folder(path):
     """{name: content} of every file in a run's folder."""
-    return {p.name: p.read_bytes() for p in path.iterdir()}
+    return {p.relative_to(path): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
 def test_an_existing_run_is_not_overwritten(command, tmp_path, whole):
@@ -407,7 +409,7 @@ def test_what_a_run_leaves_behind(command, tmp_path, capsys):
     """Catches a run without its files, with a log that lacks a number, or with a model that sample.py cannot load."""
     train.main(command(log_every=2))
     out = tmp_path / "run"
-    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "curves.png", "model.pt", "last.pt"}
+    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "curves.png", "model.pt", "checkpoints"}
     config = json.loads((out / "config.json").read_text())
     assert config["seed"] == 3 and config["documents"] == 6 and train.Config(**config)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -415,9 +417,9 @@ def test_what_a_run_leaves_behind(command, tmp_path, capsys):
     assert all({"step", "lm", "diffusion", "by_t", "grad_norm", "lr", "tokens_per_s", "seconds_left"} <= set(row) for row in rows)
     assert all(len(row["by_t"]) == 5 and row["lm"] > 0 for row in rows) and "gap" in rows[-1]
     assert (out / "curves.png").stat().st_size > 5000
-    kit, average = load_kit(out / "model.pt"), vae_module.load(out / "last.pt", "training")["average"]
+    kit, average = load_kit(out / "model.pt"), states(out)
     for k, v in kit.model.state_dict().items():         # the averaged weights, in 16 bits
-        assert torch.allclose(v, average[k], rtol=1e-3, atol=1e-6), k
+        assert torch.allclose(v, average[f"average.{k}"], rtol=1e-3, atol=1e-6), k
     assert kit.words.words[:7] == list(data.SPECIAL) and kit.diffusion.kind == "ddpm"
     assert "model.pt" in capsys.readouterr().out
 

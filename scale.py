@@ -1,0 +1,351 @@
+"""
+scale.py: the same model on many GPUs                                         (Transfusion §4.1 "Optimization", App. B.1)
+
+THE IDEA    A step is a fixed set of micro-batches. Deal them out to R processes ("ranks"), let each rank own a part of every
+            weight, and add up gradients instead of averaging averages: then any number of ranks takes the same step, and a
+            run may stop on 2 and go on on 1. train.py calls what is here; one process without a GPU runs the same lines.
+A PICTURE   --accumulate 8 on 4 ranks, --shard 2: a mesh of 2 copies x 2 shards
+
+            rank   micro-batches   owns of weights, gradient, AdamW, average
+             0     0 4             first half   | they gather a block's weights just before it is needed, forget them after
+             1     1 5             second half  | it, and send every gradient to its owner
+             2     2 6             first half   | another copy, say on another node: only gradients travel between the
+             3     3 7             second half  | copies
+THE RULE    L = (sum of LM, all ranks) / (words, all ranks) + lambda (sum of DDPM, all ranks) / (pictures, all ranks)    eq. 4
+            FSDP takes the mean of the ranks' gradients, so each rank's part of L is multiplied by R first.
+START       torchrun --standalone --nproc-per-node 8 train.py --preset 1.4b ...                                  one node
+            torchrun --nnodes 64 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --preset 7b
+                     --shard 8 ...                                                                      on each of 64 nodes
+OUT         out/<name>/checkpoints/step_000500/: torch.distributed.checkpoint's format, one file per rank and .metadata,
+            written last: without it the checkpoint does not count. The last two are kept.
+PAPER/HERE  the paper says how large its batches are, not how they are divided: all of this is our choice.
+            Run here: CPU and gloo, 1 and 2 processes (tests), and 4. Written for CUDA and NCCL, not run: no GPU here.
+READ NEXT   train.py        TRY IT  python scale.py        TEST  tests/test_scale.py (2 processes = 1 process)
+"""
+import contextlib
+import functools
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from data import UserError
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")          # one process saves, too
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")       # what torchrun tells its processes
+
+
+# --------------------------------------------------------------------------------------------------- who and where we are
+@dataclass
+class Ranks:
+    """Where this process computes. mesh: who shares the weights; None: this process alone, on the CPU, with plain tensors.
+    saving: the process group of asynchronous saving. TRAP: on the default group it waits for training's messages, for ever."""
+    device: torch.device
+    mesh: object = None
+    saving: object = None
+
+    @property
+    def dtype(self):
+        """What the network computes in: bfloat16 on a GPU, where it is twice as fast; float32 on a CPU, where it is slower."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+
+def rank():
+    """This process's number, 0..size()-1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size():
+    """R, how many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start(shard=0):
+    """Join the other processes, if torchrun started some -> Ranks. shard: among how many ranks the weights are divided;
+    0: all of them; fewer: groups of neighbours, each with a whole copy. Raises UserError if torchrun's variables are
+    incomplete or the sizes do not fit."""
+    cuda, line = torch.cuda.is_available(), "torchrun --standalone --nproc-per-node 2 train.py --accumulate 2"
+    if any(name in os.environ for name in TORCHRUN[:3]):                # MASTER_ADDR alone is a habit of clusters
+        if missing := [name for name in TORCHRUN if not os.environ.get(name)]:
+            raise UserError(f"some of torchrun's variables are set, but not {', '.join(missing)}: start with e.g. `{line}`, "
+                            f"or `unset {' '.join(n for n in TORCHRUN if n in os.environ)}` to train in one process")
+        if not all(os.environ[name].isdecimal() for name in TORCHRUN[:3]):
+            raise UserError(f"{', '.join(TORCHRUN[:3])} must be numbers: start with e.g. `{line}`")
+        local, alone, joining = int(os.environ["LOCAL_RANK"]), False, {}
+    else:                                                               # one GPU is a world of one
+        local, alone, joining = 0, not cuda, dict(rank=0, world_size=1, store=dist.HashStore())
+    world = 1 if joining else int(os.environ["WORLD_SIZE"])
+    if shard < 0 or world % (shard or 1):
+        raise UserError(f"--shard {shard} must divide the number of processes, {world} (0: all of them)")
+    if alone:
+        return Ranks(torch.device("cpu"))
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(f"this machine has {torch.cuda.device_count()} GPUs, but process {local} of it wants one of its own: "
+                        f"lower --nproc-per-node")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **joining)
+    shape = (world,) if shard in (0, world) else (world // shard, shard)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("shard",) if len(shape) == 1 else ("copy", "shard"))
+    return Ranks(device, mesh, dist.new_group(backend="gloo"))
+
+
+def stop():
+    """Leave the other processes, at the end of a run."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def wait():
+    """Wait until all ranks are here."""
+    if size() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def rank_0_first():
+    """What is inside happens on rank 0, then on the others: they find the file that rank 0 has written."""
+    if rank() > 0:
+        wait()
+    yield
+    if rank() == 0:
+        wait()
+
+
+# ------------------------------------------------------------------------------------------------------- dividing the work
+def micro_batches(accumulate):
+    """This rank's micro-batches of a step: k with k % R = rank. Together they are 0..accumulate-1 whatever R is, so that
+    the data of a step do not depend on it. TRAP: a rank with fewer would call the model less often, and all would wait."""
+    if accumulate % size():
+        raise UserError(f"{size()} processes cannot divide the {accumulate} micro-batches of a step evenly: make --accumulate "
+                        f"a multiple of {size()} (and lower --documents to keep the batch as large as it was)")
+    return range(rank(), accumulate, size())
+
+
+def total(numbers):
+    """List of floats: each of `numbers` summed over the ranks. Every rank must call it, with as many."""
+    if size() == 1:
+        return [float(n) for n in numbers]
+    summed = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(summed)
+    return summed.tolist()
+
+
+def divided(work, items):
+    """List of work(part, first) of all ranks' parts of a list, in order: `first` is the place of the part's first item.
+    Every rank must call it and gets the whole list. For drawing and describing; the model of the work must be whole."""
+    a, b = (len(items) * k // size() for k in (rank(), rank() + 1))
+    found = work(items[a:b], a) if a < b else None
+    everyone = [found]
+    if size() > 1:
+        everyone = [None] * size()
+        dist.all_gather_object(everyone, found)
+    return [part for part in everyone if part is not None]
+
+
+# ------------------------------------------------------------------------------------------------------ dividing the model
+def spread(make, ranks, checkpointing=False, compiled=False):
+    """The model of make(), its weights drawn once and divided among the ranks. checkpointing: keep only the blocks' inputs
+    and compute the rest again in the backward pass. compiled: torch.compile each block; one is compiled, all use it.
+
+    The order matters: shapes only ("meta": 7B parameters take no memory) -> activation checkpointing -> compile -> shard
+    the blocks, then norm and head, then what is left -> memory -> weights."""
+    if ranks.mesh is None:
+        model = make()
+        prepare_blocks(model, checkpointing, compiled)
+        return model
+    # TRAP: weights drawn shard by shard depend on the number of shards. Rank 0 draws them all, as one process would, and
+    # hands out the shards. At 7B that is 27 GB of one machine's main memory, once.
+    drawn = make().state_dict() if rank() == 0 else {}
+    with torch.device("meta"):
+        model = make()
+    if buffers := [name for name, _ in model.named_buffers()]:
+        raise ValueError(f"buffers are not drawn, and would be left empty: {buffers}")
+    prepare_blocks(model, checkpointing, compiled)
+    # Weights travel and compute in bfloat16; their owners keep and update them in float32, and gradients are added in it.
+    # TRAP: cast_forward_inputs would also round the noisy pictures and RoPE's tables; the model casts where it means to.
+    half = dict(param_dtype=ranks.dtype, reduce_dtype=torch.float32) if ranks.dtype != torch.float32 else {}
+    how = dict(mesh=ranks.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False, **half))
+    for block in model.blocks:
+        fully_shard(block, **how)
+    fully_shard([model.norm, model.head], reshard_after_forward=False, **how)       # the backward pass starts with them
+    fully_shard(model, **how)                                           # embeddings and patch encoder
+    model.to_empty(device=ranks.device)
+    set_model_state_dict(model, drawn, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return model
+
+
+def prepare_blocks(model, checkpointing, compiled):
+    """Replace the blocks' forward. Only `forward`: the parameters keep their names, and FSDP's hooks stay outside, so that
+    weights are gathered before, not within, what is computed again."""
+    for block in model.blocks:
+        if checkpointing:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if compiled:
+            block.forward = torch.compile(block.forward)
+
+
+def sync_gradients(model, last):
+    """Say whether the coming micro-batch is the step's last: only then do gradients travel. TRAP: say it before the forward
+    pass; after it, the flag counts for the next one, and the last micro-batch's gradients never leave this rank."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+
+
+def full(x):
+    """The whole of a tensor of which each rank may hold a shard. Every rank must call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def hold(make, tensors):
+    """A module of make() around given tensors {name: tensor}, without gradients, without drawing or copying any."""
+    with torch.device("meta"):
+        module = make()
+    module.load_state_dict(tensors, assign=True)
+    return module.requires_grad_(False)
+
+
+def whole(make, module, dtype):
+    """A plain, whole module with the weights of `module`, on every rank: anything may be called on it, by one rank alone.
+    Sampling calls other methods than forward, a different number of times on each rank; on shards that would not end.
+    7B in bfloat16 takes 13.5 GB for as long as it is held. A module that is whole already is returned as it is."""
+    if not any(isinstance(p, DTensor) for p in module.parameters()):
+        return module
+    return hold(make, {k: full(v).to(dtype) for k, v in module.state_dict().items()})
+
+
+# ------------------------------------------------------------------------------------------------------------- checkpoints
+def folder_of(out, step):
+    """Where the checkpoint of a step lies."""
+    return Path(out) / "checkpoints" / f"step_{step:06d}"
+
+
+def found(out):
+    """(steps of complete checkpoints, steps of incomplete ones), ascending. Complete: .metadata is written last, by rank 0,
+    when every rank's file is on the disk."""
+    both = [], []
+    for path in (Path(out) / "checkpoints").glob("step_*"):
+        both[not (path / ".metadata").exists()].append(int(path.name[5:]))
+    return sorted(both[0]), sorted(both[1])
+
+
+def remove(path):
+    """Delete a checkpoint, its .metadata first: killed in between, it must not look complete."""
+    (path / ".metadata").unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def state_of(model, average, optimizer):
+    """Everything that a resumed run needs, by the parameters' names: it does not depend on the number of ranks."""
+    weights, moments = get_state_dict(model, optimizer)
+    return {"model": weights, "average": average.state_dict(), "optimizer": moments}
+
+
+class Saver:
+    """Writes checkpoints while training goes on: the tensors are copied at once, and a thread writes the copy."""
+
+    def __init__(self, out, ranks, keep=2):
+        self.out, self.ranks, self.keep, self.writing = Path(out), ranks, keep, None
+
+    def save(self, step, *parts):
+        """Begin to write the checkpoint of a step. parts: model, average, optimizer."""
+        self.wait()
+        if step in found(self.out)[0]:
+            return
+        path = folder_of(self.out, step)
+        with rank_0_first():
+            remove(path)                                                # what a killed run left half written
+        self.writing = path, dcp.async_save(state_of(*parts), checkpoint_id=path, process_group=self.ranks.saving,
+                                            no_dist=not dist.is_initialized())
+
+    def wait(self):
+        """Wait until the checkpoint that is being written is complete; then delete all but the last few."""
+        if self.writing is None:
+            return
+        (path, future), self.writing = self.writing, None
+        try:
+            future.result()
+        except (Exception, dcp.api.CheckpointException) as problem:     # the latter is no Exception
+            raise UserError(f"{path} could not be written ({problem}): is the disk full?") from None
+        if rank() == 0:
+            complete, incomplete = found(self.out)
+            for step in complete[:-self.keep] + incomplete:
+                remove(folder_of(self.out, step))
+
+
+def load(out, step, ranks, model, average, optimizer):
+    """Read the checkpoint of a step into the three, whatever number of ranks wrote it."""
+    path, state = folder_of(out, step), state_of(model, average, optimizer)
+    try:
+        dcp.load(state, checkpoint_id=path, process_group=ranks.saving, no_dist=not dist.is_initialized())
+    except (Exception, dcp.api.CheckpointException) as problem:
+        raise UserError(f"{path} cannot be read ({type(problem).__name__}): truncated, or of another model? Delete this folder "
+                        f"to go on from the checkpoint before it") from None
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+
+# ------------------------------------------------------------------------------------------------------------------ memory
+def memory(shape, parameters, rows, T, shard=1, mine=1, checkpointing=False, width=2):
+    """{what: bytes per process}. shape: ModelConfig; parameters: how many; rows of T positions per micro-batch; shard: among
+    how many ranks the weights are divided; mine: micro-batches per rank and step; width: bytes of a number, 2 or 4.
+
+    A block keeps about 20 D numbers per position for its backward pass: two norms 2, q k v 3, attention and residual 4,
+    gate, up, silu and product 4 x 8/3. With checkpointing every block keeps D, and one block at a time the rest. The words'
+    logits are held in `width` and, for the softmax, twice in float32. (tests/test_scale.py measures the 20.)"""
+    layers = shape.layers + 20 if checkpointing else 20 * shape.layers
+    return {"weights, gradient, AdamW, average": 20 * parameters // shard,                             # 4 + 4 + 8 + 4 bytes
+            "weights gathered for computing": 2 * width * parameters // shape.layers if shard > 1 else 0,      # two blocks
+            "gradients waiting for the last micro-batch": 4 * parameters if mine > 1 and shard > 1 else 0,
+            "activations": rows * T * (layers * shape.width * width + shape.vocabulary * (width + 8))}
+
+
+@contextlib.contextmanager
+def explain_memory(shape, parameters, config, ranks):
+    """Turn "out of memory" into a UserError: what the memory is for, and which option to change. config: train.Config."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
+        if not isinstance(problem, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(problem):
+            raise
+        use = lambda **options: memory(shape, parameters, config.documents, config.seq_len, config.shard or size(),
+                                       config.accumulate // size(), width=ranks.dtype.itemsize, **options)
+        gb = lambda n: f"{n / 1e9:.1f} GB"
+        now = use(checkpointing=config.checkpointing)
+        advice = [f"--documents {config.documents // 2} --accumulate {2 * config.accumulate} (the same batch in smaller pieces)"
+                  ] if config.documents > 1 else []
+        if not config.checkpointing:
+            advice.append(f"--checkpointing (activations {gb(use(checkpointing=True)['activations'])})")
+        if config.shard not in (0, size()):
+            advice.append(f"--shard {2 * config.shard}")
+        raise UserError(f"out of memory: a process needs about " + ", ".join(f"{gb(v)} for {k}" for k, v in now.items() if v) +
+                        "; try " + " or ".join(advice or ["more processes"])) from None
+
+
+if __name__ == "__main__":
+    from model import Transfusion, count, sized
+    print("a step of 8 micro-batches, dealt out:")
+    for R in (1, 2, 4):
+        print(f"  R = {R}   " + "   ".join(f"rank {r}: {' '.join(map(str, range(r, 8, R)))}" for r in range(R)))
+    print("\nmemory per GPU in GB, rows of 4096, 2 rows per micro-batch, weights divided among 8 GPUs\n"
+          "size      parameters   one GPU alone   owned   gathered   waiting*   activations   with --checkpointing")
+    for name in ("0.16b", "0.37b", "0.76b", "1.4b", "7b"):
+        with torch.device("meta"):
+            shape = sized(name, vocabulary=32000, latent=(8, 32, 32))
+            n = count(Transfusion(shape))
+        alone, parts = (list(memory(shape, n, 2, 4096, shard, 2).values()) for shard in (1, 8))
+        less = memory(shape, n, 2, 4096, 8, 2, checkpointing=True)["activations"]
+        print(f"{name:6s} {n:14,d} {sum(alone) / 1e9:15.1f} " +
+              " ".join(f"{v / 1e9:{w}.1f}" for v, w in zip((*parts, less), (7, 10, 10, 13, 20))))
+    print("* unreduced gradients, if a rank has more than one micro-batch per step: on 512 GPUs it has one")

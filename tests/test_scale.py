@@ -1,0 +1,282 @@
+"""
+test_scale.py: two processes are one process                                    (scale.py; DESIGN 6; PAPER §4.10)
+
+One start of two gloo processes (`work`, at the end) trains, is interrupted, resumes and draws; this process does the same
+alone and compares. Micro-batches are made as unequal as can be: each has another number of documents, one has no picture.
+"""
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data
+import evaluate
+import model
+import scale
+import train
+import vae as vae_module
+from data import UserError
+from sample import load_kit
+from test_train import log, same, small_run, states
+
+CAPTIONS = ["a red circle", "a circle", "a blue square", "a circle", "a white cross"]
+ENCODERS = {"linear": [], "unet": ["--encoder", "unet", "--shard", "1", "--checkpointing"]}    # --shard 1: a 2 x 1 mesh
+
+
+@contextlib.contextmanager
+def tiny_and_uneven():
+    """A tiny "toy", and micro-batches of 1, 3, 5 documents and one of words alone."""
+    real = train.draw_batch
+
+    def draw_batch(run, step, micro):
+        run.config.documents, run.documents.text_share, share = 1 + 2 * (micro % 3), run.documents.text_share, run.documents.text_share
+        run.documents.text_share = 1.0 if micro == 3 else share
+        try:
+            return real(run, step, micro)
+        finally:
+            run.config.documents, run.documents.text_share = 6, share
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.SIZES, "toy", (2, 32, 2))
+        patch.setattr(train, "draw_batch", draw_batch)
+        yield patch
+
+
+def command(folder, out, *more):
+    """The argument list of a run of 6 steps with 4 micro-batches each. It clips: the gradient's norm is above 1."""
+    return small_run(vae=folder / "vae.pt", out=folder / out, accumulate=4, save_every=3, gap_every=3, lr=0.02) + list(more)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder in which two processes have done all that `work` does: two_linear/, two_unet/, two_stopped/, pictures.npy."""
+    folder = tmp_path_factory.mktemp("scale")
+    torch.manual_seed(0)
+    vae_module.save(folder / "vae.pt", vae_module.pack_vae(vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2))))
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)]
+    with open(folder / "said", "w") as said:
+        started = subprocess.Popen(line, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        try:
+            status = started.wait(timeout=600)          # about 20 s on a quiet core; a rank that waits for ever ends here
+        except subprocess.TimeoutExpired:
+            started.terminate()                         # TRAP: kill() would leave the two processes behind
+            status = started.wait()
+    assert status == 0, (folder / "said").read_text()[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """A function: the folder of the same run by one process."""
+    def run(encoder):
+        out = folder / f"one_{encoder}"
+        if not out.exists():
+            with tiny_and_uneven():
+                train.main(command(folder, f"one_{encoder}", *ENCODERS[encoder][: 2 * (encoder == "unet")]))
+        return out
+    return run
+
+
+def close(one, two, tolerance):
+    """Whether two logs tell the same losses, gradient norms and gaps, line by line."""
+    assert [row["step"] for row in one] == [row["step"] for row in two] and len(one) == 6
+    for a, b in zip(one, two):
+        for k in ("lm", "diffusion", "grad_norm", "gap"):
+            assert a.get(k) == pytest.approx(b.get(k), abs=tolerance, rel=tolerance), (a["step"], k, a.get(k), b.get(k))
+    return True
+
+
+def far(one, two):
+    """The largest difference between the tensors of two checkpoints."""
+    one, two = states(one), states(two)
+    assert one.keys() == two.keys() and one["step"] == two["step"] == 6
+    return max((one[k] - two[k]).abs().max().item() for k in one if k.split(".")[0] in ("model", "average"))
+
+
+# -------------------------------------------------------------------------------------------------- two processes and one
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_two_processes_take_the_steps_of_one(folder, alone, encoder):
+    """PAPER §4.10: catches means of means, the sync flag set late, clipping before gradients are added, weights drawn by the
+    shard, a rank with the other's data, and a hang where one rank has no picture."""
+    two = folder / f"two_{encoder}"
+    assert close(log(alone(encoder)), log(two), 1e-5) and log(two)[-1]["grad_norm"] > 1.5
+    assert far(alone(encoder), two) < 1e-3              # AdamW divides small gradients by their own size: 1e-7 becomes 1e-5
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_the_small_file_is_whole(folder, encoder):
+    """Catches a model.pt that holds rank 0's shard, or the weights of another step."""
+    average, kit = states(folder / f"two_{encoder}"), load_kit(folder / f"two_{encoder}/model.pt")
+    for k, v in kit.model.state_dict().items():
+        assert torch.allclose(v, average[f"average.{k}"], rtol=1e-3, atol=1e-6), k
+
+
+def test_ctrl_c_on_one_rank_stops_both_and_resume_on_two_repeats(folder):
+    """Catches ranks that stop at different steps (they would wait for ever), a checkpoint that training went on to change
+    while it was being written, and whatever the checkpoint forgets: equal to the bit."""
+    assert same(states(folder / "two_linear"), states(folder / "two_stopped")) == []
+    assert log(folder / "two_linear") == log(folder / "two_stopped")
+
+
+def test_resume_on_one_what_two_have_saved(folder, capsys):
+    """Catches state that depends on the number of ranks, and a half-written checkpoint that is taken for a whole one."""
+    shutil.copytree(folder / "two_linear", folder / "resumed")
+    (folder / "resumed/checkpoints/step_000006/.metadata").unlink()     # killed while step 6 was being written
+    assert scale.found(folder / "resumed") == ([3], [6])
+    with tiny_and_uneven():
+        train.main(command(folder, "resumed", "--resume"))
+    said = capsys.readouterr().out
+    assert "resuming from" in said and "step_000003" in said and "step_000006 was not finished" in said
+    assert close(log(folder / "resumed"), log(folder / "two_linear"), 1e-5) and scale.found(folder / "resumed") == ([3, 6], [])
+    assert far(folder / "resumed", folder / "two_linear") < 1e-3
+
+
+def test_pictures_do_not_depend_on_who_draws_them(folder):
+    """Catches ranks that all draw with the same noise, or hand the pictures back in another order."""
+    kit, two = load_kit(folder / "two_linear/model.pt"), np.load(folder / "pictures.npz")
+    pictures = evaluate.draw(kit, CAPTIONS, steps=3)
+    assert np.abs(pictures.astype(int) - two["pictures"]).max() <= 1 and (pictures[1] != pictures[3]).any()
+    assert evaluate.describe(kit, torch.from_numpy(two["latents"])) == two["said"].tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------- checkpoints
+def test_a_checkpoint_is_of_the_moment_of_saving(tmp_path, make_model):
+    """Catches asynchronous saving of the live weights: what changes after `save` must not reach the file."""
+    one, two = make_model(), make_model()
+    optimizers = [torch.optim.AdamW(m.parameters()) for m in (one, two)]
+    before = {k: v.clone() for k, v in one.state_dict().items()}
+    saver = scale.Saver(tmp_path, scale.Ranks(torch.device("cpu")))
+    saver.save(1, one, one, optimizers[0])
+    with torch.no_grad():
+        for p in one.parameters():
+            p.add_(1)
+    saver.wait()
+    scale.load(tmp_path, 1, saver.ranks, two, two, optimizers[1])
+    assert same(before, dict(two.state_dict())) == []
+    for step in (2, 3):
+        saver.save(step, one, one, optimizers[0])
+    saver.wait()
+    assert scale.found(tmp_path) == ([2, 3], [])        # the last two are kept
+
+
+# -------------------------------------------------------------------------------------------------------- the user's mistakes
+@pytest.mark.parametrize("variables, words", [
+    (dict(WORLD_SIZE="2"), ["RANK", "MASTER_ADDR", "torchrun --standalone"]),
+    (dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost"), ["not MASTER_PORT:", "torchrun"]),
+    (dict(RANK="zero", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1"), ["numbers"])], ids=str)
+def test_missing_variables(monkeypatch, variables, words):
+    """Catches a start by hand, or from a cluster's leftovers, that ends in a traceback or waits for ever."""
+    for name in scale.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as mistake:
+        scale.start()
+    assert all(word in str(mistake.value) for word in words)
+
+
+def test_sizes_that_do_not_fit(monkeypatch):
+    """Catches ranks with unequal shares, and shards that are no part of the world."""
+    with pytest.raises(UserError, match="--shard 3.*1"):
+        scale.start(3)
+    monkeypatch.setattr(scale, "size", lambda: 4)
+    with pytest.raises(UserError, match="4 processes.*6 micro-batches.*--accumulate.*--documents"):
+        scale.micro_batches(6)
+    shares = []
+    for r in range(4):
+        monkeypatch.setattr(scale, "rank", lambda: r)
+        shares += scale.micro_batches(8)
+    assert sorted(shares) == list(range(8))
+
+
+@pytest.mark.parametrize("memory_error", [lambda: torch.empty(10 ** 15), lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA"))])
+def test_out_of_memory(folder, tmp_path, monkeypatch, memory_error):
+    """Catches a traceback where a smaller batch would do, and advice that names what is already so."""
+    with tiny_and_uneven():
+        monkeypatch.setattr(train, "train_step", lambda run: memory_error())
+        with pytest.raises(UserError, match=r"GB for activations.*--documents 3 --accumulate 8.*--checkpointing"):
+            train.main(command(folder, "large"))
+        with pytest.raises(UserError) as mistake:
+            train.main(command(folder, "large", "--checkpointing"))
+        assert "--checkpointing" not in str(mistake.value)
+        monkeypatch.setattr(train, "train_step", lambda run: (_ for _ in ()).throw(RuntimeError("a bug")))
+        with pytest.raises(RuntimeError, match="a bug"):
+            train.main(command(folder, "large"))
+
+
+@pytest.mark.parametrize("D, T", [(256, 128), (512, 64)])
+def test_the_estimate_of_activations(D, T):
+    """Catches an estimate that nobody has compared with what a block keeps: every storage saved for backward, counted once."""
+    block, kept = model.Block(D, 4), {}
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+
+    def keep(x):
+        if x.dtype == torch.float32 and x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x    # kept alive, so that no address comes twice
+        return x
+    pos = torch.arange(T)[None]
+    rope = model.rope_tables(pos, D // 4)
+    tables = {x.untyped_storage().data_ptr() for x in rope}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        block(torch.randn(1, T, D, requires_grad=True), rope, None)
+    found = sum(x.untyped_storage().nbytes() for k, x in kept.items() if k not in tables) / (4 * T * D)
+    shape = model.ModelConfig(vocabulary=0, layers=1, width=D, heads=4)
+    estimate = scale.memory(shape, 0, 1, T, width=4)["activations"] / (4 * T * D)
+    assert abs(found / estimate - 1) < 0.25, (found, estimate)
+
+
+@pytest.mark.parametrize("options, words", [(["--data", "shards"], "--preset"), (["--preset", "7b"], "shards")])
+def test_shards_are_not_here_yet(tmp_path, options, words):
+    """Catches a preset of the paper that trains on something else."""
+    with pytest.raises(UserError, match=words):
+        train.main([*options, "--out", str(tmp_path / "run")])
+
+
+def test_the_papers_batches():
+    """Paper §4.1: 2M tokens x 250k steps, the flagship 4M x 500k; catches another batch, length or rate in a preset."""
+    for name in ("0.16b", "0.37b", "0.76b", "1.4b", "7b"):
+        config, _, _ = train.parse_arguments(["--preset", name])
+        large = 2 if name == "7b" else 1
+        assert config.documents * config.accumulate * config.seq_len == large * 2 ** 21 and config.steps == large * 250000
+        assert (config.lr, config.warmup, config.lam, config.diffusion, config.shift, config.clip) == (3e-4, 4000, 5, "ddpm", 1, 1)
+        assert config.size == name and config.accumulate % 256 == 0
+
+
+# ------------------------------------------------------------------------------------------ what the two processes do
+def work(folder):
+    """Run by torchrun, in each of two processes."""
+    torch.set_num_threads(1)
+    scale.stop = lambda: None                           # several runs, one group
+    with tiny_and_uneven() as patch:
+        for encoder, options in ENCODERS.items():
+            train.main(command(folder, f"two_{encoder}", *options))
+        real = train.train_step
+
+        def step(run):
+            if run.step == 3 and scale.rank() == 1:     # Ctrl-C that reaches one of them only
+                signal.raise_signal(signal.SIGINT)
+            return real(run)
+        with patch.context() as press:
+            press.setattr(train, "train_step", step)
+            train.main(command(folder, "two_stopped"))
+        assert scale.found(folder / "two_stopped") == ([3, 4], []) and not (folder / "two_stopped/model.pt").exists()
+        train.main(command(folder, "two_stopped", "--resume"))
+    kit = load_kit(folder / "two_linear/model.pt")
+    latents = torch.randn(3, *kit.model.config.latent, generator=torch.Generator().manual_seed(0))
+    pictures, said = evaluate.draw(kit, CAPTIONS, steps=3), evaluate.describe(kit, latents)
+    if scale.rank() == 0:
+        np.savez(folder / "pictures.npz", pictures=pictures, latents=latents.numpy(), said=np.array(said))
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
