@@ -27,9 +27,11 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import edits
 import scenes
 import vae as vae_module
-from sample import decode_latents, describe, draw, encode_pixels, load_kit
+from sample import OVER, decode_latents, describe, draw, encode_pixels, generate, load_kit
+from sample import edit as sample_edit
 
 CLASSIFIER = Path(__file__).parent / "assets" / "mnist_classifier.pt"
 
@@ -88,16 +90,15 @@ def excess_nats(kit, documents, n=500, seed=0):
 
 
 @torch.no_grad()
-def deductions(kit, n=200, seed=0, categories=scenes.WORLDS["six"]):
+def deductions(kit, n=200, seed=0):
     """Share of two-choice deductions in which the right relation is likelier than the wrong one. Chance: 0.5."""
-    sides = scenes.World(tuple(categories)).sides
     rng, right = np.random.default_rng([seed, 10]), 0
     pairs = scenes.captions("color_attr")
     for _ in range(n):
         (_, claim), rel = pairs[rng.integers(len(pairs))], list(scenes.RELATIONS)[rng.integers(4)]
-        back, scores = sides[rng.integers(len(sides))], []
+        scores = []
         for wrong in (False, True):
-            sequence = data.lay_out([scenes.deduction_text(claim.objects, rel, back, wrong)], kit.words, kit.model.config.patches)
+            sequence = data.lay_out([scenes.deduction_text(claim.objects, rel, wrong)], kit.words, kit.model.config.patches)
             batch = data.pack([sequence], len(sequence.tokens))
             logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn,
                                   torch.zeros(0, *kit.model.config.latent), torch.zeros(0, dtype=torch.long))
@@ -106,22 +107,72 @@ def deductions(kit, n=200, seed=0, categories=scenes.WORLDS["six"]):
     return right / n
 
 
+def gap_probe(pairs, vae, n):
+    """(captions, latents, latents before or None) of the first n captioned pictures, or edits, for `conditioning_gap`."""
+    encode = lambda index: vae_module.encode_all(vae, pairs.pixels[index], progress=False)[0]
+    if isinstance(pairs, edits.Edits):
+        before, captions, after = map(list, zip(*pairs.triples()[:n]))
+        return captions, encode(after), encode(before)
+    return pairs.captions[:n], encode(np.arange(min(n, len(pairs.captions)))), None
+
+
 @torch.no_grad()
-def conditioning_gap(model, words, diffusion, captions, latents, seed=0):
+def conditioning_gap(model, words, diffusion, captions, latents, before=None, seed=0):
     """Diffusion loss with a wrong caption minus that with the right one, same noise, same t: 0 means that the model
-    ignores its caption, however good the loss looks (PAPER.md §4.12). captions: N str; latents (N, c, h, w)."""
+    ignores its caption, however good the loss looks (PAPER.md §4.12). captions: N str; latents (N, c, h, w); before: the
+    latents of the pictures that stand before the captions, clean, where these are edits."""
     g, N = torch.Generator().manual_seed(seed), len(captions)
     t = (torch.arange(N) * diffusion.T // N + 1)[torch.randperm(N, generator=g)]      # every noise level alike
     eps, means = torch.randn(latents.shape, generator=g), []
     other = [next((c for c in captions[k + 1:] + captions[:k] if c != own), own)          # the next different caption
              for k, own in enumerate(captions)]
+    noisy = diffusion.add_noise(latents, eps, t)
     for texts in (captions, other):
-        rows = [data.lay_out([text, ("image", k, diffusion.T)], words, model.config.patches) for k, text in enumerate(texts)]
+        rows = [data.lay_out([*([("image", N + k, 0)] if before is not None else []), text, ("image", k, diffusion.T)],
+                             words, model.config.patches) for k, text in enumerate(texts)]
         batch = data.pack(rows, model.config.context)
         k = batch.images
-        out = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, diffusion.add_noise(latents[k], eps[k], t[k]), t[k])[1]
-        means.append((out - diffusion.target(latents[k], eps[k])).square().mean().item())
+        x, times = (torch.cat([a, b])[k] for a, b in ((noisy, noisy[:0] if before is None else before), (t, torch.zeros_like(t))))
+        out = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, x, times)[1]
+        drawn, k = out[k < N], k[k < N]
+        means.append((drawn - diffusion.target(latents[k], eps[k])).square().mean().item())
     return means[1] - means[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------ editing
+def editing(kit, n=200, seed=0, size=32, progress=True, **drawing):
+    """Numbers of edits of unseen scenes: {"edits": share of n single edits after which the picture holds exactly what the
+    instruction asks for, "kept": share of untouched objects that stand within 2 pixels of their place, "chains": share of n
+    chains of three edits that end in the right scene, "asked": share of n questions "what changed ?" answered with an
+    instruction that does lead from the one picture to the other, "kinds": {kind: exact}}; and (instruction, before |
+    after, exact) to show. Each edit of a chain starts from the model's own picture. drawing: as `sample.edit`."""
+    found = edits.scene_edits(4 * n, [seed, 12], single=0, size=size, progress=False)
+    pixels = lambda index: np.stack([found.pixels[k] for k in index])
+    change = lambda x, said, seed: torch.cat([sample_edit(kit, x[k: k + 100], said[k: k + 100], seed=seed + k, **drawing)
+                                              for k in range(0, len(said), 100)])
+    before, said, after = map(list, zip(*[(pictures[0], texts[0], pictures[1]) for pictures, texts in found.chains[:n]]))
+    drawn = decode_latents(kit, change(encode_pixels(kit, pixels(before)), said, seed))
+    verdicts = [edits.judge(found.scenes[a], text, scenes.parse(picture), size) for a, text, picture in zip(before, said, drawn)]
+    table = {kind: [v[0] for v, text in zip(verdicts, said) if edits.kind_of(text) == kind] for kind in edits.KINDS}
+    shown = [(text, np.concatenate([a, b], 1), v[0]) for text, a, b, v in zip(said, pixels(before), drawn, verdicts)]
+
+    two = [encode_pixels(kit, pixels(index)) for index in (before, after)]
+    answers, asked = generate(kit, [[a, b, "what changed ?"] for a, b in zip(*two)], max_pictures=0), []
+    for answer, a, b in zip(answers, before, after):
+        try:
+            asked.append(edits.judge(found.scenes[a], answer[-1].removeprefix("what changed ? "), found.scenes[b], size)[0])
+        except ValueError:                              # no instruction, or one that does not fit the picture
+            asked.append(False)
+
+    threes = [chain for chain in found.chains if len(chain[1]) == 3][:n]
+    latents = encode_pixels(kit, pixels([pictures[0] for pictures, _ in threes]))
+    for step in tqdm(range(3), desc="editing", disable=not progress, leave=False):
+        latents = change(latents, [texts[step] for _, texts in threes], seed + 1000 * (step + 1))
+    ends = [edits.judge_end(found.scenes[pictures[0]], found.scenes[pictures[-1]], scenes.parse(picture), size)
+            for (pictures, _), picture in zip(threes, decode_latents(kit, latents))]
+    return {"edits": float(np.mean([v[0] for v in verdicts])), "kept": sum(v[1] for v in verdicts) / sum(v[2] for v in verdicts),
+            "chains": float(np.mean(ends)), "asked": float(np.mean(asked)),
+            "kinds": {kind: float(np.mean(v)) for kind, v in table.items() if v}}, shown
 
 
 # ------------------------------------------------------------------------------------------------------------------- MNIST
@@ -188,6 +239,12 @@ def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, he
     began = time.time()
     if name == "mnist":
         found, shown = digits(kit, test, n, seed, **drawing)
+    elif name == "edits" and test.scenes:
+        found, shown = editing(kit, n, seed, kit.model.config.latent[1] * kit.vae.f, **drawing)
+    elif name == "edits":
+        before, texts, _ = map(list, zip(*test.triples()[:min(n, 24)]))
+        drawn = decode_latents(kit, sample_edit(kit, encode_pixels(kit, test.pixels[before]), texts, seed=seed, **drawing))
+        found, shown = {}, [(t, np.concatenate([a, b], 1), True) for t, a, b in zip(texts, test.pixels[before], drawn)]
     elif name == "scenes":
         asked = [c for c in categories if c in scenes.CATEGORIES]
         table, shown = geneval(kit, asked, -(-n // len(asked)), seed=seed, **drawing)
@@ -196,16 +253,15 @@ def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, he
         if held_out:
             found["held_out"] = geneval(kit, asked, 50, held_out=True, seed=seed, **drawing)[0]
         found["captions"], _ = captioning(kit, categories, n, seed, kit.model.config.latent[1] * kit.vae.f)
-        documents = data.Documents(data.load_scenes(5000, [seed, 2], categories, progress=False), kit.model.config.patches)
+        documents = data.Documents(data.load_scenes(5000, [seed, 2], categories, progress=False), kit.model.config.patches,
+                                   kit.model.config.context)
         found["excess_nats"], found["entropy"] = excess_nats(kit, documents, 500, seed)
-        found["deductions"] = deductions(kit, n, seed, categories)
+        found["deductions"] = deductions(kit, n, seed)
     else:
         texts = [test.captions[k] for k in range(min(n, 32, len(test.captions)))]
         found, shown = {}, [(t, p, True) for t, p in zip(texts, draw(kit, texts, seed=seed, **drawing))]
     if test is not None:
-        k = np.arange(min(256, len(test.captions)))
-        found["conditioning_gap"] = conditioning_gap(kit.model, kit.words, kit.diffusion, [test.captions[j] for j in k],
-                                                     encode_pixels(kit, test.pixels[k]), seed)
+        found["conditioning_gap"] = conditioning_gap(kit.model, kit.words, kit.diffusion, *gap_probe(test, kit.vae, 256), seed=seed)
     found["seconds"] = time.time() - began
     return found, describe_report(found, drawing), shown
 
@@ -216,10 +272,13 @@ def describe_report(found, drawing):
     for key in ("geneval", "held_out"):
         for category, row in found.get(key, {}).items():
             lines.append(f"  {key:9s} {category:14s} exact {row['exact']:6.1%}   GenEval's rule {row['rule']:6.1%}   (n = {row['n']})")
+    lines += [f"  edits     {kind:14s} exact {share:6.1%}" for kind, share in found.get("kinds", {}).items()]
     words = {"exact": "mean over categories, exact", "rule": "mean over categories, GenEval's rule",
              "guided": "guided digits read as asked", "unguided": "unguided digits read as asked",
              "classifier": "the classifier on test digits", "captions": "captions true of unseen pictures",
-             "deductions": "two-choice deductions (chance 50%)"}
+             "deductions": "two-choice deductions (chance 50%)", "edits": "edits exactly as told",
+             "kept": "untouched objects within 2 pixels", "chains": "chains of three edits that end right",
+             "asked": "\"what changed ?\" answered right"}
     lines += [f"  {text:40s} {found[key]:6.1%}" for key, text in words.items() if key in found]
     if "excess_nats" in found:
         lines.append(f"  {'text loss above the language entropy':40s} {found['excess_nats']:6.3f} nats per token (entropy {found['entropy']:.3f})")
@@ -232,12 +291,13 @@ def main(argv=None):
     """Measure a checkpoint as the command line says and print the report."""
     parser = argparse.ArgumentParser(description="Measure a trained model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", default=str(Path(__file__).parent / "assets/scenes.pt"), help="a model.pt of train.py")
-    parser.add_argument("--data", choices=("scenes", "mnist"), default="scenes", help="what the model was trained on")
+    parser.add_argument("--data", choices=("scenes", "mnist", "edits"), default="scenes", help="what to measure it on")
     parser.add_argument("--data-dir", help="folder of the MNIST idx files")
     parser.add_argument("--world", choices=tuple(scenes.WORLDS), default="six", help="which captions of scenes")
     parser.add_argument("--n", type=int, default=600, help="pictures to draw, over all categories")
     parser.add_argument("--steps", type=int, default=250, help="diffusion steps")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance weight")
+    parser.add_argument("--guide-over", default="words", choices=OVER, help="what guidance leaves out (edits)")
     parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim or dpm++")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and noise")
     parser.add_argument("--json", help="also write the numbers here")
@@ -250,9 +310,13 @@ def main(argv=None):
     if args.n < 1 or args.guidance < 0:
         raise data.UserError("--n must be at least 1 and --guidance 0 or more")
     categories = scenes.WORLDS[args.world]
-    test = data.load_pairs(args.data, args.data_dir, split="test", n=256, seed=args.seed, categories=categories, progress=False)
+    if args.data == "edits":
+        test = edits.load_edits(args.data_dir, split="test", n=256, seed=args.seed, progress=False)
+    else:
+        test = data.load_pairs(args.data, args.data_dir, split="test", n=256, seed=args.seed, categories=categories, progress=False)
+    over = dict(over=args.guide_over) if args.data == "edits" else {}
     found, lines, _ = report(load_kit(args.checkpoint), args.data, categories, test, args.n, args.seed,
-                             steps=args.steps, guidance=args.guidance, sampler=args.sampler)
+                             steps=args.steps, guidance=args.guidance, sampler=args.sampler, **over)
     print("\n".join(lines))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))

@@ -29,13 +29,14 @@ import torch
 from tqdm import tqdm
 
 import data
+import edits
 import evaluate
 import scenes
 import vae as vae_module
 from diffusion import Diffusion, same_noise
 from model import Transfusion, count, losses, sized
 from patchify import PATCHES
-from sample import Kit, save_kit
+from sample import ASSETS, Kit, load_kit, save_kit
 
 
 def option(default, help, choices=None):
@@ -46,11 +47,12 @@ def option(default, help, choices=None):
 @dataclass
 class Config:
     """Every number of a run. The defaults are the paper's process at toy size; PRESETS change numbers, not code."""
-    data: str = option("scenes", "what to learn from", ("scenes", "mnist", "folder"))
-    data_dir: str = option("", "folder of MNIST idx files, or of pictures with captions.jsonl")
+    data: str = option("scenes", "what to learn from", ("scenes", "mnist", "folder", "edits"))
+    data_dir: str = option("", "folder of MNIST idx files, of pictures with captions.jsonl, or of edits.jsonl")
+    init: str = option("", "fine-tune this model.pt: its shape, words, VAE and diffusion are kept (§4.5)")
     world: str = option("one", "which captions of scenes: one object, or all six categories", tuple(scenes.WORLDS))
     image_size: int = option(32, "pixels per side (folder)")
-    pairs: int = option(20000, "how many scenes to draw (scenes)")
+    pairs: int = option(20000, "how many scenes to draw, or triples (scenes, edits)")
     vae: str = option("", "a vae.pt to use; default: assets/<data>_vae.pt if there is one, else one is trained first")
     vae_steps: int = option(400, "training steps of that VAE")
     size: str = option("toy", "a row of model.SIZES")
@@ -85,14 +87,15 @@ class Config:
 # Differs from the paper: the toys take its one alternative, rectified flow, with a noisier schedule. With the eps loss a
 # caption, which is decided at high noise, moves the loss by 2% only, and these short runs end before it is learned
 # (README "What it took"). `--diffusion ddpm --shift 1 --lam 5 --no-patch-position` is the paper's way, and Config's default.
-TOY = dict(diffusion="flow", patch_position=True, documents=32, ema=0.999)
+# Flow's loss is larger than the eps loss: lambda = 2 gives it the share of the sum that 5 gives the latter.
+TOY = dict(diffusion="flow", patch_position=True, lam=2.0, documents=32, ema=0.999)
 PRESETS = {
     "scenes": dict(TOY, shift=3.0, steps=4000),                         # one object, six minutes on two CPU cores
-    # MNIST: flow's loss is larger than the eps loss; lambda = 2 gives it the share of the sum that 5 gives the latter.
-    "mnist": dict(TOY, data="mnist", shift=2.0, lam=2.0, steps=2400, vae_steps=500),
+    "mnist": dict(TOY, data="mnist", shift=2.0, steps=2400, vae_steps=500),
     "folder": dict(TOY, data="folder", shift=2.0, steps=6000, vae_steps=2000),
-    "six": dict(world="six", size="small", pairs=40000, steps=11000, seq_len=128, patch_position=True, diffusion="flow",
-                shift=3.0, save_every=1000, gap_every=500),
+    # §4.5: 8,000 triples. Few epochs at a low rate: the model is to learn what an instruction is, not a new world.
+    "edit": dict(data="edits", init=str(ASSETS / "scenes.pt"), pairs=8000, steps=2500, lr=1e-3, documents=32, seq_len=128, lam=2.0, ema=0.998),
+    "six": dict(TOY, world="six", size="small", pairs=40000, shift=3.0, steps=20000, seq_len=128, save_every=1000, gap_every=1000),
 }
 AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_steps", "guidance", "sampler"}   # may change on resume
 
@@ -100,7 +103,7 @@ AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_
 # ------------------------------------------------------------------------------------------------------------ preparation
 def find_vae(config, out):
     """(the VAE or None, its VAEConfig or None): given by name, kept in the run's folder, or shipped with the repository."""
-    shipped = Path(__file__).parent / "assets" / f"{config.data}_vae.pt"
+    shipped = ASSETS / f"{config.data}_vae.pt"
     path = Path(config.vae) if config.vae else next((p for p in (out / "vae.pt", shipped) if p.exists()), None)
     return vae_module.unpack_vae(vae_module.load(path, "vae")) if path else None
 
@@ -124,32 +127,43 @@ class Run:
         return Kit(self.average.eval(), self.words, self.vae, self.diffusion)
 
 
+def load_source(config, split="train", n=None):
+    """The Pairs, or Edits, that the configuration names."""
+    if config.data == "edits":
+        return edits.load_edits(config.data_dir or None, config.image_size, split, n or config.pairs, config.seed)
+    return data.load_pairs(config.data, config.data_dir or None, config.image_size, split, n or config.pairs, config.seed,
+                           scenes.WORLDS[config.world], progress=split == "train")
+
+
 def prepare(config, out):
     """The Run at step 0; trains a VAE if there is none, after everything that can be wrong has been checked."""
-    pairs = data.load_pairs(config.data, config.data_dir or None, config.image_size, n=config.pairs, seed=config.seed,
-                            categories=scenes.WORLDS[config.world])
-    words, side, channels = data.Words(pairs.vocabulary()), *pairs.pixels.shape[2:]
-    vae = find_vae(config, out)
+    start, pairs = load_kit(config.init) if config.init else None, load_source(config)
+    words, side, channels = start.words if start else data.Words(pairs.vocabulary()), *pairs.pixels.shape[2:]
+    words.encode(" ".join(sorted(pairs.vocabulary())))  # a word that --init does not know: say so now
+    vae = start.vae if start else find_vae(config, out)
     vae_config = vae.config if vae else vae_module.VAEConfig(image_channels=channels)
     f = 2 ** (len(vae_config.multipliers) - 1)
     if vae_config.image_channels != channels or side % f:
         raise data.UserError(f"the VAE takes pictures of {vae_config.image_channels} channels, with sides divisible by {f}; "
                              f"--data {config.data} has {channels} channels and {side} pixels")
-    shape = sized(config.size, vocabulary=len(words), latent=(vae_config.z, side // f, side // f), patch=config.patch,
-                  encoder=config.encoder, patch_position=config.patch_position, bidirectional=config.bidirectional,
-                  context=config.seq_len)
-    diffusion = Diffusion(config.diffusion, shift=config.shift)
-    documents = data.Documents(pairs, shape.patches, drop=config.drop, t_limit=same_noise(diffusion, 500))
-    longest = 2 + 2 * (max(len(caption.split()) for caption in pairs.captions) + shape.patches + 2)
-    if longest > config.seq_len:
-        raise data.UserError(f"the longest document, two captions and pictures, takes {longest} positions and does not fit in "
+    shape = start.model.config if start else sized(
+        config.size, vocabulary=len(words), latent=(vae_config.z, side // f, side // f), patch=config.patch,
+        encoder=config.encoder, patch_position=config.patch_position, bidirectional=config.bidirectional, context=config.seq_len)
+    if shape.latent[1] * f != side or shape.context < config.seq_len:
+        raise data.UserError(f"{config.init} reads pictures of {shape.latent[1] * f} pixels in a context of {shape.context}: "
+                             f"set --image-size and --seq-len to that")
+    diffusion = start.diffusion if start else Diffusion(config.diffusion, shift=config.shift)
+    kind = edits.EditDocuments if config.data == "edits" else data.Documents
+    documents = kind(pairs, shape.patches, config.seq_len, drop=config.drop, t_limit=same_noise(diffusion, 500))
+    if documents.longest() > config.seq_len:
+        raise data.UserError(f"the longest document takes {documents.longest()} positions and does not fit in "
                              f"a context of {config.seq_len}: raise --seq-len or --patch")
     if vae is None:
         vae = vae_module.train_vae(pairs.pixels, vae_config, config.vae_steps, seed=config.seed)
         vae_module.save(out / "vae.pt", vae_module.pack_vae(vae))
     latents = vae_module.encode_all(vae, pairs.pixels)
     torch.manual_seed(config.seed)
-    model = Transfusion(shape)
+    model = start.model.train() if start else Transfusion(shape)
     matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) == large] for large in (True, False))
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.decay), dict(params=vectors, weight_decay=0.0)],
                                   lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)          # Paper App. B.1
@@ -165,7 +179,7 @@ def draw_batch(run, step, micro):
     g = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
     normal = lambda: torch.randn(len(batch.images), *mean.shape[1:], generator=g)
     batch.latents = mean[batch.images] + deviation[batch.images] * normal()                       # a draw from q(z | x)
-    batch.t = 1 + (torch.rand(len(batch.images), generator=g) * batch.t_max).long()               # uniform in 1..t_max
+    batch.t = batch.t_min + (torch.rand(len(batch.images), generator=g) * (batch.t_max - batch.t_min + 1)).long()    # uniform
     batch.eps = normal()
     return batch
 
@@ -298,7 +312,7 @@ def fit(run, out, test):
     if run.step and log_path.exists():
         log = [row for row in map(json.loads, log_path.read_text().splitlines()) if row["step"] <= run.step]
     log_path.write_text("".join(json.dumps(row) + "\n" for row in log))
-    captions, latents = test.captions[:128], vae_module.encode_all(run.vae, test.pixels[:128], progress=False)[0]
+    probe = evaluate.gap_probe(test, run.vae, 128)
     bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1)
 
     def on_ctrl_c(*_):                                  # TRAP: an exception here could fall between weights, average and count
@@ -313,7 +327,7 @@ def fit(run, out, test):
             if run.step % config.log_every == 0 or run.step == config.steps:
                 row = summarize(window, run, time.time() - began)
                 if run.step % config.gap_every == 0 or run.step == config.steps:
-                    row["gap"] = evaluate.conditioning_gap(run.average.eval(), run.words, run.diffusion, captions, latents)
+                    row["gap"] = evaluate.conditioning_gap(run.average.eval(), run.words, run.diffusion, *probe)
                 row["seconds_left"] = round(bar.format_dict["elapsed"] / (run.step - bar.initial) * (config.steps - run.step))
                 log.append(row)
                 with open(log_path, "a") as file:
@@ -374,8 +388,7 @@ def main(argv=None):
     if out.exists() and not out.is_dir():
         raise data.UserError(f"{out} is a file: name another folder with --out")
     saved = load_run(config, out) if resume else None
-    test = data.load_pairs(config.data, config.data_dir or None, config.image_size, split="test", n=256, seed=config.seed,
-                           categories=scenes.WORLDS[config.world], progress=False)
+    test = load_source(config, "test", n=256)
     run = prepare(config, out)
     if resume:
         resume_run(run, saved)
