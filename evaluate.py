@@ -175,6 +175,72 @@ def editing(kit, n=200, seed=0, size=32, progress=True, **drawing):
             "kinds": {kind: float(np.mean(v)) for kind, v in table.items() if v}}, shown
 
 
+# ----------------------------------------------------------------------------------------------------------------- mixtures
+def next_words(texts):
+    """{words so far, a tuple: set of what may follow} over texts; "<boi>" follows a whole text."""
+    table = {}
+    for text in texts:
+        words = (*text.split(), "<boi>")
+        for k, word in enumerate(words):
+            table.setdefault(words[:k], set()).add(word)
+    return table
+
+
+def well_formed(document):
+    """Whether words and pictures alternate, and every stretch of words is a caption; or a deduction is all there is."""
+    kinds = [isinstance(part, str) for part in document]
+    if kinds == [True] and document[0].count(" ") > 12:
+        words = document[0].split()
+        c, s, d, z = words[1], words[2], *words[words.index(".") - 2: words.index(".")]
+        return any(document[0] == scenes.deduction_text(((c, s), (d, z)), rel) for rel in scenes.RELATIONS)
+    return len(document) > 1 and all(a != b for a, b in zip(kinds, kinds[1:])) and \
+        all(scenes.read_caption(part) for part in document if isinstance(part, str))
+
+
+@torch.no_grad()
+def mixtures(kit, n=200, seed=0, categories=scenes.WORLDS["six"], **drawing):
+    """Numbers about documents of several parts: {"single", "second": share of n pictures that are exactly what their caption
+    says, alone, and, the same captions, after another caption and its picture; "boi": share of places in unseen captions
+    at which the likeliest token is rightly BOI or rightly not, where the language leaves no choice; "well_formed": share of
+    n open documents at temperature 1; "batch": how many times faster 16 mixed prompts are together than one at a time}."""
+    rng, world = np.random.default_rng([seed, 13]), scenes.World(tuple(categories))
+    texts, claims = zip(*[world.caption(rng) for _ in range(n)])
+    exact = lambda latents: float(np.mean([scenes.holds(claim, scenes.parse(picture))
+                                           for claim, picture in zip(claims, decode_latents(kit, latents))]))
+    run = lambda prompts, seed: torch.stack([parts[-1] for k in range(0, n, 100) for parts in generate(
+        kit, prompts[k: k + 100], draw_now=True, max_words=0, seed=seed + k, **drawing)])
+    single = run([[text] for text in texts], seed)
+    second = run([[texts[k - 1], single[k - 1], texts[k]] for k in range(n)], seed + 1000)
+
+    follow, right = next_words([text for text in scenes.all_claims()] +
+                               [scenes.deduction_text(claim.objects, "left of").split(" is ")[0] + " is" for _, claim in scenes.captions("color_attr")]), []
+    for k in range(0, n, 50):
+        rows = [data.lay_out([text, ("image", j, 0)], kit.words, kit.model.config.patches) for j, text in enumerate(texts[k: k + 50])]
+        batch = data.pack(rows, max(len(row.tokens) for row in rows))
+        logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, single[k: k + 50][batch.images],
+                              torch.zeros_like(batch.images))
+        said = torch.full(batch.tokens.shape, -1)
+        said[batch.learn] = logits.argmax(-1)
+        for b, row in zip(said.tolist(), batch.tokens.tolist()):
+            words = tuple(kit.words.words[w] for w in row[1: row.index(data.BOI)])
+            for m in range(len(words) + 1):
+                options = follow[words[:m]]
+                if options == {"<boi>"} or "<boi>" not in options:
+                    right.append((b[m] == data.BOI) == (options == {"<boi>"}))
+
+    opened = [parts for k in range(0, n, 50) for parts in generate(
+        kit, [[]] * min(50, n - k), max_words=kit.model.config.context, max_pictures=4, temperature=1.0, seed=seed + k, **drawing)]
+    mixed = [[[texts[k]], [single[k]], [texts[k], single[k]], [texts[k], single[k], texts[k + 1]]][k % 4] for k in range(16)]
+    options, times = dict(max_words=20, **drawing), []
+    for groups in ([[k] for k in range(16)], [list(range(16))]):
+        began = time.time()
+        for group in groups:
+            generate(kit, [mixed[k] for k in group], seed=list(group), **options)
+        times.append(time.time() - began)
+    return {"single": exact(single), "second": exact(second), "boi": float(np.mean(right)),
+            "well_formed": float(np.mean([well_formed(parts) for parts in opened])), "batch": times[0] / times[1]}
+
+
 # ------------------------------------------------------------------------------------------------------------------- MNIST
 def digit_network():
     """A small convolutional classifier of 32x32 grey pictures, (M, 1, 32, 32) in [-1, 1] -> (M, 10)."""
@@ -239,6 +305,8 @@ def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, he
     began = time.time()
     if name == "mnist":
         found, shown = digits(kit, test, n, seed, **drawing)
+    elif name == "mixtures":
+        found, shown = mixtures(kit, n, seed, categories, **drawing), []
     elif name == "edits" and test.scenes:
         found, shown = editing(kit, n, seed, kit.model.config.latent[1] * kit.vae.f, **drawing)
     elif name == "edits":
@@ -278,8 +346,12 @@ def describe_report(found, drawing):
              "classifier": "the classifier on test digits", "captions": "captions true of unseen pictures",
              "deductions": "two-choice deductions (chance 50%)", "edits": "edits exactly as told",
              "kept": "untouched objects within 2 pixels", "chains": "chains of three edits that end right",
-             "asked": "\"what changed ?\" answered right"}
+             "asked": "\"what changed ?\" answered right", "single": "pictures of single captions, exact",
+             "second": "second pictures of documents, exact", "boi": "BOI where the language has it",
+             "well_formed": "open documents that are well formed"}
     lines += [f"  {text:40s} {found[key]:6.1%}" for key, text in words.items() if key in found]
+    if "batch" in found:
+        lines.append(f"  {'16 mixed prompts, batch against one by one':40s} {found['batch']:6.1f} times faster")
     if "excess_nats" in found:
         lines.append(f"  {'text loss above the language entropy':40s} {found['excess_nats']:6.3f} nats per token (entropy {found['entropy']:.3f})")
     if "conditioning_gap" in found:
@@ -291,7 +363,7 @@ def main(argv=None):
     """Measure a checkpoint as the command line says and print the report."""
     parser = argparse.ArgumentParser(description="Measure a trained model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", default=str(Path(__file__).parent / "assets/scenes.pt"), help="a model.pt of train.py")
-    parser.add_argument("--data", choices=("scenes", "mnist", "edits"), default="scenes", help="what to measure it on")
+    parser.add_argument("--data", choices=("scenes", "mnist", "edits", "mixtures"), default="scenes", help="what to measure")
     parser.add_argument("--data-dir", help="folder of the MNIST idx files")
     parser.add_argument("--world", choices=tuple(scenes.WORLDS), default="six", help="which captions of scenes")
     parser.add_argument("--n", type=int, default=600, help="pictures to draw, over all categories")
@@ -310,7 +382,9 @@ def main(argv=None):
     if args.n < 1 or args.guidance < 0:
         raise data.UserError("--n must be at least 1 and --guidance 0 or more")
     categories = scenes.WORLDS[args.world]
-    if args.data == "edits":
+    if args.data == "mixtures":
+        test = None
+    elif args.data == "edits":
         test = edits.load_edits(args.data_dir, split="test", n=256, seed=args.seed, progress=False)
     else:
         test = data.load_pairs(args.data, args.data_dir, split="test", n=256, seed=args.seed, categories=categories, progress=False)
