@@ -17,7 +17,7 @@ SHAPES      B rows, T positions, M pictures in the batch, P patches per picture;
 PAPER/HERE  same: order, ratio, noise limit, the loss mask, several documents packed in a row.
             our choice: captions dropped in 10% of the caption-first documents, for guidance. A dropped caption keeps its
             length: each word becomes <drop>, so both branches of guidance have the same positions, and BOI stays.
-            our choice: one pair-document in ten holds two pairs, to teach sequences of several pictures.
+            our choice: after each pair another may follow in the same document, to teach stories of several pictures.
             our choice: words, not sub-words; the vocabulary is that of the data and travels in the checkpoint.
 READ NEXT   attention_mask.py        TRY IT  python data.py        NOTEBOOK notebooks/1_who_may_look_at_whom.ipynb
 TEST        tests/test_data.py
@@ -86,18 +86,19 @@ class Words:
 # ----------------------------------------------------------------------------------------------- document -> one sequence
 @dataclass
 class Sequence:
-    """One laid-out document: tokens, image_id, learn (all length n; see the picture above), the index and noise limit of
-    each of its pictures, in reading order."""
+    """One laid-out document: tokens, image_id, learn (all length n; see the picture above), the index of each of its
+    pictures, in reading order, and the noise that it may have."""
     tokens: list = field(default_factory=list)
     image_id: list = field(default_factory=list)
     learn: list = field(default_factory=list)
     images: list = field(default_factory=list)
     t_max: list = field(default_factory=list)
+    t_min: list = field(default_factory=list)
 
 
 def lay_out(document, tokenizer, patches, ends=True):
-    """Sequence of a document. document: list of str (words) | ("image", index, t_max) | ("dropped", str). In place of
-    a str may stand the list of its ids (packed shards have those). tokenizer: Words, or shards.Pieces.
+    """Sequence of a document. document: list of str (words) | ("image", index, t_max, t_min = 1) | ("dropped", str). In place
+    of a str may stand the list of its ids (packed shards have those). tokenizer: Words, or shards.Pieces.
     patches: P, places per picture. `ends`: close with EOS (a prompt stays open). Transfusion §3."""
     out = Sequence()
 
@@ -120,6 +121,7 @@ def lay_out(document, tokenizer, patches, ends=True):
             put([EOI])                                  # EOI is put there, never predicted: no patch learns a next token
             out.images.append(part[1])
             out.t_max.append(part[2])
+            out.t_min.append(part[3] if len(part) > 3 else 1)
     if ends:
         put([EOS], learn=False)
     else:
@@ -131,7 +133,7 @@ def lay_out(document, tokenizer, patches, ends=True):
 class Batch:
     """What a training step sees. tokens, image_id, doc_id: (B, T) int64; image_id counts pictures over the whole batch,
     -1 is text; doc_id counts documents within a row, padding has the last one. learn: (B, T) bool, whether position q
-    predicts token q+1. images, t_max: (M,) int64, picture indices and noise limits in reading order.
+    predicts token q+1. images, t_max, t_min: (M,) int64, picture indices and noise limits in reading order.
     latents, eps: (M, c, h, w) float32, t: (M,) int64 — filled in by `add_noise` of the training loop."""
     tokens: torch.Tensor
     image_id: torch.Tensor
@@ -139,6 +141,7 @@ class Batch:
     learn: torch.Tensor
     images: torch.Tensor
     t_max: torch.Tensor
+    t_min: torch.Tensor
     latents: torch.Tensor | None = None
     t: torch.Tensor | None = None
     eps: torch.Tensor | None = None
@@ -173,7 +176,7 @@ def to_batch(rows, T):
     """Batch of rows, each a list of sequences that fit in T positions together."""
     shape = (len(rows), T)
     tokens, image_id, doc_id = np.full(shape, PAD), np.full(shape, -1), np.zeros(shape, dtype=np.int64)
-    learn, images, t_max = np.zeros(shape, dtype=bool), [], []
+    learn, images, t_max, t_min = np.zeros(shape, dtype=bool), [], [], []
     for b, row in enumerate(rows):
         at = 0
         for d, seq in enumerate(row):
@@ -183,10 +186,11 @@ def to_batch(rows, T):
             image_id[b, span] = np.where(ids >= 0, ids + len(images), -1)
             images += seq.images
             t_max += seq.t_max
+            t_min += seq.t_min
             at = span.stop
         doc_id[b, at:] = len(row)                       # padding is a document of its own: no row of the mask is empty
     return Batch(*(torch.from_numpy(np.asarray(a)) for a in (tokens, image_id, doc_id, learn)),
-                 torch.tensor(images, dtype=torch.long), torch.tensor(t_max, dtype=torch.long))
+                 *(torch.tensor(numbers, dtype=torch.long) for numbers in (images, t_max, t_min)))
 
 
 # ----------------------------------------------------------------------------------------------------------------- sources
@@ -205,7 +209,7 @@ class Pairs:
     def vocabulary(self):
         """Every word that this source can utter."""
         if self.world:                                  # the whole language, so that all worlds share one vocabulary
-            texts = [*scenes.all_claims(), scenes.deduction_text((("red", "circle"), ("blue", "square")), "left of", True),
+            texts = [*scenes.all_claims(), scenes.deduction_text((("red", "circle"), ("blue", "square")), "left of"),
                      "make turn the into remove add move to with what changed ?"]     # the words of edits (§4.5)
         else:
             texts = [*self.captions, *self.language]
@@ -292,10 +296,13 @@ def crop_and_resize(image, size):
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
-def open_picture(path, size):
-    """(size, size, 3) uint8 of an image file. Raises UserError, naming the file, if it cannot be read as a picture."""
+def open_picture(path, size, say=False):
+    """(size, size, 3) uint8 of an image file; `say` tells when that is not what the file holds. Raises UserError, naming
+    the file, if it cannot be read as a picture."""
     try:
         with Image.open(path) as image:
+            if say and (image.size, image.mode, image.getexif().get(0x0112, 1)) != ((size, size), "RGB", 1):
+                print(f"{path}: {image.size[0]}x{image.size[1]} {image.mode}, converted to {size}x{size} RGB")
             return crop_and_resize(image, size)
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
@@ -303,17 +310,22 @@ def open_picture(path, size):
         raise UserError(f"{path} cannot be read as a picture ({problem}): is it truncated or of another type?") from None
 
 
+def read_lines(path, wanted):
+    """[(line number, line)] of a JSON-lines file, empty ones left out. Raises UserError, saying what is wanted in it."""
+    try:
+        return [line for line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line[1].strip()]
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: it must hold one {wanted} per line") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not text in UTF-8: save it as UTF-8") from None
+
+
 def load_folder(folder, size=32, split="train"):
     """Pairs of a folder of pictures with captions.jsonl: one {"image": "cat.jpg", "caption": "a cat"} per line.
     Every tenth pair is the test split. Pictures that cannot be read are counted, named and skipped."""
     path = Path(folder) / "captions.jsonl"
-    if not path.exists():
-        raise UserError(f"{path} is missing: it must hold one {{\"image\": file name, \"caption\": words}} per line")
+    lines = read_lines(path, '{"image": file name, "caption": words}')
     captions, pixels, bad = [], [], []
-    try:
-        lines = [line for line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line[1].strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not text in UTF-8: save it as UTF-8") from None
     for number, line in tqdm(lines, desc=f"reading {folder}", leave=False):
         try:
             entry = json.loads(line)
@@ -359,18 +371,31 @@ class Documents:
     """Draws documents from Pairs. Every draw is a function of the generator it is given and of nothing else."""
     pairs: Pairs
     patches: int                                        # P, to balance text and patches
+    context: int = 96                                   # T: a document holds as many pairs as fit, four at most
     caption_first: float = 0.8                          # Paper §4.1
     t_limit: int = 500                                  # Paper App. B.2: noise limit of pictures that precede their caption
     T: int = 1000                                       # diffusion steps
     drop: float = 0.1                                   # our choice: share of captions dropped, for guidance
-    second: float = 0.1                                 # our choice: share of pair-documents with two pairs
+    another: float = 0.2                                # our choice: after each pair, the chance of one more in the document
+
+    def pairs_odds(self):
+        """[p(one pair), p(two), ...], each `another` times the one before; the last has the rest."""
+        odds = [self.another ** k * (1 - self.another) for k in range(self.most - 1)]
+        return odds + [1 - sum(odds)]
+
+    def longest(self):
+        """Positions of the longest document."""
+        return 2 + self.most * self.pair
 
     def __post_init__(self):
+        self.pair = max(len(caption.split()) for caption in self.pairs.captions) + self.patches + 2
+        self.most = max(1, min(4, (self.context - 2) // self.pair))
         # Paper §4.1: text tokens and image patches 1 : 1. A pair brings more patches than words, and text alone evens it
         # out; its share s solves  s * text_len + (1-s) * pair_words = (1-s) * pair_patches.
         if self.pairs.world:
             words = float(np.mean([len(c.split()) for c in self.pairs.captions[:5000]]))
-            pair_words, pair_patches = 2 + (1 + self.second) * (words + 2), (1 + self.second) * self.patches
+            n = sum(k * p for k, p in enumerate(self.pairs_odds(), 1))
+            pair_words, pair_patches = 2 + n * (words + 2), n * self.patches
             text_len = 2 + self.pairs.world.deduction_words()
             gap = max(pair_patches - pair_words, 0.0)
             self.text_share = gap / (gap + text_len)
@@ -382,7 +407,7 @@ class Documents:
         if rng.random() < self.text_share:
             return [self.pairs.world.deduction(rng)]
         caption_first, document = rng.random() < self.caption_first, []
-        for _ in range(1 + (rng.random() < self.second)):
+        for _ in range(1 + int(rng.choice(self.most, p=self.pairs_odds()))):
             k = int(rng.integers(len(self.pairs.captions)))
             document += one_pair(self.pairs.captions[k], k, caption_first, rng, self.drop, self.t_limit, self.T)
         return document
@@ -393,7 +418,7 @@ class Documents:
         if isinstance(document[0], str) and len(document) == 1:
             return float(np.log(self.text_share) + world.deduction_log_prob())
         texts = document[::2]
-        shares = np.log(p) + np.log(self.caption_first) + np.log(self.second if len(texts) == 2 else 1 - self.second)
+        shares = np.log(p) + np.log(self.caption_first) + np.log(self.pairs_odds()[len(texts) - 1])
         return float(shares + sum(world.caption_log_prob(text) for text in texts))
 
 

@@ -28,11 +28,13 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import edits
 import sample
 import scale
 import scenes
 import vae as vae_module
-from sample import decode_latents, encode_pixels, load_kit
+from sample import OVER, decode_latents, encode_pixels, generate, load_kit
+from sample import edit as sample_edit
 
 device_of = lambda module: next(module.parameters()).device
 CLASSIFIER = Path(__file__).parent / "assets" / "mnist_classifier.pt"
@@ -102,16 +104,15 @@ def excess_nats(kit, documents, n=500, seed=0):
 
 
 @torch.no_grad()
-def deductions(kit, n=200, seed=0, categories=scenes.WORLDS["six"]):
+def deductions(kit, n=200, seed=0):
     """Share of two-choice deductions in which the right relation is likelier than the wrong one. Chance: 0.5."""
-    sides = scenes.World(tuple(categories)).sides
     rng, right = np.random.default_rng([seed, 10]), 0
     pairs = scenes.captions("color_attr")
     for _ in range(n):
         (_, claim), rel = pairs[rng.integers(len(pairs))], list(scenes.RELATIONS)[rng.integers(4)]
-        back, scores = sides[rng.integers(len(sides))], []
+        scores = []
         for wrong in (False, True):
-            sequence = data.lay_out([scenes.deduction_text(claim.objects, rel, back, wrong)], kit.words, kit.model.config.patches)
+            sequence = data.lay_out([scenes.deduction_text(claim.objects, rel, wrong)], kit.words, kit.model.config.patches)
             none = dict(latents=torch.zeros(0, *kit.model.config.latent), t=torch.zeros(0, dtype=torch.long))
             batch = replace(data.pack([sequence], len(sequence.tokens)), **none).to(device_of(kit.model))
             logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, batch.latents, batch.t)
@@ -120,24 +121,139 @@ def deductions(kit, n=200, seed=0, categories=scenes.WORLDS["six"]):
     return right / n
 
 
+def gap_probe(pairs, vae, n):
+    """(captions, latents, latents before or None) of the first n captioned pictures, or edits, for `conditioning_gap`."""
+    encode = lambda index: vae_module.encode_all(vae, pairs.pixels[index], progress=False)[0]
+    if isinstance(pairs, edits.Edits):
+        before, captions, after = map(list, zip(*pairs.triples()[:n]))
+        return captions, encode(after), encode(before)
+    return pairs.captions[:n], encode(np.arange(min(n, len(pairs.captions)))), None
+
+
 @torch.no_grad()
-def conditioning_gap(model, words, diffusion, captions, latents, seed=0):
+def conditioning_gap(model, words, diffusion, captions, latents, before=None, seed=0):
     """Diffusion loss with a wrong caption minus that with the right one, same noise, same t: 0 means that the model
-    ignores its caption, however good the loss looks (PAPER.md §4.12). captions: N str; latents (N, c, h, w)."""
+    ignores its caption, however good the loss looks (PAPER.md §4.12). captions: N str; latents (N, c, h, w); before: the
+    latents of the pictures that stand before the captions, clean, where these are edits."""
     g, N = torch.Generator().manual_seed(seed), len(captions)
     t = (torch.arange(N) * diffusion.T // N + 1)[torch.randperm(N, generator=g)]      # every noise level alike
     eps, means = torch.randn(latents.shape, generator=g), []
     other = [next((c for c in captions[k + 1:] + captions[:k] if c != own), own)          # the next different caption
              for k, own in enumerate(captions)]
+    noisy = diffusion.add_noise(latents, eps, t)
     for texts in (captions, other):
-        rows = [data.lay_out([text, ("image", k, diffusion.T)], words, model.config.patches) for k, text in enumerate(texts)]
+        rows = [data.lay_out([*([("image", N + k, 0)] if before is not None else []), text, ("image", k, diffusion.T)],
+                             words, model.config.patches) for k, text in enumerate(texts)]
         batch = data.pack(rows, model.config.context)
         k = batch.images
-        batch = replace(batch, latents=latents[k], eps=eps[k], t=t[k]).to(device_of(model))
-        xt = diffusion.add_noise(batch.latents, batch.eps, batch.t)
-        out = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, xt, batch.t)[1]
-        means.append((out.float() - diffusion.target(batch.latents, batch.eps)).square().mean().item())
+        all_x, all_t = (noisy, t) if before is None else (torch.cat([noisy, before]), torch.cat([t, torch.zeros_like(t)]))
+        batch = replace(batch, latents=all_x[k], t=all_t[k]).to(device_of(model))
+        out = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, batch.latents, batch.t)[1].float().cpu()
+        drawn, k = out[k < N], k[k < N]
+        means.append((drawn - diffusion.target(latents[k], eps[k])).square().mean().item())
     return means[1] - means[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------ editing
+def editing(kit, n=200, seed=0, size=32, progress=True, **drawing):
+    """Numbers of edits of unseen scenes: {"edits": share of n single edits after which the picture holds exactly what the
+    instruction asks for, "kept": share of untouched objects that stand within 2 pixels of their place, "chains": share of n
+    chains of three edits that end in the right scene, "asked": share of n questions "what changed ?" answered with an
+    instruction that does lead from the one picture to the other, "kinds": {kind: exact}}; and (instruction, before |
+    after, exact) to show. Each edit of a chain starts from the model's own picture. drawing: as `sample.edit`."""
+    found = edits.scene_edits(4 * n, [seed, 12], single=0, size=size, progress=False)
+    pixels = lambda index: np.stack([found.pixels[k] for k in index])
+    change = lambda x, said, seed: torch.cat([sample_edit(kit, x[k: k + 100], said[k: k + 100], seed=seed + k, **drawing)
+                                              for k in range(0, len(said), 100)])
+    before, said, after = map(list, zip(*[(pictures[0], texts[0], pictures[1]) for pictures, texts in found.chains[:n]]))
+    drawn = decode_latents(kit, change(encode_pixels(kit, pixels(before)), said, seed))
+    verdicts = [edits.judge(found.scenes[a], text, scenes.parse(picture), size) for a, text, picture in zip(before, said, drawn)]
+    table = {kind: [v[0] for v, text in zip(verdicts, said) if edits.kind_of(text) == kind] for kind in edits.KINDS}
+    shown = [(text, np.concatenate([a, b], 1), v[0]) for text, a, b, v in zip(said, pixels(before), drawn, verdicts)]
+
+    two = [encode_pixels(kit, pixels(index)) for index in (before, after)]
+    answers, asked = generate(kit, [[a, b, "what changed ?"] for a, b in zip(*two)], max_pictures=0), []
+    for answer, a, b in zip(answers, before, after):
+        try:
+            asked.append(edits.judge(found.scenes[a], answer[-1].removeprefix("what changed ? "), found.scenes[b], size)[0])
+        except ValueError:                              # no instruction, or one that does not fit the picture
+            asked.append(False)
+
+    threes = [chain for chain in found.chains if len(chain[1]) == 3][:n]
+    latents = encode_pixels(kit, pixels([pictures[0] for pictures, _ in threes]))
+    for step in tqdm(range(3), desc="editing", disable=not progress, leave=False):
+        latents = change(latents, [texts[step] for _, texts in threes], seed + 1000 * (step + 1))
+    ends = [edits.judge_end(found.scenes[pictures[0]], found.scenes[pictures[-1]], scenes.parse(picture), size)
+            for (pictures, _), picture in zip(threes, decode_latents(kit, latents))]
+    return {"edits": float(np.mean([v[0] for v in verdicts])), "kept": sum(v[1] for v in verdicts) / sum(v[2] for v in verdicts),
+            "chains": float(np.mean(ends)), "asked": float(np.mean(asked)),
+            "kinds": {kind: float(np.mean(v)) for kind, v in table.items() if v}}, shown
+
+
+# ----------------------------------------------------------------------------------------------------------------- mixtures
+def next_words(texts):
+    """{words so far, a tuple: set of what may follow} over texts; "<boi>" follows a whole text."""
+    table = {}
+    for text in texts:
+        words = (*text.split(), "<boi>")
+        for k, word in enumerate(words):
+            table.setdefault(words[:k], set()).add(word)
+    return table
+
+
+def well_formed(document):
+    """Whether words and pictures alternate, and every stretch of words is a caption; or a deduction is all there is."""
+    kinds = [isinstance(part, str) for part in document]
+    if kinds == [True] and document[0].count(" ") > 12:
+        words = document[0].split()
+        c, s, d, z = words[1], words[2], *words[words.index(".") - 2: words.index(".")]
+        return any(document[0] == scenes.deduction_text(((c, s), (d, z)), rel) for rel in scenes.RELATIONS)
+    return len(document) > 1 and all(a != b for a, b in zip(kinds, kinds[1:])) and \
+        all(scenes.read_caption(part) for part in document if isinstance(part, str))
+
+
+@torch.no_grad()
+def mixtures(kit, n=200, seed=0, categories=scenes.WORLDS["six"], **drawing):
+    """Numbers about documents of several parts: {"single", "second": share of n pictures that are exactly what their caption
+    says, alone, and, the same captions, after another caption and its picture; "boi": share of places in unseen captions
+    at which the likeliest token is rightly BOI or rightly not, where the language leaves no choice; "well_formed": share of
+    n open documents at temperature 1; "batch": how many times faster 16 mixed prompts are together than one at a time}."""
+    rng, world = np.random.default_rng([seed, 13]), scenes.World(tuple(categories))
+    texts, claims = zip(*[world.caption(rng) for _ in range(n)])
+    exact = lambda latents: float(np.mean([scenes.holds(claim, scenes.parse(picture))
+                                           for claim, picture in zip(claims, decode_latents(kit, latents))]))
+    run = lambda prompts, seed: torch.stack([parts[-1] for k in range(0, n, 100) for parts in generate(
+        kit, prompts[k: k + 100], draw_now=True, max_words=0, seed=seed + k, **drawing)])
+    single = run([[text] for text in texts], seed)
+    second = run([[texts[k - 1], single[k - 1], texts[k]] for k in range(n)], seed + 1000)
+
+    follow, right = next_words([text for text in scenes.all_claims()] +
+                               [scenes.deduction_text(claim.objects, "left of").split(" is ")[0] + " is" for _, claim in scenes.captions("color_attr")]), []
+    for k in range(0, n, 50):
+        rows = [data.lay_out([text, ("image", j, 0)], kit.words, kit.model.config.patches) for j, text in enumerate(texts[k: k + 50])]
+        batch = data.pack(rows, max(len(row.tokens) for row in rows))
+        logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, single[k: k + 50][batch.images],
+                              torch.zeros_like(batch.images))
+        said = torch.full(batch.tokens.shape, -1)
+        said[batch.learn] = logits.argmax(-1)
+        for b, row in zip(said.tolist(), batch.tokens.tolist()):
+            words = tuple(kit.words.words[w] for w in row[1: row.index(data.BOI)])
+            for m in range(len(words) + 1):
+                options = follow[words[:m]]
+                if options == {"<boi>"} or "<boi>" not in options:
+                    right.append((b[m] == data.BOI) == (options == {"<boi>"}))
+
+    opened = [parts for k in range(0, n, 50) for parts in generate(
+        kit, [[]] * min(50, n - k), max_words=kit.model.config.context, max_pictures=4, temperature=1.0, seed=seed + k, **drawing)]
+    mixed = [[[texts[k]], [single[k]], [texts[k], single[k]], [texts[k], single[k], texts[k + 1]]][k % 4] for k in range(16)]
+    options, times = dict(max_words=20, **drawing), []
+    for groups in ([[k] for k in range(16)], [list(range(16))]):
+        began = time.time()
+        for group in groups:
+            generate(kit, [mixed[k] for k in group], seed=list(group), **options)
+        times.append(time.time() - began)
+    return {"single": exact(single), "second": exact(second), "boi": float(np.mean(right)),
+            "well_formed": float(np.mean([well_formed(parts) for parts in opened])), "batch": times[0] / times[1]}
 
 
 # ------------------------------------------------------------------------------------------------------------------- MNIST
@@ -204,6 +320,14 @@ def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, he
     began = time.time()
     if name == "mnist":
         found, shown = digits(kit, test, n, seed, **drawing)
+    elif name == "mixtures":
+        found, shown = mixtures(kit, n, seed, categories, **drawing), []
+    elif name == "edits" and test.scenes:
+        found, shown = editing(kit, n, seed, kit.model.config.latent[1] * kit.vae.f, **drawing)
+    elif name == "edits":
+        before, texts, _ = map(list, zip(*test.triples()[:min(n, 24)]))
+        drawn = decode_latents(kit, sample_edit(kit, encode_pixels(kit, test.pixels[before]), texts, seed=seed, **drawing))
+        found, shown = {}, [(t, np.concatenate([a, b], 1), True) for t, a, b in zip(texts, test.pixels[before], drawn)]
     elif name == "scenes":
         asked = [c for c in categories if c in scenes.CATEGORIES]
         table, shown = geneval(kit, asked, -(-n // len(asked)), seed=seed, **drawing)
@@ -212,16 +336,15 @@ def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, he
         if held_out:
             found["held_out"] = geneval(kit, asked, 50, held_out=True, seed=seed, **drawing)[0]
         found["captions"], _ = captioning(kit, categories, n, seed, kit.model.config.latent[1] * kit.vae.f)
-        documents = data.Documents(data.load_scenes(5000, [seed, 2], categories, progress=False), kit.model.config.patches)
+        documents = data.Documents(data.load_scenes(5000, [seed, 2], categories, progress=False), kit.model.config.patches,
+                                   kit.model.config.context)
         found["excess_nats"], found["entropy"] = excess_nats(kit, documents, 500, seed)
-        found["deductions"] = deductions(kit, n, seed, categories)
+        found["deductions"] = deductions(kit, n, seed)
     else:
         texts = [test.captions[k] for k in range(min(n, 32, len(test.captions)))]
         found, shown = {}, [(t, p, True) for t, p in zip(texts, draw(kit, texts, seed=seed, **drawing))]
     if test is not None:
-        k = np.arange(min(256, len(test.captions)))
-        found["conditioning_gap"] = conditioning_gap(kit.model, kit.words, kit.diffusion, [test.captions[j] for j in k],
-                                                     encode_pixels(kit, test.pixels[k]), seed)
+        found["conditioning_gap"] = conditioning_gap(kit.model, kit.words, kit.diffusion, *gap_probe(test, kit.vae, 256), seed=seed)
     found["seconds"] = time.time() - began
     return found, describe_report(found, drawing), shown
 
@@ -232,11 +355,18 @@ def describe_report(found, drawing):
     for key in ("geneval", "held_out"):
         for category, row in found.get(key, {}).items():
             lines.append(f"  {key:9s} {category:14s} exact {row['exact']:6.1%}   GenEval's rule {row['rule']:6.1%}   (n = {row['n']})")
+    lines += [f"  edits     {kind:14s} exact {share:6.1%}" for kind, share in found.get("kinds", {}).items()]
     words = {"exact": "mean over categories, exact", "rule": "mean over categories, GenEval's rule",
              "guided": "guided digits read as asked", "unguided": "unguided digits read as asked",
              "classifier": "the classifier on test digits", "captions": "captions true of unseen pictures",
-             "deductions": "two-choice deductions (chance 50%)"}
+             "deductions": "two-choice deductions (chance 50%)", "edits": "edits exactly as told",
+             "kept": "untouched objects within 2 pixels", "chains": "chains of three edits that end right",
+             "asked": "\"what changed ?\" answered right", "single": "pictures of single captions, exact",
+             "second": "second pictures of documents, exact", "boi": "BOI where the language has it",
+             "well_formed": "open documents that are well formed"}
     lines += [f"  {text:40s} {found[key]:6.1%}" for key, text in words.items() if key in found]
+    if "batch" in found:
+        lines.append(f"  {'16 mixed prompts, batch against one by one':40s} {found['batch']:6.1f} times faster")
     if "excess_nats" in found:
         lines.append(f"  {'text loss above the language entropy':40s} {found['excess_nats']:6.3f} nats per token (entropy {found['entropy']:.3f})")
     if "conditioning_gap" in found:
@@ -244,65 +374,17 @@ def describe_report(found, drawing):
     return lines + [f"  measured in {found['seconds']:.0f} s"]
 
 
-# ---------------------------------------------------------------------------------------------------------------- drawings
-def plot_curves(log, path):
-    """curves.png: both losses, the loss by noise level, the conditioning gap."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
-    steps = [row["step"] for row in log]
-    axes[0].plot(steps, [row["lm"] for row in log], label="LM (nats per word)")
-    axes[0].plot(steps, [row["diffusion"] for row in log], label="diffusion (mean square)")
-    axes[0].set_title("the two losses")
-    for k in range(5):
-        axes[1].plot(steps, [row["by_t"][k] for row in log], label=f"t in {200 * k + 1}..{200 * k + 200}", color=plt.cm.viridis(k / 5))
-    axes[1].set_title("diffusion loss by noise level")
-    gaps = [(row["step"], row["gap"]) for row in log if "gap" in row]
-    axes[2].plot(*zip(*gaps) if gaps else ([], []), marker=".")
-    axes[2].axhline(0, color="grey", linewidth=0.8)
-    axes[2].set_title("conditioning gap (0: caption ignored)")
-    for axis in axes:
-        axis.set_xlabel("step")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
-    axes[1].legend(frameon=False, fontsize=8)
-    axes[0].set_yscale("log")
-    axes[1].set_yscale("log")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def plot_samples(shown, path, columns=6, rows=4):
-    """samples.png: pictures under their prompts; a red title marks one that is not what was asked for."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    chosen = [shown[k] for k in np.linspace(0, len(shown) - 1, min(len(shown), columns * rows)).astype(int)]
-    figure, axes = plt.subplots(-(-len(chosen) // columns), columns, figsize=(2 * columns, 2.2 * -(-len(chosen) // columns)),
-                                squeeze=False, constrained_layout=True)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (text, picture, right) in zip(axes.flat, chosen):
-        axis.imshow(picture, interpolation="nearest")
-        halves = text.split() if len(text) > 18 else [text]
-        middle = len(halves) // 2
-        axis.set_title(" ".join(halves[:middle]) + "\n" + " ".join(halves[middle:]) if len(halves) > 1 else text,
-                       fontsize=9, color="black" if right else "red")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def main(argv=None):
     """Measure a checkpoint as the command line says and print the report."""
     parser = argparse.ArgumentParser(description="Measure a trained model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--checkpoint", default=str(Path(__file__).parent / "assets/scenes.pt"), help="a model.pt of train.py")
-    parser.add_argument("--data", choices=("scenes", "mnist"), default="scenes", help="what the model was trained on")
+    parser.add_argument("--data", choices=("scenes", "mnist", "edits", "mixtures"), default="scenes", help="what to measure")
     parser.add_argument("--data-dir", help="folder of the MNIST idx files")
     parser.add_argument("--world", choices=tuple(scenes.WORLDS), default="six", help="which captions of scenes")
     parser.add_argument("--n", type=int, default=600, help="pictures to draw, over all categories")
     parser.add_argument("--steps", type=int, default=250, help="diffusion steps")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance weight")
+    parser.add_argument("--guide-over", default="words", choices=OVER, help="what guidance leaves out (edits)")
     parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim or dpm++")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and noise")
     parser.add_argument("--json", help="also write the numbers here")
@@ -315,9 +397,15 @@ def main(argv=None):
     if args.n < 1 or args.guidance < 0:
         raise data.UserError("--n must be at least 1 and --guidance 0 or more")
     categories = scenes.WORLDS[args.world]
-    test = data.load_pairs(args.data, args.data_dir, split="test", n=256, seed=args.seed, categories=categories, progress=False)
+    if args.data == "mixtures":
+        test = None
+    elif args.data == "edits":
+        test = edits.load_edits(args.data_dir, split="test", n=256, seed=args.seed, progress=False)
+    else:
+        test = data.load_pairs(args.data, args.data_dir, split="test", n=256, seed=args.seed, categories=categories, progress=False)
+    over = dict(over=args.guide_over) if args.data == "edits" else {}
     found, lines, _ = report(load_kit(args.checkpoint), args.data, categories, test, args.n, args.seed,
-                             steps=args.steps, guidance=args.guidance, sampler=args.sampler)
+                             steps=args.steps, guidance=args.guidance, sampler=args.sampler, **over)
     print("\n".join(lines))
     if args.json:
         Path(args.json).write_text(json.dumps(found, indent=1))

@@ -114,7 +114,8 @@ class Block(nn.Module):
 
     def __init__(self, D, N):
         super().__init__()
-        hidden = 256 * math.ceil(8 * D / 3 / 256)       # Llama: 8/3 of the width, rounded up to a multiple of 256
+        unit = min(256, D)                              # Llama: 8/3 of the width, rounded up to a multiple of 256
+        hidden = unit * math.ceil(8 * D / 3 / unit)
         self.N = N
         self.norm1, self.norm2 = nn.RMSNorm(D, eps=1e-5), nn.RMSNorm(D, eps=1e-5)
         self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
@@ -204,10 +205,10 @@ class Transfusion(nn.Module):
         return self.head(self.norm(h[learn])), out
 
     # ------------------------------------------------------------------------------------------ decoding, with a cache
-    def read(self, tokens, image_id, latents, pos, cache):
+    def read(self, tokens, image_id, latents, pos, cache, t=0):
         """LM mode: append words, and perhaps finished pictures, to the cache. tokens, image_id, pos (B, n) int64,
         latents (M, c, h, w), clean: t = 0 -> logits (B, n, V). Positions count from the start of the document."""
-        x, _ = self.embed(tokens, image_id, latents, torch.zeros(len(latents), dtype=torch.long, device=pos.device))
+        x, _ = self.embed(tokens, image_id, latents, torch.full((len(latents),), t, device=pos.device))
         _, last = intervals(image_id, torch.zeros_like(image_id), self.config.bidirectional)
         hi = pos.gather(1, last)                                        # from places in this call to places in the cache
         h = self.trunk(x, pos, dense_mask(torch.zeros_like(pos), hi, int(pos.max()) + 1), cache)

@@ -13,10 +13,12 @@ THE RULE    out = uncond + w (cond - uncond): one batch of two rows per picture,
             by <drop>, so that both have the same length and positions.                              §2.2, §4.1
 SHAPES      B prompts, each of its own length; latents (c, h, w) float32
 PAPER/HERE  same: modes, overwriting, BOI by the model, EOI appended, greedy text, 250 steps, guidance 3 (§4.3) by default.
-            our choice: with several pictures, the words dropped for guidance are those since the last picture.
+            our choice: with several pictures, the words dropped for guidance are those since the last picture. An edit
+            (§4.5) may be guided over its words, its picture (the blind row then reads pure noise, t = 1000, there), or both.
 READ NEXT   evaluate.py        TRY IT  python sample.py "a red circle left of a blue square"        TEST  tests/test_sample.py
 """
 import argparse
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,8 @@ from data import BOI, BOS, DROP, EOI, EOS, PATCH
 from diffusion import SAMPLERS, Diffusion, guide, sample
 from model import Cache, ModelConfig, Transfusion
 from shards import Pieces, dump_tokenizer, load_tokenizer
+
+ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclass
@@ -66,22 +70,21 @@ def save_kit(path, kit):
                            "diffusion": {"kind": kit.diffusion.kind, "T": kit.diffusion.T, "shift": kit.diffusion.shift}})
 
 
-def choose(logits, temperature=0.0, top_p=1.0, generator=None):
+def choose(logits, temperature=0.0, top_p=1.0, generators=None):
     """Next tokens (B,) of logits (B, V). temperature 0 is greedy (§4.1); top_p keeps the likeliest words whose
-    probabilities add up to top_p. Special tokens other than BOI and EOS cannot be chosen: they are never predicted."""
+    probabilities add up to top_p; generators: one per row, so that a row's words do not depend on its neighbours.
+    Special tokens other than BOI and EOS cannot be chosen: they are never predicted."""
     logits = logits.float().clone()
     logits[:, [k for k in range(len(data.SPECIAL)) if k not in (BOI, EOS)]] = -torch.inf
     if temperature == 0:
         return logits.argmax(-1)
     p, order = (logits / temperature).softmax(-1).sort(descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)                    # the word that crosses top_p is kept
-    return order.gather(1, torch.multinomial(p.cpu(), 1, generator=generator).to(order))[:, 0]
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0).cpu()              # the word that crosses top_p is kept
+    picked = torch.stack([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators or [None] * len(p))])
+    return order.gather(1, picked.to(order.device))[:, 0]
 
 
-def caption_span(tokens):
-    """Positions of the words that guidance drops: those since the last picture (or BOS), before the final BOI."""
-    start = max(k for k, token in enumerate(tokens) if token in (BOS, EOI)) + 1
-    return range(start, len(tokens) - 1)
+OVER = ("words", "picture", "both")
 
 
 class Decoder:
@@ -107,10 +110,10 @@ class Decoder:
         self.logits = self.read([list(range(len(row))) for row in self.tokens], self.tokens, self.latents, self.cache)
 
     @torch.no_grad()
-    def read(self, pos, tokens, latents, cache):
-        """Read B stretches of tokens at their positions into the cache; return the logits (B, V) after each row's last.
-        Rows may differ in length: a short one is filled up by repeating its last token in the same place, which
-        writes the same keys and values once more and changes nothing."""
+    def read(self, pos, tokens, latents, cache, t=0):
+        """Read B stretches of tokens at their positions into the cache, their pictures at noise t; return the logits (B, V)
+        after each row's last. Rows may differ in length: a short one is filled up by repeating its last token in the same
+        place, which writes the same keys and values once more and changes nothing."""
         n = max(map(len, tokens))
         fill = lambda row: torch.tensor(row + [row[-1]] * (n - len(row)))
         pos, tokens = torch.stack([fill(p) for p in pos]), torch.stack([fill(t) for t in tokens])
@@ -118,7 +121,7 @@ class Decoder:
         image_id = torch.where(tokens == PATCH, opened - 1, -1)
         flat = [latent for row in latents for latent in row]
         stacked = torch.stack(flat) if flat else torch.zeros(0, *self.kit.model.config.latent)
-        return self.kit.model.read(*(x.to(self.device) for x in (tokens, image_id, stacked, pos)), cache)[:, -1]
+        return self.kit.model.read(*(x.to(self.device) for x in (tokens, image_id, stacked, pos)), cache, t)[:, -1]
 
     def lm_step(self, active, **choice):
         """LM mode: each row in `active` (list of int) gets one more token; returns them as a list."""
@@ -133,18 +136,33 @@ class Decoder:
         self.logits = self.read([[len(row) - 1] for row in self.tokens], [[row[-1]] for row in self.tokens],
                                 [[] for _ in self.tokens], self.cache)
 
+    def blind(self, rows, over, noise):
+        """The cache of `rows` as the unconditional branch of guidance has it: the same positions, without the words since
+        the last picture (each is <drop>), without that picture (it is `noise`, at t = T), or without both. BOI stays.
+        Raises UserError if the picture is to be forgotten and there is none."""
+        cache, pos, tokens, pictures = self.cache.rows(rows), [], [], []
+        for k, b in enumerate(rows):
+            row = self.tokens[b]
+            words = max(k for k, token in enumerate(row) if token in (BOS, EOI)) + 1         # where the caption starts
+            start = words if over == "words" else words - self.kit.model.config.patches - 2
+            if row[start] != BOI and over != "words":
+                raise data.UserError(f"guidance over the {over} needs a picture before the words: leave --guide-over out")
+            pos.append(list(range(start, len(row))))
+            tokens.append(row[start: words] + (row[words: -1] if over == "picture" else [DROP] * (len(row) - 1 - words)) + [BOI])
+            pictures.append([] if over == "words" else [noise[k].cpu()])
+        self.read(pos, tokens, pictures, cache, t=self.kit.diffusion.T)
+        return cache
+
     @torch.no_grad()
-    def diffusion_steps(self, rows, noise, guidance=3.0, generator=None, **options):
+    def diffusion_steps(self, rows, noise, guidance=3.0, generator=None, over="words", **options):
         """Diffusion mode: draw the next picture of each row of `rows`, whose last token is BOI. noise: (len(rows), c, h, w).
+        over: what guidance leaves out, see `blind`.
         Yields (t, x_t, x0 estimate) from T to 0; then the pictures and EOI stand in the sequences and in the cache."""
         model, P, n = self.kit.model, self.kit.model.config.patches, len(rows)
         cache = self.cache.rows(rows * 2 if guidance != 1 else rows)
         pos = torch.stack([len(self.tokens[b]) + torch.arange(P) for b in rows]).to(self.device)
         if guidance != 1:                               # the second half of the cache forgets the caption, but keeps its length
-            spans = [caption_span(self.tokens[b]) for b in rows]
-            forget = [[*s, len(self.tokens[b]) - 1] for s, b in zip(spans, rows)]
-            blind = self.cache.rows(rows)
-            self.read(forget, [[DROP] * len(s) + [BOI] for s in spans], [[] for _ in rows], blind)
+            blind = self.blind(rows, over, noise.roll((1, 1), (2, 3)))      # any noise but the new picture's
             cache.k[:, n:], cache.v[:, n:] = blind.k, blind.v
             pos2 = torch.cat([pos, pos])
 
@@ -179,43 +197,69 @@ class Decoder:
         return parts
 
 
-def generate(kit, prompts, draw_now=False, max_words=64, max_pictures=1, seed=0, temperature=0.0, top_p=1.0,
-             first=0, progress=False, watch=None, **diffusing):
+@dataclass
+class Event:
+    """One thing that happens while documents grow. mode: "prompt" (read into the cache), "word" (LM mode: one token
+    each), "noise" (diffusion mode: one step) or "picture" (finished, with EOI, clean in the cache). rows: which rows of the
+    batch; filled: how many positions of the cache each of them has now. tokens: the new ids, of "word". t, x, x0: of "noise"."""
+    mode: str
+    rows: list
+    filled: list
+    tokens: list = None
+    t: int = None
+    x: torch.Tensor = None
+    x0: torch.Tensor = None
+
+
+def grow(decoder, seeds, draw_now=False, max_words=64, max_pictures=1, temperature=0.0, top_p=1.0, **diffusing):
+    """Generator of Events: the algorithm of Transfusion §3 "Inference", for a batch. Each row is in a mode of its own; rows
+    that wait for a picture are denoised together once no row is writing, which changes the time and nothing else.
+    seeds: one int per row; the other arguments as `generate`, which runs it to the end."""
+    B, config = len(decoder.tokens), decoder.kit.model.config
+    words, pictures = [0] * B, [0] * B
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    event = lambda mode, rows, **more: Event(mode, list(rows), [len(decoder.tokens[b]) for b in rows], **more)
+    room = lambda b, extra: len(decoder.tokens[b]) + extra <= config.context
+    writing, waiting = ([], list(range(B))) if draw_now else (list(range(B)), [])
+    yield event("prompt", range(B))
+    while writing or waiting:
+        writing = [b for b in writing if room(b, 1) and words[b] < max_words]
+        if writing:
+            rows, tokens = writing, decoder.lm_step(writing, temperature=temperature, top_p=top_p, generators=generators)
+            yield event("word", rows, tokens=tokens)
+            words = [n + sum(b == row and token >= len(data.SPECIAL) for row, token in zip(rows, tokens)) for b, n in enumerate(words)]
+            waiting += [b for b, token in zip(rows, tokens)
+                        if token == BOI and pictures[b] < max_pictures and room(b, config.patches + 1)]
+            writing = [b for b, token in zip(rows, tokens) if token not in (BOI, EOS)]
+        elif waiting:
+            noise = torch.stack([torch.randn(config.latent, generator=generators[b]) for b in waiting])
+            for t, x, x0 in decoder.diffusion_steps(waiting, noise, generator=[generators[b] for b in waiting], **diffusing):
+                yield event("noise", waiting, t=t, x=x, x0=x0)
+            for b in waiting:
+                pictures[b] += 1
+            yield event("picture", waiting)
+            writing, waiting = [b for b in waiting if max_words > 0], []
+
+
+def generate(kit, prompts, draw_now=False, max_words=64, max_pictures=1, seed=0, first=0, progress=False, watch=None, **options):
     """Documents that continue the prompts, each a list of str and latents (c, h, w). Transfusion §3 "Inference".
 
     prompts, draw_now: see Decoder. max_words, max_pictures: when to stop, besides EOS; counted beyond the prompt.
-    temperature, top_p: see `choose`. diffusing: steps, sampler, guidance. watch: called with (t, x_t, x0) at each step.
-    Noise is drawn per row from (seed, row number), so a picture does not depend on its neighbours in the batch; `first`:
-    the number of the first row, where these are a part of a longer list."""
-    decoder, B = Decoder(kit, prompts, draw_now), len(prompts)
-    words, pictures, context = [0] * B, [0] * B, kit.model.config.context
-    generators = [torch.Generator().manual_seed(seed * 100003 + first + b) for b in range(B)]
-    chooser = torch.Generator().manual_seed(seed)
-    room = lambda b, extra: len(decoder.tokens[b]) + extra <= context
-    writing = [b for b in range(B) if not draw_now]
-    waiting = [b for b in range(B) if draw_now]
-    while writing or waiting:
-        writing = [b for b in writing if room(b, 1)]
-        if writing:
-            for b, token in zip(list(writing), decoder.lm_step(writing, temperature=temperature, top_p=top_p, generator=chooser)):
-                words[b] += token >= len(data.SPECIAL)
-                if token == BOI and pictures[b] < max_pictures and room(b, kit.model.config.patches + 1):
-                    waiting.append(b)
-                if token in (BOI, EOS) or words[b] >= max_words:
-                    writing.remove(b)
-            continue
-        if not waiting:
-            break
-        noise = torch.stack([torch.randn(kit.model.config.latent, generator=generators[b]) for b in waiting])
-        steps = decoder.diffusion_steps(waiting, noise, generator=[generators[b] for b in waiting], **diffusing)
-        for state in tqdm(steps, total=diffusing.get("steps", 250) + 1, desc="denoising", disable=not progress, leave=False):
-            if watch:
-                watch(*state)
-        for b in waiting:
-            pictures[b] += 1
-        writing = [b for b in waiting if pictures[b] < max_pictures or max_words > 0]
-        waiting = []
-    return [decoder.document(b) for b in range(B)]
+    options: temperature, top_p (see `choose`), steps, sampler, guidance, over. watch: called with every Event.
+    seed: an int, or one per row. Noise and words of a row come from its own generator, so that a row does not depend on
+    its neighbours in the batch. first: the number of the first row, where these are a part of a longer list."""
+    decoder = Decoder(kit, prompts, draw_now)
+    seeds = seed if isinstance(seed, list) else [seed * 100003 + first + b for b in range(len(prompts))]
+    bar = tqdm(total=options.get("steps", 250) + 1, desc="denoising", disable=not progress, leave=False)
+    for event in grow(decoder, seeds, draw_now, max_words, max_pictures, **options):
+        if event.mode == "noise":
+            bar.update()
+        elif event.mode == "picture":
+            bar.reset()
+        if watch:
+            watch(event)
+    bar.close()
+    return [decoder.document(b) for b in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -239,72 +283,109 @@ def draw(kit, captions, **options):
     return decode_latents(kit, torch.stack([next(p for p in parts if not isinstance(p, str)) for parts in documents]))
 
 
+def edit(kit, latents, instructions, **options):
+    """Latents (M, c, h, w) of the edited pictures, given those before and one instruction each (§4.5). options: as `draw`,
+    and over: what guidance leaves out, "words", "picture" or "both"."""
+    documents = generate(kit, [[x, text] for x, text in zip(latents, instructions)], draw_now=True, max_words=0, **options)
+    return torch.stack([parts[-1] for parts in documents])
+
+
 def describe(kit, latents, **options):
     """Captions of pictures given as latents (M, c, h, w), read at t = 0. options: temperature, top_p, seed."""
     documents = generate(kit, [[latent] for latent in latents], max_pictures=0, **options)
     return [" ".join(part for part in parts if isinstance(part, str)) for parts in documents]
 
 
-def save_picture(pixels, path, enlarge=8):
-    """Save (h, w, 3) uint8, enlarged without smoothing so that small pictures can be seen."""
-    Image.fromarray(pixels).resize((pixels.shape[1] * enlarge, pixels.shape[0] * enlarge), Image.Resampling.NEAREST).save(path)
+def read_prompt(text, kit):
+    """A prompt as `generate` takes it: words, and pictures where a file stands in brackets: "[a.png] make the circle blue".
+    Raises UserError if a file cannot be read; says so when a picture had to be converted."""
+    size, parts = kit.model.config.latent[1] * kit.vae.f, []
+    for k, part in enumerate(re.split(r"\[([^\]]*)\]", text)):
+        if k % 2:
+            parts.append(encode_pixels(kit, data.open_picture(part, size, say=True)[None])[0])
+        elif part.strip():
+            parts.append(part.strip())
+    return parts
 
 
 def main(argv=None):
-    """Draw, describe, or let the model decide, as the command line says."""
-    parser = argparse.ArgumentParser(description="Words to a picture, a picture to words, or whatever the model decides.",
+    """Draw, describe, edit, or let the model decide, as the command line says."""
+    parser = argparse.ArgumentParser(description="Words to a picture, a picture to words, any mixture, or whatever the model decides.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("prompts", nargs="*", help="captions to draw; several are drawn as one batch")
-    parser.add_argument("--checkpoint", default=str(Path(__file__).parent / "assets/scenes.pt"), help="a model.pt of train.py")
-    parser.add_argument("--image", action="append", default=[], help="describe this picture instead (may be repeated)")
+    parser.add_argument("prompts", nargs="*", help="what to draw; several are drawn as one batch; [file.png] puts a picture among the words")
+    parser.add_argument("--checkpoint", help="a model.pt of train.py; default: assets/scenes.pt, with --edit assets/scenes_edit.pt")
+    parser.add_argument("--image", action="append", default=[], help="describe this picture, or --edit it (may be repeated)")
+    parser.add_argument("--edit", action="append", default=[], help="change --image as told; repeated: one after the other")
     parser.add_argument("--open", action="store_true", help="let the model decide itself when to draw (prompts may be \"\")")
+    parser.add_argument("--pictures", type=int, default=1, help="with --open: at most so many pictures per document")
     parser.add_argument("--out", "-o", default="sample.png", help="picture to write (several: side by side)")
+    parser.add_argument("--page", help="also write words and pictures, in order, as one .html page")
     parser.add_argument("--film", help="also write the denoising, as .gif (a film) or .png (a strip)")
+    parser.add_argument("--trace", action="store_true", help="print the modes and the growing cache")
     parser.add_argument("--steps", type=int, default=250, help="diffusion steps, 1 to 1000; 25 do for --sampler dpm++")
     parser.add_argument("--guidance", type=float, default=3.0, help="0 ignores the caption, 1 is plain, 3 is the paper's (ablations)")
+    parser.add_argument("--guide-over", choices=OVER, default="words", help="what guidance leaves out; for edits")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="ddpm is the paper's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the words; 0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest words up to this probability")
     args = parser.parse_args(argv)
+    import show                                         # here, because it imports this file
     if not args.prompts and not args.image:
         raise data.UserError('say what to draw, e.g. python sample.py "a red circle", or give a picture with --image')
+    if args.edit and not args.image:
+        raise data.UserError('--edit needs the picture to change: --image in.png --edit "make the circle blue"')
+    if args.prompts and args.image:
+        raise data.UserError('--image stands alone or with --edit; to put pictures among words, write "[in.png] make the circle blue"')
     if args.guidance < 0 or args.temperature < 0 or not 0 < args.top_p <= 1:
         raise data.UserError("--guidance and --temperature must be 0 or more, --top-p above 0 and at most 1")
-    if not 1 <= args.steps <= 1000:
-        raise data.UserError(f"--steps must be between 1 and 1000, got {args.steps}")
-    for path in filter(None, (args.out, args.film)):
-        if not Path(path).parent.is_dir() or Path(path).suffix.lower() not in Image.registered_extensions():
-            raise data.UserError(f"cannot write {path}: its folder must exist and its name end in .png or another picture type")
-    kit, began = load_kit(args.checkpoint), time.time()
-    writing = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-    if args.image:
-        size = kit.model.config.latent[1] * kit.vae.f
-        latents = encode_pixels(kit, np.stack([data.open_picture(path, size) for path in args.image]))
-        for path, caption in zip(args.image, describe(kit, latents, **writing)):
-            print(f"{path}: {caption}")
+    if not 1 <= args.steps <= 1000 or args.pictures < 1:
+        raise data.UserError(f"--steps must be between 1 and 1000 and --pictures at least 1, got {args.steps} and {args.pictures}")
+    for path, kinds in ((args.out, Image.registered_extensions()), (args.film, Image.registered_extensions()), (args.page, (".html",))):
+        if path and (not Path(path).parent.is_dir() or Path(path).suffix.lower() not in kinds):
+            raise data.UserError(f"cannot write {path}: its folder must exist and its name end in "
+                                 f"{'.html' if path == args.page else '.png or another picture type'}")
+    kit, began, frames = load_kit(args.checkpoint or ASSETS / ("scenes_edit.pt" if args.edit else "scenes.pt")), time.time(), []
+
+    def watch(event):
+        if args.film and event.mode == "noise":
+            frames.append(event)
+        if args.trace:
+            show.print_event(kit, event)
+
+    writing = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed, watch=watch)
+    drawing = dict(steps=args.steps, guidance=args.guidance, over=args.guide_over, sampler=args.sampler, progress=True)
+    if args.edit:
+        documents = [read_prompt(f"[{path}]", kit) for path in args.image]
+        for text in args.edit:                          # each edit is a fresh document of one picture, as it was trained
+            after = generate(kit, [[parts[-1], text] for parts in documents], draw_now=True, max_words=0, **writing, **drawing)
+            documents = [parts + new[1:] for parts, new in zip(documents, after)]
+    elif args.image:
+        documents = generate(kit, [read_prompt(f"[{path}]", kit) for path in args.image], max_pictures=0, **writing)
+    else:
+        config, prompts = kit.model.config, [read_prompt(text, kit) for text in args.prompts]
+        need = args.pictures * (config.patches + 2) + max(len(data.lay_out(
+            [p if isinstance(p, str) else ("image", 0, 0) for p in parts], kit.words, config.patches).tokens) for parts in prompts)
+        if args.open and need > config.context:
+            raise data.UserError(f"{args.pictures} pictures after this prompt need {need} positions, but the model's context "
+                                 f"is {config.context}: ask for fewer --pictures or shorten the prompt")
+        documents = generate(kit, prompts, draw_now=not args.open, max_words=config.context if args.open else 0,
+                             max_pictures=args.pictures, **writing, **drawing)
+    for name, parts in zip(args.image or args.prompts, documents):
+        print((f"{name}: " if args.image else "") + " ".join(part if isinstance(part, str) else "[picture]" for part in parts))
+    if args.page:
+        show.save_page(kit, documents, args.page)
+        print(f"wrote {args.page}")
+    latents = [part for parts in documents for part in (parts[-1:] if args.edit else parts) if not isinstance(part, str)]
+    if args.image and not args.edit:
         return
-    frames = []
-    options = dict(steps=args.steps, guidance=args.guidance, sampler=args.sampler, progress=True,
-                   watch=(lambda t, x, x0: frames.append((t, x.cpu(), x0.cpu()))) if args.film else None)
-    documents = generate(kit, [[p] if p.strip() else [] for p in args.prompts], draw_now=not args.open,
-                         max_words=64 if args.open else 0, **writing, **options)
-    for parts in documents:
-        print(" ".join(part if isinstance(part, str) else "[picture]" for part in parts))
-    latents = [part for parts in documents for part in parts if not isinstance(part, str)]
     if not latents:
         return print("the model wrote words only; leave out --open to make it draw")
     pictures = decode_latents(kit, torch.stack(latents))
-    save_picture(vae_module.grid(pictures, min(8, len(pictures)), gap=1) if len(pictures) > 1 else pictures[0], args.out)
+    show.save_picture(vae_module.grid(pictures, min(8, len(pictures)), gap=1) if len(pictures) > 1 else pictures[0], args.out)
     print(f"wrote {args.out} ({len(pictures)} pictures, {time.time() - began:.1f} s)")
     if args.film:
-        shown = [frames[round(k * (len(frames) - 1) / 9)] for k in range(10)]     # ten moments; top xt, bottom the guess at x0
-        rows = [decode_latents(kit, torch.cat([f[k][:1] for f in shown])) for k in (1, 2)]
-        if Path(args.film).suffix.lower() == ".gif":
-            films = [Image.fromarray(p).resize((256, 256), Image.Resampling.NEAREST) for p in rows[0]]
-            films[0].save(args.film, save_all=True, append_images=films[1:] + [films[-1]] * 5, duration=200, loop=0)
-        else:
-            save_picture(vae_module.grid(np.concatenate(rows), 10), args.film, enlarge=4)
+        show.save_film(kit, frames, args.film)
         print(f"wrote {args.film}")
 
 

@@ -102,12 +102,6 @@ class World:
     """The distribution of captions, scenes and deductions. `categories`: which kinds of caption to draw from."""
     categories: tuple = WORLDS["six"]
 
-    @property
-    def sides(self):
-        """Which object a deduction's second sentence may start from (told_back). The one-object world always turns the
-        fact around: to learn when to turn it takes longer than its five minutes (README "First run")."""
-        return (True,) if self.categories == WORLDS["one"] else (False, True)
-
     def caption(self, rng, held_out=False):
         """(text, Claim): a category uniformly, then one of its captions uniformly. rng: numpy Generator."""
         kinds = [c for c in self.categories if captions(c, held_out)]
@@ -119,26 +113,25 @@ class World:
         return -math.log(len(self.categories)) - math.log(len(captions(all_claims()[text].category)))
 
     def deduction(self, rng):
-        """One text-only document (18 or 20 words): a fact about two objects, then the same fact seen from either side."""
+        """One text-only document (18 or 20 words): a fact about two objects, then the same fact seen from the other side."""
         (_, claim), rel = captions("color_attr")[rng.integers(len(captions("color_attr")))], list(RELATIONS)[rng.integers(4)]
-        return deduction_text(claim.objects, rel, told_back=self.sides[rng.integers(len(self.sides))])
+        return deduction_text(claim.objects, rel)
 
     def deduction_words(self):
         """The mean length of a deduction, in words ("left of" is two words, "above" is one)."""
         pair = (("red", "circle"), ("blue", "square"))
-        return float(np.mean([len(deduction_text(pair, rel, back).split()) for rel in RELATIONS for back in self.sides]))
+        return float(np.mean([len(deduction_text(pair, rel).split()) for rel in RELATIONS]))
 
     def deduction_log_prob(self):
-        """ln p(deduction), in nats: the pair, the relation and the side are all uniform."""
-        return -math.log(len(captions("color_attr"))) - math.log(len(RELATIONS)) - math.log(len(self.sides))
+        """ln p(deduction), in nats: the pair and the relation are uniform."""
+        return -math.log(len(captions("color_attr"))) - math.log(len(RELATIONS))
 
 
-def deduction_text(objects, rel, told_back, wrong=False):
-    """The deduction as a string. `told_back`: the second sentence starts at the second object, so the relation turns
-    around. `wrong`: the same words with the other relation, the losing answer of the two-choice test."""
+def deduction_text(objects, rel, wrong=False):
+    """The deduction as a string: the second sentence starts at the second object, so the relation turns around. `wrong`:
+    the same words with the other relation, the losing answer of the two-choice test."""
     (c, s), (d, z) = objects
-    first, second, said = (f"{d} {z}", f"{c} {s}", INVERSE[rel]) if told_back else (f"{c} {s}", f"{d} {z}", rel)
-    return f"a {c} {s} is {rel} a {d} {z} . the {first} is {INVERSE[said] if wrong else said} the {second} ."
+    return f"a {c} {s} is {rel} a {d} {z} . the {d} {z} is {rel if wrong else INVERSE[rel]} the {c} {s} ."
 
 
 def draw_scene(claim, rng, size=32, allow_held_out=False):

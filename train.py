@@ -15,13 +15,12 @@ PAPER/HERE  same: AdamW (0.9, 0.95), decay 0.1, clip 1, warm-up, cosine to a twe
             The data of a step is a function of (seed, step, micro-batch), so a resumed run repeats an uninterrupted one.
 READ NEXT   sample.py, evaluate.py        TRY IT  python train.py        TEST  tests/test_train.py
 """
-import argparse
 import json
 import math
 import signal
 import threading
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,96 +28,32 @@ import torch
 from tqdm import tqdm
 
 import data
+import edits
 import evaluate
+import plan
 import scale
 import scenes
 import vae as vae_module
 from diffusion import Diffusion, same_noise
-from evaluate import plot_curves, plot_samples
 from model import Transfusion, count, losses, sized
-from patchify import PATCHES
-from sample import Kit, save_kit
-
-
-def option(default, help, choices=None):
-    """A field of Config that is also a command-line option."""
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
-@dataclass
-class Config:
-    """Every number of a run. The defaults are the paper's process at toy size; PRESETS change numbers, not code."""
-    data: str = option("scenes", "what to learn from", ("scenes", "mnist", "folder", "shards"))
-    data_dir: str = option("", "folder of MNIST idx files, of pictures with captions.jsonl, or of packed shards")
-    world: str = option("one", "which captions of scenes: one object, or all six categories", tuple(scenes.WORLDS))
-    image_size: int = option(32, "pixels per side (folder)")
-    pairs: int = option(20000, "how many scenes to draw (scenes)")
-    vae: str = option("", "a vae.pt to use; default: assets/<data>_vae.pt if there is one, else one is trained first")
-    vae_steps: int = option(400, "training steps of that VAE")
-    size: str = option("toy", "a row of model.SIZES")
-    patch: int = option(2, "side of a patch, in latent pixels (§4.3.2)")
-    encoder: str = option("linear", "patch encoder (§4.3.3)", tuple(PATCHES))
-    patch_position: bool = option(False, "add a learned vector per place in the picture")
-    bidirectional: bool = option(True, "patches of a picture see each other; --no-bidirectional is Table 3's ablation")
-    diffusion: str = option("ddpm", "the paper's DDPM, or rectified flow", ("ddpm", "flow"))
-    shift: float = option(1.0, "move the noise schedule: noise-to-signal ratio times this (1: the paper's)")
-    lam: float = option(5.0, "lambda of eq. 4")
-    drop: float = option(0.1, "share of captions dropped, for guidance")
-    seq_len: int = option(96, "T, positions per row: documents are packed into rows of this length")
-    documents: int = option(64, "documents per micro-batch (shards: rows)")
-    accumulate: int = option(1, "micro-batches per step, over all processes together")
-    checkpointing: bool = option(False, "compute activations again in the backward pass instead of keeping them")
-    compile: bool = option(False, "torch.compile each block")
-    shard: int = option(0, "among how many processes the weights are divided; 0: all")
-    steps: int = option(1400, "optimizer steps")
-    lr: float = option(2e-3, "peak learning rate; ends at a twentieth of it (the paper: 3e-4, ends at 1.5e-5)")
-    warmup: int = option(100, "steps of linear warm-up (the paper: 4000)")
-    decay: float = option(0.1, "weight decay")
-    clip: float = option(1.0, "gradient clipping, by global norm")
-    ema: float = option(0.998, "decay of the averaged weights")
-    seed: int = option(0, "seed of weights, data and noise")
-    log_every: int = option(50, "steps between lines of log.jsonl")
-    gap_every: int = option(200, "steps between measurements of the conditioning gap")
-    save_every: int = option(500, "steps between checkpoints")
-    samples: int = option(200, "pictures to draw for the report; 0: no report")
-    sample_steps: int = option(50, "diffusion steps of the report's pictures")
-    guidance: float = option(3.0, "guidance of the report's pictures")
-    sampler: str = option("ddpm", "sampler of the report's pictures", ("ddpm", "ddim", "dpm++"))
-    out: str = option("", "folder of this run; default: out/<preset>")
-
-
-# Differs from the paper: the toys take its one alternative, rectified flow, with a noisier schedule. With the eps loss a
-# caption, which is decided at high noise, moves the loss by 2% only, and these short runs end before it is learned
-# (README "What it took"). `--diffusion ddpm --shift 1 --lam 5 --no-patch-position` is the paper's way, and Config's default.
-TOY = dict(diffusion="flow", patch_position=True, documents=32, ema=0.999)
-PRESETS = {
-    "scenes": dict(TOY, shift=3.0, steps=4000),                         # one object, six minutes on two CPU cores
-    # MNIST: flow's loss is larger than the eps loss; lambda = 2 gives it the share of the sum that 5 gives the latter.
-    "mnist": dict(TOY, data="mnist", shift=2.0, lam=2.0, steps=2400, vae_steps=500),
-    "folder": dict(TOY, data="folder", shift=2.0, steps=6000, vae_steps=2000),
-    "six": dict(world="six", size="small", pairs=40000, steps=11000, seq_len=128, patch_position=True, diffusion="flow",
-                shift=3.0, save_every=1000, gap_every=500),
-}
-# Paper §4.1, App. B.1: rows of 4096 tokens, 2M tokens a step, 250k steps; Config's ddpm, lambda 5, patch 2 are the paper's.
-PAPER = dict(data="shards", seq_len=4096, documents=2, accumulate=256, steps=250000, lr=3e-4, warmup=4000, compile=True,
-             ema=0.9999, save_every=1000, gap_every=1000, sample_steps=250, guidance=5.0)
-PRESETS |= {size: dict(PAPER, size=size) for size in ("0.16b", "0.37b", "0.76b", "1.4b")}
-PRESETS["7b"] = dict(PAPER, size="7b", accumulate=512, steps=500000, checkpointing=True)        # the flagship: 4M, 500k
-AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_steps", "guidance", "sampler",
-              "checkpointing", "compile", "shard"}      # may change on resume
+from presets import AFTERWARDS, ASSETS, Config, parse_arguments
+from sample import Kit, load_kit, save_kit
+from shards import Shards
+from show import plot_curves, plot_samples
+from train_vae import train_vae
 
 
 # ------------------------------------------------------------------------------------------------------------ preparation
 def find_vae(config, out):
     """(the VAE or None, its VAEConfig or None): given by name, kept in the run's folder, or shipped with the repository."""
-    shipped = Path(__file__).parent / "assets" / f"{config.data}_vae.pt"
+    shipped = ASSETS / f"{config.data}_vae.pt"
     path = Path(config.vae) if config.vae else next((p for p in (out / "vae.pt", shipped) if p.exists()), None)
     return vae_module.unpack_vae(vae_module.load(path, "vae")) if path else None
 
 
 @dataclass
 class Run:
-    """Everything that a step needs. latents: (mean, deviation) of all pictures, each (N, c, h, w).
+    """Everything that a step needs. latents: (mean, deviation) of all pictures, each (N, c, h, w); None: in the shards.
     On several ranks, model and average are divided among them: `average` holds tensors, and only `kit` can be asked."""
     config: Config
     ranks: scale.Ranks
@@ -128,8 +63,8 @@ class Run:
     words: data.Words
     vae: vae_module.VAE
     diffusion: Diffusion
-    documents: data.Documents
-    latents: tuple
+    documents: data.Documents | edits.EditDocuments | Shards
+    latents: tuple | None
     step: int = 0
 
     def kit(self):
@@ -137,39 +72,74 @@ class Run:
         average = scale.whole(lambda: Transfusion(self.average.config), self.average, self.ranks.dtype)
         return Kit(average.eval(), self.words, self.vae, self.diffusion)
 
+    def devices(self):
+        """(name of this rank's device, how many of them): what MFU is measured against."""
+        return plan.device_name(self.ranks.device), scale.size()
+
+
+def load_source(config, split="train", n=None):
+    """The Pairs, or Edits, that the configuration names; None for shards, which keep no pixels."""
+    if config.data == "shards":
+        return None
+    if config.data == "edits":
+        return edits.load_edits(config.data_dir or None, config.image_size, split, n or config.pairs, config.seed)
+    return data.load_pairs(config.data, config.data_dir or None, config.image_size, split, n or config.pairs, config.seed,
+                           scenes.WORLDS[config.world], progress=split == "train" and scale.rank() == 0)
+
 
 def prepare(config, out, ranks=None):
     """The Run at step 0; trains a VAE if there is none, after everything that can be wrong has been checked."""
     ranks = ranks or scale.start(config.shard)
     scale.micro_batches(config.accumulate)              # can they be dealt out?
-    pairs = data.load_pairs(config.data, config.data_dir or None, config.image_size, n=config.pairs, seed=config.seed,
-                            categories=scenes.WORLDS[config.world])
-    words, side, channels = data.Words(pairs.vocabulary()), *pairs.pixels.shape[2:]
-    vae = find_vae(config, out)
+    start = load_kit(config.init) if config.init else None
+    diffusion = start.diffusion if start else Diffusion(config.diffusion, shift=config.shift)
+    noise = dict(drop=config.drop, t_limit=same_noise(diffusion, 500))
+    if config.data == "shards":                         # tokens and latents are ready, whatever their number
+        documents = Shards(config.data_dir or "packed", **noise)
+        documents.must_have(seq_len=config.seq_len, patch=config.patch)
+        words, vae, latent = documents.words, documents.vae(config.vae), tuple(documents.settings["latent"])
+        return assemble(config, ranks, shape_of(config, len(words), latent, start), start, words, vae, diffusion, documents, None)
+    pairs = load_source(config)
+    words, side, channels = start.words if start else data.Words(pairs.vocabulary()), *pairs.pixels.shape[2:]
+    words.encode(" ".join(sorted(pairs.vocabulary())))  # a word that --init does not know: say so now
+    vae = start.vae if start else find_vae(config, out)
     vae_config = vae.config if vae else vae_module.VAEConfig(image_channels=channels)
     f = 2 ** (len(vae_config.multipliers) - 1)
     if vae_config.image_channels != channels or side % f:
         raise data.UserError(f"the VAE takes pictures of {vae_config.image_channels} channels, with sides divisible by {f}; "
                              f"--data {config.data} has {channels} channels and {side} pixels")
-    shape = sized(config.size, vocabulary=len(words), latent=(vae_config.z, side // f, side // f), patch=config.patch,
-                  encoder=config.encoder, patch_position=config.patch_position, bidirectional=config.bidirectional,
-                  context=config.seq_len)
-    diffusion = Diffusion(config.diffusion, shift=config.shift)
-    documents = data.Documents(pairs, shape.patches, drop=config.drop, t_limit=same_noise(diffusion, 500))
-    longest = 2 + 2 * (max(len(caption.split()) for caption in pairs.captions) + shape.patches + 2)
-    if longest > config.seq_len:
-        raise data.UserError(f"the longest document, two captions and pictures, takes {longest} positions and does not fit in "
-                             f"a context of {config.seq_len}: raise --seq-len or --patch")
+    shape = shape_of(config, len(words), (vae_config.z, side // f, side // f), start)
+    kind = edits.EditDocuments if config.data == "edits" else data.Documents
+    documents = kind(pairs, shape.patches, config.seq_len, **noise)
+    if documents.longest() > config.seq_len:
+        raise data.UserError(f"the longest document takes {documents.longest()} positions and does not fit in a context of "
+                             f"{config.seq_len}: raise --seq-len or --patch")
     if vae is None:
         with scale.rank_0_first():
             if scale.rank() == 0:
-                vae_module.save(out / "vae.pt", vae_module.pack_vae(
-                    vae_module.train_vae(pairs.pixels, vae_config, config.vae_steps, seed=config.seed)))
+                vae_module.save(out / "vae.pt", vae_module.pack_vae(train_vae(pairs.pixels, vae_config, config.vae_steps, seed=config.seed)))
             vae = find_vae(config, out)
     latents = vae_module.encode_all(vae.to(ranks.device), pairs.pixels, progress=scale.rank() == 0)
+    return assemble(config, ranks, shape, start, words, vae, diffusion, documents, latents)
+
+
+def shape_of(config, vocabulary, latent, start):
+    """The ModelConfig of a run: that of the checkpoint it starts from, if there is one."""
+    if start is None:
+        return sized(config.size, vocabulary=vocabulary, latent=latent, patch=config.patch, encoder=config.encoder,
+                     patch_position=config.patch_position, bidirectional=config.bidirectional, context=config.seq_len)
+    shape = start.model.config
+    if shape.latent != latent or shape.context < config.seq_len or shape.vocabulary != vocabulary:
+        raise data.UserError(f"{config.init} has latents {shape.latent}, {shape.vocabulary} tokens and a context of {shape.context}, "
+                             f"but these data have {latent}, {vocabulary} and --seq-len {config.seq_len}: they must agree")
+    return shape
+
+
+def assemble(config, ranks, shape, start, words, vae, diffusion, documents, latents):
+    """The Run at step 0: the model with its first weights, or those of the Kit `start`; its average, its optimizer."""
     torch.manual_seed(config.seed)
     make = lambda: Transfusion(shape)
-    model = scale.spread(make, ranks, config.checkpointing, config.compile)
+    model = scale.spread((lambda: start.model.train()) if start else make, ranks, config.checkpointing, config.compile)
     average = scale.hold(make, {k: v.detach().clone() for k, v in model.state_dict().items()})
     matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) == large] for large in (True, False))
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.decay), dict(params=vectors, weight_decay=0.0)],
@@ -181,12 +151,18 @@ def prepare(config, out, ranks=None):
 def draw_batch(run, step, micro):
     """The Batch of a micro-batch, with latents, t and eps: a pure function of (seed, step, micro)."""
     rng = np.random.default_rng([run.config.seed, step, micro])
-    rows = [data.lay_out(run.documents.draw(rng), run.words, run.documents.patches) for _ in range(run.config.documents)]
-    batch, (mean, deviation) = data.pack(rows, run.config.seq_len), run.latents
+    if run.latents is None:                             # whole rows, with their latents
+        batch = run.documents.batch(run.config.seed, step, micro, run.config.documents, run.config.accumulate)
+    else:
+        rows = [data.lay_out(run.documents.draw(rng), run.words, run.documents.patches) for _ in range(run.config.documents)]
+        batch = data.pack(rows, run.config.seq_len)
     g = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
-    normal = lambda: torch.randn(len(batch.images), *mean.shape[1:], generator=g)
-    batch.latents = mean[batch.images] + deviation[batch.images] * normal()                       # a draw from q(z | x)
-    batch.t = 1 + (torch.rand(len(batch.images), generator=g) * batch.t_max).long()               # uniform in 1..t_max
+    normal = lambda: torch.randn(len(batch.images), *run.average.config.latent, generator=g)
+    if run.latents is not None:
+        mean, deviation = run.latents
+        batch.latents = mean[batch.images] + deviation[batch.images] * normal()                   # a draw from q(z | x)
+    spread = batch.t_max - batch.t_min + 1
+    batch.t = batch.t_min + (torch.rand(len(batch.images), generator=g) * spread).long()          # uniform in t_min..t_max
     batch.eps = normal()
     return batch.to(run.ranks.device)
 
@@ -250,7 +226,7 @@ def summarize(window, run, seconds):
     diffusion, *by_t = (total / n if n else None for total, n in zip(pairs[::2], pairs[1::2]))
     return {"step": run.step, "lm": lm / words, "diffusion": diffusion, "by_t": [b and round(b, 4) for b in by_t],
             "grad_norm": window[-1]["grad_norm"], "lr": learning_rate(run.config, run.step - 1),
-            "tokens_per_s": round(tokens / seconds)}
+            "tokens_per_s": round(tokens / seconds), "mfu": plan.mfu(plan.flops_per_token(run.average), tokens / seconds, *run.devices())}
 
 
 # --------------------------------------------------------------------------------------------------------------- the loop
@@ -264,7 +240,7 @@ def fit(run, out, test):
     scale.wait()                                        # before rank 0 writes what the others read
     if first:
         log_path.write_text("".join(json.dumps(row) + "\n" for row in log))
-    captions, latents = test.captions[:128], vae_module.encode_all(run.vae, test.pixels[:128], progress=False)[0]
+    probe = evaluate.gap_probe(test, run.vae, 128) if test else run.documents.held_out(128)
     bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1, disable=not first)
 
     def on_ctrl_c(*_):                                  # TRAP: an exception here could fall between weights, average and count
@@ -281,13 +257,14 @@ def fit(run, out, test):
             if run.step % config.log_every == 0 or run.step == config.steps:
                 row = summarize(window, run, time.time() - began)
                 if run.step % config.gap_every == 0 or run.step == config.steps:
-                    row["gap"] = evaluate.conditioning_gap(run.kit().model, run.words, run.diffusion, captions, latents)
+                    row["gap"] = evaluate.conditioning_gap(run.kit().model, run.words, run.diffusion, *probe)
                 if first:
                     left = bar.format_dict["elapsed"] / (run.step - bar.initial) * (config.steps - run.step)
                     log.append({**row, "seconds_left": round(left)})
                     with open(log_path, "a") as file:
                         file.write(json.dumps(log[-1]) + "\n")
                     bar.set_postfix(lm=f"{row['lm']:.3f}", diff=f"{row['diffusion'] or 0:.3f}",
+                                    mfu="-" if row["mfu"] is None else f"{row['mfu']:.1%}",
                                     gap=next((f"{r['gap']:.3f}" for r in reversed(log) if "gap" in r), "-"))
                 window, began = [], time.time()
             if run.step % config.save_every == 0:
@@ -301,42 +278,11 @@ def fit(run, out, test):
     return log, run.step == config.steps
 
 
-def parse_arguments(argv=None):
-    """(Config, resume, overwrite) of a command line."""
-    parser = argparse.ArgumentParser(description="Train a Transfusion model. `python train.py` alone trains the first toy.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="a named set of options; default: that of --data")
-    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in the run's folder")
-    parser.add_argument("--overwrite", action="store_true", help="start anew although the run's folder has a checkpoint")
-    kinds = {f.name: type(f.default) for f in fields(Config)}
-    for f in fields(Config):
-        more = dict(action=argparse.BooleanOptionalAction) if kinds[f.name] is bool else dict(type=kinds[f.name], choices=f.metadata["choices"])
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} (default: {f.default})", **more)
-    given = vars(parser.parse_args(argv))
-    preset, resume, overwrite = (given.pop(k) for k in ("preset", "resume", "overwrite"))
-    preset = preset or given.get("data", "scenes")
-    if preset == "shards":
-        raise data.UserError("--data shards needs one of the paper's sizes: --preset 0.16b, 0.37b, 0.76b, 1.4b or 7b")
-    config = Config(**{"out": f"out/{preset}", **PRESETS[preset], **given})
-    for name in ("steps", "documents", "accumulate", "seq_len", "pairs", "vae_steps", "log_every", "gap_every", "save_every", "patch", "image_size"):
-        if getattr(config, name) < 1:
-            raise data.UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
-    for name in ("lr", "lam", "guidance", "warmup", "samples", "decay"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise data.UserError(f"--{name} must be 0 or more, got {getattr(config, name)}")
-    for name, top in (("drop", 1), ("ema", 1), ("sample_steps", 1000)):
-        if not (name == "sample_steps") <= getattr(config, name) <= top:
-            raise data.UserError(f"--{name.replace('_', '-')} must be at most {top} and not below "
-                                 f"{int(name == 'sample_steps')}, got {getattr(config, name)}")
-    if not (config.shift > 0 and config.clip > 0):
-        raise data.UserError("--shift and --clip must be above 0")
-    return config, resume, overwrite
-
-
 def main(argv=None):
     """Train as the command line says; returns the report's numbers."""
-    config, resume, overwrite = parse_arguments(argv)
+    config, resume, overwrite, planned = parse_arguments(argv)
+    if planned:
+        return print("\n".join(plan.dry_run(config, *planned)))
     out, began, ranks = Path(config.out), time.time(), scale.start(config.shard)
     complete, incomplete = scale.found(out)
     say = print if scale.rank() == 0 else lambda *_, **__: None
@@ -347,13 +293,10 @@ def main(argv=None):
         raise data.UserError(f"there is nothing to resume: {out}/checkpoints has no complete checkpoint")
     if out.exists() and not out.is_dir():
         raise data.UserError(f"{out} is a file: name another folder with --out")
-    if config.data == "shards":
-        raise data.UserError("--data shards: reading packed shards is not here yet")
     if resume:
         check_config(config, out)
     with scale.rank_0_first():                          # it may download
-        test = data.load_pairs(config.data, config.data_dir or None, config.image_size, split="test", n=256, seed=config.seed,
-                               categories=scenes.WORLDS[config.world], progress=False)
+        test = load_source(config, "test", n=256)
     run = prepare(config, out, ranks)
     if resume:
         run.step = complete[-1]
@@ -365,7 +308,8 @@ def main(argv=None):
         for step in complete * (not resume):            # --overwrite
             scale.remove(scale.folder_of(out, step))
         (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
-    say(f"{config.data}: {len(run.documents.pairs.captions):,} pictures, {len(run.words)} words; model: {count(run.average):,} "
+    pictures = len(run.documents.pairs.pixels) if test else run.documents.pictures
+    say(f"{config.data}: {pictures:,} pictures, {len(run.words)} words; model: {count(run.average):,} "
         f"parameters, {run.average.config.patches} patches per picture; {config.steps - run.step} steps to go; "
         f"{scale.size()} processes on {ranks.device.type}; prepared in {time.time() - began:.0f} s")
     log, finished = fit(run, out, test)
@@ -375,7 +319,7 @@ def main(argv=None):
         if scale.rank() == 0:
             plot_curves(log, out / "curves.png")
             save_kit(out / "model.pt", kit)
-        if config.samples:                              # drawn on all ranks
+        if config.samples and test:                     # drawn on all ranks; shards keep no pixels to compare with
             found, lines, shown = evaluate.report(kit, config.data, scenes.WORLDS[config.world], test, config.samples,
                                                   config.seed, steps=config.sample_steps, guidance=config.guidance,
                                                   sampler=config.sampler)

@@ -166,7 +166,7 @@ def test_ragged_prompts_are_the_same_one_at_a_time(make_kit, encoder):
         finish(alone[b].diffusion_steps([0], noise(3)[k: k + 1], 3.0, steps=3, sampler="ddim"))
     for b, decoder in enumerate(alone):
         assert together.tokens[b] == decoder.tokens[0]
-        assert all(torch.allclose(x, y, atol=1e-3) for x, y in zip(together.latents[b], decoder.latents[0]))
+        assert all(torch.allclose(x, y, atol=1e-2) for x, y in zip(together.latents[b], decoder.latents[0]))
         assert torch.allclose(together.logits[b], decoder.logits[0], atol=1e-3)
         check_against_uncached(kit, together, b)
 
