@@ -4,7 +4,7 @@ edits.py: a picture, an instruction, a picture                              (Tra
 THE IDEA    A model that has learned to draw after words has never had to draw after a picture *and* words. The paper
             fine-tunes it on 8,000 triples (picture, instruction, edited picture), and then it edits. Nothing in the model
             changes: an edit is one more document, with the first picture as context and the second one to be drawn.
-A PICTURE   <bos> BOI [ before ] EOI make the circle blue BOI [ after ] EOI <eos>         single edit, and chains of them
+A PICTURE   <bos> BOI [ before ] EOI make the circle blue BOI [ after ] EOI <eos>
             <bos> BOI [ before ] EOI BOI [ after ] EOI what changed ? make the circle blue <eos>      the same, asked back
 THE RULES   Instructions of the `scenes` world; each names its object so that only one fits ("the circle", or "the red
             circle" where there are two):
@@ -14,9 +14,10 @@ THE RULES   Instructions of the `scenes` world; each names its object so that on
             An edit is right if the picture holds exactly what it should: what was not named stands within 2 pixels of its
             place; what was added or moved stands in the cell that the instruction means.
 PAPER/HERE  same: fine-tuning on 8,000 triples; the data are learned with both losses, as in pretraining.
-            our choice: the first picture has the noise limit of pictures that precede their text (App. B.2); in one
-            document of ten the instruction is dropped, in one of ten that picture is pure noise, so that guidance can be
-            over words, over the picture, or both (`sample.edit`).
+            our choice: the first picture is nearly clean in training (t <= 100 of the paper's schedule; App. B.2 has 500 for
+            captions), because what is to be copied must be seen; a chain of edits is one edit after the other.
+            our choice: in one document of ten the instruction is dropped, in one of ten the first picture is pure noise, so
+            that guidance can be over words, over the picture, or both (`sample.edit`).
 READ NEXT   sample.py        TRY IT  python edits.py        TEST  tests/test_edits.py
 """
 import json
@@ -173,7 +174,7 @@ def judge_end(first, last, seen, size=32):
 # ----------------------------------------------------------------------------------------------------------------- triples
 @dataclass
 class Edits:
-    """Chains of edits: chain k is (pictures k0, k1, ...; the instructions between them). A triple is a chain of one.
+    """Chains of edits: pictures and the instructions between them. A triple is a chain of one; training takes triples.
     pixels: (N, h, w, 3) uint8, all pictures; chains: list of ([indices of n + 1 pictures], [n instructions]).
     scenes: the true scene of each picture, or None. Has the fields of data.Pairs that training asks for."""
     pixels: np.ndarray
@@ -263,27 +264,27 @@ class EditDocuments:
     pairs: Edits
     patches: int                                        # P
     context: int = 128                                  # T
-    t_limit: int = 500                                  # noise limit of a picture that precedes its text (App. B.2)
+    t_limit: int = 100                                  # noise limit of a picture that precedes its text
     T: int = 1000
-    drop: float = 0.1                                   # share of documents without instructions, and without first picture
-    asked: float = 0.2                                  # our choice: share that asks "what changed ?" instead (scenes only)
+    drop: float = 0.1                                   # share of documents without instruction, and without first picture
+    asked: float = 0.1                                  # our choice: share that asks "what changed ?" instead (scenes only)
+
+    def __post_init__(self):
+        self.triples = self.pairs.triples()
 
     def longest(self):
         """Positions of the longest document."""
-        return max(2 + len(pictures) * (self.patches + 2) + sum(len(text.split()) for text in said)
-                   for pictures, said in self.pairs.chains)
+        extra = 3 if self.pairs.scenes else 0           # what changed ?
+        return 2 + 2 * (self.patches + 2) + extra + max(len(text.split()) for _, text, _ in self.triples)
 
     def draw(self, rng):
         """One document, as `data.lay_out` takes it. rng: numpy Generator."""
-        pictures, said = self.pairs.chains[rng.integers(len(self.pairs.chains))]
+        before, text, after = self.triples[rng.integers(len(self.triples))]
         if self.pairs.scenes and rng.random() < self.asked:
-            k = int(rng.integers(len(said)))
-            return [("image", pictures[k], self.t_limit), ("image", pictures[k + 1], self.t_limit), f"what changed ? {said[k]}"]
+            return [("image", before, self.t_limit), ("image", after, self.t_limit), f"what changed ? {text}"]
         blind, mute = rng.random() < self.drop, rng.random() < self.drop
-        document = [("image", pictures[0], self.T, self.T) if blind else ("image", pictures[0], self.t_limit)]
-        for picture, text in zip(pictures[1:], said):
-            document += [("dropped", text) if mute else text, ("image", picture, self.T)]
-        return document
+        return [("image", before, self.T, self.T) if blind else ("image", before, self.t_limit),
+                ("dropped", text) if mute else text, ("image", after, self.T)]
 
 
 if __name__ == "__main__":

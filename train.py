@@ -93,7 +93,7 @@ def prepare(config, out, ranks=None):
     scale.micro_batches(config.accumulate)              # can they be dealt out?
     start = load_kit(config.init) if config.init else None
     diffusion = start.diffusion if start else Diffusion(config.diffusion, shift=config.shift)
-    noise = dict(drop=config.drop, t_limit=same_noise(diffusion, 500))
+    noise = dict(drop=config.drop, t_limit=same_noise(diffusion, 100 if config.data == "edits" else 500))
     if config.data == "shards":                         # tokens and latents are ready, whatever their number
         documents = Shards(config.data_dir or "packed", **noise)
         documents.must_have(seq_len=config.seq_len, patch=config.patch)
