@@ -35,7 +35,9 @@ from tqdm import tqdm
 
 import data
 import vae_losses
-from vae import VAE, VAEConfig, codebook_use, encode_all, grid, load, pack_vae, paper, save, to_float, to_pixels
+from vae import (VAE, VAEConfig, batches, codebook_use, encode_all, encode_all_codes, grid, load, pack_vae, paper, save,
+                 to_float, to_pixels)
+
 
 def loss_terms(vae, x, generator=None):
     """(reconstruction, prior) of the toy: L1 + L2 summed over a picture's elements and averaged over pictures; and the KL
@@ -203,15 +205,10 @@ def measure_latents(vae, pixels):
     return vae
 
 
-def few_at_a_time(vae, pixels):
-    """pixels (N, h, w, c) uint8 as batches of up to 8 for the VAE."""
-    return (to_float(pixels[k: k + 8]).to(vae.shift.device) for k in range(0, len(pixels), 8))
-
-
 @torch.no_grad()
 def show_reconstructions(vae, pixels, path, columns=16):
     """Save originals above their reconstructions, enlarged; return the mean absolute error in grey levels (0-255)."""
-    drawn = np.concatenate([to_pixels(vae.reconstruct(x)) for x in few_at_a_time(vae, pixels)])
+    drawn = np.concatenate([to_pixels(vae.reconstruct(x)) for x in batches(vae, pixels)])
     sheet = grid(np.concatenate([pixels[:columns], drawn[:columns]]), columns)
     Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), Image.Resampling.NEAREST).save(path)
     return float(np.abs(drawn.astype(int) - pixels).mean())
@@ -286,8 +283,7 @@ def main(argv=None):
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {time.time() - began:.0f} s; mean error on unseen "
           f"pictures {error:.2f} of 255; wrote {out}/vae.pt and reconstructions.png")
     if args.codes:
-        with torch.no_grad():
-            codes = torch.cat([vae.encode_codes(x) for x in few_at_a_time(vae, test.pixels[:256])])
+        codes = encode_all_codes(vae, test.pixels[:256], progress=False)
         share, perplexity = codebook_use(torch.bincount(codes.flatten(), minlength=args.codes))
         print(f"codebook: {share:.0%} of {args.codes:,} codes used on {len(codes)} unseen pictures, perplexity "
               f"{perplexity:.0f}")

@@ -246,14 +246,26 @@ def to_pixels(x):
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def batches(vae, pixels, progress=False):
+    """pixels (N, h, w, c) uint8 in order, as float batches on the VAE's device, each as large as 256 pictures of 32 x 32."""
+    n = max(1, 2 ** 18 // (pixels.shape[1] * pixels.shape[2]))
+    for k in tqdm(range(0, len(pixels), n), desc="encoding pictures", disable=not progress, leave=False):
+        yield to_float(pixels[k: k + n]).to(vae.shift.device)
+
+
 @torch.no_grad()
 def encode_all(vae, pixels, progress=True):
     """Normalised (mean, deviation) of all pictures, each (N, z, h/f, w/f), computed once before training."""
     vae.eval()
-    n = max(1, 2 ** 18 // (pixels.shape[1] * pixels.shape[2]))          # as much memory as 256 pictures of 32 x 32
-    parts = [[part.cpu() for part in vae.encode(to_float(pixels[k: k + n]).to(vae.shift.device))]
-             for k in tqdm(range(0, len(pixels), n), desc="encoding pictures", disable=not progress, leave=False)]
+    parts = [[part.cpu() for part in vae.encode(x)] for x in batches(vae, pixels, progress)]
     return torch.cat([m for m, _ in parts]), torch.cat([s for _, s in parts])
+
+
+@torch.no_grad()
+def encode_all_codes(vae, pixels, progress=True):
+    """Codes of all pictures, (N, h/f, w/f) int64, computed once before a Chameleon is trained."""
+    vae.eval()
+    return torch.cat([vae.encode_codes(x).cpu() for x in batches(vae, pixels, progress)])
 
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints

@@ -124,6 +124,9 @@ def train_small_net(pixels, captions, steps=200, batch=64, seed=0):
     Returns (net, share of words told right on the last batch)."""
     rng = np.random.default_rng(seed)
     words = sorted({word for caption in captions for word in caption.split()})
+    if not words:
+        raise data.UserError("the captions hold no words from which the small network could learn: name --lpips-weights and "
+                             "--moco-weights, or take --loss toy")
     column = {word: k for k, word in enumerate(words)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -210,7 +213,7 @@ def fill(net, found, source, what):
     """Load the named tensors `found` into net; names that net does not have are ignored (a classifier's last layer).
     Raises UserError that names the first tensor missing or of another shape. source: for the sentence; what: the network."""
     for name, value in net.state_dict().items():
-        if name not in found:
+        if not isinstance(found.get(name), torch.Tensor):
             raise data.UserError(f"{source} has no tensor {name!r}: is it {what}? Its first is {next(iter(found), 'none')!r}")
         if tuple(found[name].shape) != tuple(value.shape):
             raise data.UserError(f"{source}: {name!r} is {tuple(found[name].shape)}, but in {what} it is {tuple(value.shape)}")
@@ -278,7 +281,7 @@ def hinge(real, drawn):
 
 def adaptive_weight(near, gan, last):
     """The weight under which the GAN pulls at the decoder's last layer as hard as `near` does. near, gan: scalar losses;
-    last: that layer's weight. Esser et al. 2021, eq. 7, at most 1e4 as there."""
+    last: that layer's weight. Esser et al. 2021, eq. 7; 1e-4 and the bound of 1e4 are those of the code they published."""
     pull, push = (torch.autograd.grad(loss, last, retain_graph=True)[0].float().norm() for loss in (near, gan))
     return (pull / (push + 1e-4)).clamp(0, 1e4).detach()
 

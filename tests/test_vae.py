@@ -15,8 +15,8 @@ import data
 import vae as vae_module
 from data import UserError
 from train_vae import train_vae
-from vae import (IDLE, VAE, Quantiser, VAEConfig, codebook_use, encode_all, load, pack_vae, save, to_float, to_pixels,
-                 unpack_vae)
+from vae import (IDLE, VAE, Quantiser, VAEConfig, codebook_use, encode_all, encode_all_codes, load, pack_vae, save, to_float,
+                 to_pixels, unpack_vae)
 
 TINY = VAEConfig(channels=8, multipliers=(1, 2, 2), z=4)
 
@@ -161,6 +161,16 @@ def test_codebook_loss_by_hand():
     assert loss.item() == pytest.approx(1.25 * (places - chosen).square().mean().item())
     assert torch.allclose(quantiser.codebook.grad, 2 * (chosen - places) / 4)
     assert torch.allclose(e.grad[0, :, 0].T, 0.25 * 2 * (places - chosen) / 4)
+
+
+def test_all_codes(vq):
+    """Catches a last batch lost, an order changed, and gradients kept for a whole data set."""
+    pixels, sizes = np.random.default_rng(0).integers(0, 256, (20, 128, 128, 3)).astype(np.uint8), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vae_module, "to_float", lambda p: (sizes.append(len(p)), to_float(p))[1])
+        codes = encode_all_codes(vq, pixels, progress=False)
+    assert sizes == [16, 4] and codes.shape == (20, 32, 32) and not codes.requires_grad
+    assert torch.equal(codes[17:], vq.encode_codes(to_float(pixels[17:])))
 
 
 @torch.no_grad()
