@@ -240,8 +240,7 @@ def toy_in_bf16(n, device):
 
 def measure(n, device):
     """{what: (value, aim, reached, meaning)} of everything above, printed as it comes. Small models first."""
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     found = {}
     for name, function in (("FlexAttention is the dense mask", flex_is_dense), ("kernel against causal flash", kernel_against_flash),
                            ("toy in bf16 against fp32", toy_in_bf16), ("training speed", training_speed),
@@ -255,6 +254,7 @@ def measure(n, device):
             number, verdict = "-" if value is None else f"{value:.3f}", {True: "reached", False: "NOT REACHED", None: "skipped"}[reached]
             print(f"{what:34s} {number:>9s}   aim {aim!s:8s} {verdict:12s} {meaning}", flush=True)
         print(f"   ({time.time() - began:.0f} s)", flush=True)
+    dist.destroy_process_group()
     return found
 
 

@@ -164,8 +164,8 @@ def long_rows(T=384, B=2, how_many=3, seed=0):
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_flex_is_dense(bidirectional):
-    """FlexAttention on the tiles != PyTorch's attention under the dense mask: a tile skipped that must be read, one taken
-    for full that is not, rows of the batch mixed up, spans one off. On packed and on padded rows."""
+    """FlexAttention's rule != the dense mask: rows of the batch mixed up, spans one off. On packed and on padded rows. On
+    CPU its unfused reference asks the rule for every pair; which tiles the GPU's kernel may skip is the next tests' matter."""
     for image_id, doc_id in [*long_rows(), (torch.full((2, 384), -1), torch.zeros(2, 384, dtype=torch.long))]:
         lo, hi = intervals(image_id, doc_id, bidirectional)
         q, k, v = torch.randn(3, 2, 2, 384, 16)
@@ -174,8 +174,8 @@ def test_flex_is_dense(bidirectional):
 
 
 def test_flex_gradients_are_dense(monkeypatch):
-    """A backward pass through other tiles than the forward pass: `from_kv_blocks` turns the lists of tiles around for it.
-    FlexAttention refuses gradients on CPU; its reference, which the GPU's kernel is made from, has them once let."""
+    """A rule that the backward pass reads differently. FlexAttention refuses gradients on CPU; its unfused reference has
+    them once let. (The kernel itself: tests/on_gpu.py.)"""
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)
     image_id, doc_id = next(long_rows(seed=1))
     lo, hi = intervals(image_id, doc_id)

@@ -1,9 +1,6 @@
 """test_plan.py: what a run costs: against independent estimates, a FLOP counter, and what autograd really keeps."""
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import on_gpu
 import plan
 import train
 from model import PAPER_SIZES, Block, ModelConfig, Transfusion, count, paper_model, rope_tables
@@ -195,9 +193,8 @@ def test_impossible_plans_are_the_users_mistakes(options, words):
 # ------------------------------------------------------------------------------------------------------- the GPU's script
 def test_the_gpu_script_runs(tmp_path):
     """A script for a machine that is not here rots unseen. On CPU its speeds mean nothing, but what must be equal is."""
-    script, out = Path(__file__).parent / "on_gpu.py", tmp_path / "gpu.json"
-    subprocess.run([sys.executable, script, "--tiny", "--device", "cpu", "--out", out], check=True, capture_output=True)
-    found = json.loads(out.read_text())["results"]
+    found = on_gpu.main(["--tiny", "--device", "cpu", "--out", str(tmp_path / "gpu.json")])
+    assert json.loads((tmp_path / "gpu.json").read_text())["results"] == found
     assert found["FlexAttention is the dense mask"]["value"] < 0.5
     assert found["toy in bf16 against fp32"]["value"] < 1e-4            # on CPU both are float32: sharded by one = plain
     assert found["recompiles over new layouts"]["value"] == 0
@@ -206,7 +203,9 @@ def test_the_gpu_script_runs(tmp_path):
 
 
 def test_the_gpu_script_says_what_is_missing():
-    """A traceback on a machine without a GPU, or hours of the full sizes on a CPU."""
-    run = lambda *options: subprocess.run([sys.executable, Path(__file__).parent / "on_gpu.py", *options], capture_output=True, text=True)
-    failed = run("--device", "cpu")
-    assert failed.returncode == 2 and "add --tiny" in failed.stderr and "Traceback" not in failed.stderr
+    """Hours of the full sizes on a CPU, or a traceback on a machine without a GPU."""
+    with pytest.raises(data.UserError, match="add --tiny"):
+        on_gpu.main(["--device", "cpu"])
+    if not torch.cuda.is_available():
+        with pytest.raises(data.UserError, match="finds no GPU"):
+            on_gpu.main([])
