@@ -57,7 +57,7 @@ def name_of(things, k):
 def find(things, words):
     """The index of the only Thing that words ("circle" or "red circle") name. Raises ValueError if not exactly one fits."""
     *colour, shape = words.split()
-    fits = [k for k, t in enumerate(things) if t.shape == shape and (not colour or t.colour == colour[0])]
+    fits = [k for k, t in enumerate(things) if t.shape == shape and colour in ([], [t.colour])]
     if len(fits) != 1:
         raise ValueError(f"{len(fits)} objects of the picture are a {words!r}: an instruction must name exactly one")
     return fits[0]
