@@ -270,8 +270,10 @@ class EditDocuments:
 
     def longest(self):
         """Positions of the longest document."""
-        return max(2 + len(pictures) * (self.patches + 2) + sum(len(text.split()) for text in said)
-                   for pictures, said in self.pairs.chains)
+        words, asked = lambda text: len(text.split()), bool(self.pairs.scenes) and self.asked > 0
+        told = [len(pictures) * (self.patches + 2) + sum(map(words, said)) for pictures, said in self.pairs.chains]
+        questions = [2 * (self.patches + 2) + words(f"what changed ? {text}") for text in self.pairs.captions if asked]
+        return 2 + max(told + questions)
 
     def draw(self, rng):
         """One document, as `data.lay_out` takes it. rng: numpy Generator."""
