@@ -182,6 +182,7 @@ class Edits:
     name: str = "edits"
     world: object = None
     labels: object = None
+    language: list = field(default_factory=list)        # instructions beyond these whose words must be known
 
     @property
     def captions(self):
@@ -193,8 +194,9 @@ class Edits:
         return [(a, text, b) for pictures, said in self.chains for a, text, b in zip(pictures, said, pictures[1:])]
 
     def vocabulary(self):
-        """Every word of the instructions."""
-        return {word for text in self.captions for word in text.split()}
+        """Every word of the instructions, and of the question about them."""
+        texts = [*self.captions, *self.language, *(["what changed ?"] if self.scenes else [])]
+        return {word for text in texts for word in text.split()}
 
 
 def scene_edits(n=8000, seed=0, longest=3, single=0.5, size=32, progress=True):
@@ -247,7 +249,7 @@ def load_triples(folder, size=32, split="train"):
     kept = [chain for k, chain in enumerate(chains) if (k % 10 == 9) == (split == "test")]
     if not kept:
         raise data.UserError(f"{folder} has no usable {split} triple: it needs at least ten with readable pictures")
-    return Edits(np.stack(pixels), kept)
+    return Edits(np.stack(pixels), kept, language=[text for _, said in chains for text in said])
 
 
 def load_edits(folder=None, size=32, split="train", n=8000, seed=0, progress=True):
