@@ -127,13 +127,14 @@ class Decoder:
         stacked = torch.stack(flat) if flat else torch.zeros(0, *self.kit.model.config.latent)
         return self.kit.model.read(*(x.to(self.device) for x in (tokens, image_id, stacked, pos)), cache, t)[:, -1]
 
-    def lm_step(self, active, **choice):
-        """LM mode: each row in `active` (list of int) gets one more token; returns them as a list."""
-        following = choose(self.logits, **choice).tolist()
-        for b in active:
-            self.tokens[b].append(following[b])
+    def lm_step(self, active, generators=None, **choice):
+        """LM mode: each row in `active` (list of int) gets one more token; returns them as a list. generators: one per row;
+        those of other rows are left alone, or a row that waits for its picture would get other noise in other company."""
+        following = choose(self.logits[active], generators=generators and [generators[b] for b in active], **choice).tolist()
+        for b, token in zip(active, following):
+            self.tokens[b].append(token)
         self.advance()
-        return [following[b] for b in active]
+        return following
 
     def advance(self):
         """Read the last token of every row (rows that got none read theirs again: nothing changes)."""
