@@ -150,7 +150,7 @@ class Decoder:
             row = self.tokens[b]
             words = max(k for k, token in enumerate(row) if token in (BOS, EOI)) + 1         # where the caption starts
             start = words if over == "words" else words - self.kit.model.config.patches - 2
-            if row[start] != BOI and over != "words":
+            if row[words - 1] != EOI and over != "words":
                 raise data.UserError(f"guidance over the {over} needs a picture before the words: leave --guide-over out")
             pos.append(list(range(start, len(row))))
             tokens.append(row[start: words] + (row[words: -1] if over == "picture" else [DROP] * (len(row) - 1 - words)) + [BOI])
