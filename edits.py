@@ -58,7 +58,7 @@ def name_of(things, k):
 def find(things, words):
     """The index of the only Thing that words ("circle" or "red circle") name. Raises ValueError if not exactly one fits."""
     *colour, shape = words.split()
-    fits = [k for k, t in enumerate(things) if t.shape == shape and (not colour or t.colour == colour[0])]
+    fits = [k for k, t in enumerate(things) if t.shape == shape and colour in ([], [t.colour])]
     if len(fits) != 1:
         raise ValueError(f"{len(fits)} objects of the picture are a {words!r}: an instruction must name exactly one")
     return fits[0]
@@ -183,6 +183,7 @@ class Edits:
     name: str = "edits"
     world: object = None
     labels: object = None
+    language: list = field(default_factory=list)        # instructions beyond these whose words must be known
 
     @property
     def captions(self):
@@ -194,8 +195,9 @@ class Edits:
         return [(a, text, b) for pictures, said in self.chains for a, text, b in zip(pictures, said, pictures[1:])]
 
     def vocabulary(self):
-        """Every word of the instructions."""
-        return {word for text in self.captions for word in text.split()}
+        """Every word of the instructions, and of the question about them."""
+        texts = [*self.captions, *self.language, *(["what changed ?"] if self.scenes else [])]
+        return {word for text in texts for word in text.split()}
 
 
 def scene_edits(n=8000, seed=0, longest=3, single=0.5, size=32, progress=True):
@@ -248,7 +250,7 @@ def load_triples(folder, size=32, split="train"):
     kept = [chain for k, chain in enumerate(chains) if (k % 10 == 9) == (split == "test")]
     if not kept:
         raise data.UserError(f"{folder} has no usable {split} triple: it needs at least ten with readable pictures")
-    return Edits(np.stack(pixels), kept)
+    return Edits(np.stack(pixels), kept, language=[text for _, said in chains for text in said])
 
 
 def load_edits(folder=None, size=32, split="train", n=8000, seed=0, progress=True):

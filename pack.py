@@ -345,7 +345,7 @@ def parse_arguments(argv):
     if not args.text + args.pairs:
         raise UserError("say what to pack: --text a.jsonl, --pairs folder, or --text scenes --pairs scenes")
     if args.pairs and not args.vae:
-        raise UserError("--pairs needs --vae: the vae.pt that turns pictures into latents (`python vae.py` trains one)")
+        raise UserError("--pairs needs --vae: the vae.pt that turns pictures into latents (`python train_vae.py` trains one)")
     if args.tokenizer != "words" and Path(args.tokenizer).suffix not in (".json", ".model"):
         raise UserError(f"--tokenizer {args.tokenizer} is neither a .model, nor a .json, nor the word words")
     if Path(args.out).exists() and not Path(args.out).is_dir():

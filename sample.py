@@ -123,13 +123,14 @@ class Decoder:
         stacked = torch.stack(flat) if flat else torch.zeros(0, *self.kit.model.config.latent)
         return self.kit.model.read(*(x.to(self.device) for x in (tokens, image_id, stacked, pos)), cache, t)[:, -1]
 
-    def lm_step(self, active, **choice):
-        """LM mode: each row in `active` (list of int) gets one more token; returns them as a list."""
-        following = choose(self.logits, **choice).tolist()
-        for b in active:
-            self.tokens[b].append(following[b])
+    def lm_step(self, active, generators=None, **choice):
+        """LM mode: each row in `active` (list of int) gets one more token; returns them as a list. generators: one per row;
+        those of other rows are left alone, or a row that waits for its picture would get other noise in other company."""
+        following = choose(self.logits[active], generators=generators and [generators[b] for b in active], **choice).tolist()
+        for b, token in zip(active, following):
+            self.tokens[b].append(token)
         self.advance()
-        return [following[b] for b in active]
+        return following
 
     def advance(self):
         """Read the last token of every row (rows that got none read theirs again: nothing changes)."""
@@ -145,7 +146,7 @@ class Decoder:
             row = self.tokens[b]
             words = max(k for k, token in enumerate(row) if token in (BOS, EOI)) + 1         # where the caption starts
             start = words if over == "words" else words - self.kit.model.config.patches - 2
-            if row[start] != BOI and over != "words":
+            if row[words - 1] != EOI and over != "words":
                 raise data.UserError(f"guidance over the {over} needs a picture before the words: leave --guide-over out")
             pos.append(list(range(start, len(row))))
             tokens.append(row[start: words] + (row[words: -1] if over == "picture" else [DROP] * (len(row) - 1 - words)) + [BOI])

@@ -7,6 +7,7 @@ that users have, good and bad.
 import gzip
 import hashlib
 import http.client
+import itertools
 import json
 import struct
 from collections import Counter
@@ -85,13 +86,28 @@ def test_captions_are_dropped_for_guidance():
         assert all(isinstance(part, str) for part in after)
 
 
-def test_some_documents_hold_two_pairs():
-    """Catches a stream without sequences of several pictures, though sampling can make them."""
-    for share in (0.1, 0.4):
-        _, documents = drawn(second=share)
-        pairs = [d for d in documents if len(d) > 1]
-        assert {len(d) for d in pairs} == {2, 4}
-        assert close(sum(len(d) == 4 for d in pairs), len(pairs), share)
+@pytest.mark.parametrize("context, most", [(96, 4), (85, 3), (64, 2), (43, 1), (20, 1), (4096, 4)])
+def test_documents_hold_as_many_pairs_as_fit(context, most):
+    """Catches a stream without stories of several pictures, though sampling can make them; one more pair than the context
+    holds, or one fewer; and odds that are not those that `log_prob` states. A pair is 3 words, BOI, 16 patches, EOI here."""
+    for share in (0.2, 0.5):
+        stream, documents = drawn(8000, context=context, another=share)
+        odds, pairs = stream.pairs_odds(), [len(d) // 2 for d in documents if len(d) > 1]
+        assert stream.most == most == len(odds) and sum(odds) == pytest.approx(1)
+        assert set(pairs) == set(range(1, most + 1))
+        assert odds == pytest.approx([share ** k * (1 - share * (k < most - 1)) for k in range(most)])
+        for n in range(1, most + 1):                    # n pairs are worth share^(n - 1) (1 - share); the last, what is left
+            assert close(pairs.count(n), len(pairs), share ** (n - 1) * (1 - share * (n < most)))
+
+
+@pytest.mark.parametrize("context, patches", [(96, 16), (64, 16), (21, 16), (128, 4)])
+def test_longest_is_the_true_maximum(context, patches):
+    """Catches a run that is refused although every document fits, or that stops hours later at one that does not."""
+    pairs = data.Pairs("scenes", ["a circle", "a red circle left of a blue square"], np.zeros((2, 1, 1, 3), np.uint8), PAIRS.world)
+    stream, rng = data.Documents(pairs, patches, context, another=0.7), np.random.default_rng(0)
+    lengths = [len(lay_out(stream.draw(rng), WORDS, patches).tokens) for _ in range(3000)]
+    assert max(lengths) == stream.longest()
+    assert stream.longest() <= context or stream.most == 1
 
 
 @pytest.mark.parametrize("patches", [16, 64])
@@ -121,13 +137,15 @@ def test_a_source_without_text_alone_gives_only_pairs():
 
 def test_probabilities_of_documents_sum_to_what_they_cover():
     """Catches a wrong floor of the text loss: ln p, summed over every document with words first, by brute force."""
-    stream = data.Documents(PAIRS, patches=16)
+    stream = data.Documents(PAIRS, patches=16, context=65)
     texts = [text for category in PAIRS.world.categories for text, _ in scenes.captions(category)]
-    image = ("image", 0, 1000)
-    total = sum(np.exp(stream.log_prob([a, image])) for a in texts)
-    total += sum(np.exp(stream.log_prob([a, image, b, image])) for a in texts for b in texts)
-    alone = [scenes.deduction_text(claim.objects, rel, back) for _, claim in scenes.captions("color_attr")
-             for rel in scenes.RELATIONS for back in PAIRS.world.sides]
+    image, total = ("image", 0, 1000), 0.0
+    assert stream.most == 3
+    for n in range(1, 4):
+        for said in itertools.product(texts, repeat=n) if n < 3 else [(a, b, texts[0]) for a in texts for b in texts]:
+            document = [part for text in said for part in (text, image)]
+            total += np.exp(stream.log_prob(document)) / (np.exp(PAIRS.world.caption_log_prob(texts[0])) if n == 3 else 1)
+    alone = [scenes.deduction_text(claim.objects, rel) for _, claim in scenes.captions("color_attr") for rel in scenes.RELATIONS]
     text_only = sum(np.exp(stream.log_prob([text])) for text in alone)
     assert text_only == pytest.approx(stream.text_share)
     assert total == pytest.approx((1 - stream.text_share) * 0.8)
@@ -138,7 +156,7 @@ def test_documents_are_drawn_with_their_probability():
     stream, documents = drawn(40000, drop=0.0)
     seen = Counter(tuple(part for part in d if isinstance(part, str)) for d in documents if isinstance(d[0], str))
     for caption, n in Counter(PAIRS.captions).items():  # the pairs are a sample of the language: their own share is meant
-        expected = (1 - stream.text_share) * 0.8 * 0.9 * n / len(PAIRS.captions)
+        expected = (1 - stream.text_share) * 0.8 * 0.8 * n / len(PAIRS.captions)
         assert close(seen[(caption,)], len(documents), expected), caption
         rarely = np.exp(stream.log_prob([caption, ("image", 0, 1000)]))
         assert rarely == pytest.approx(expected, rel=0.5)
@@ -177,7 +195,9 @@ def test_lay_out_two_pictures_by_hand():
     assert spell(sequence) == ("<bos> <boi> # # # # <eoi> a circle <boi> # # # # <eoi> a red circle <eos>",
                                ". . 0 0 0 0 . . . . 1 1 1 1 . . . . .",
                                "x . . . . . x x x . . . . . x x x x .")
-    assert (sequence.images, sequence.t_max) == ([3, 9], [500, 400])
+    assert (sequence.images, sequence.t_max, sequence.t_min) == ([3, 9], [500, 400], [1, 1])
+    blinded = lay_out([("image", 3, 1000, 1000), "a circle", ("image", 9, 1000)], WORDS, P)
+    assert (blinded.t_max, blinded.t_min) == ([1000, 1000], [1000, 1])                # pure noise, and only the first one
 
 
 def test_lay_out_dropped_captions_by_hand():
@@ -209,7 +229,7 @@ def test_text_alone_and_prompts_by_hand():
 
 def test_what_is_learned_in_any_document():
     """Transfusion §3: BOI is predicted, EOI and patches never, nothing from BOI, nothing after a document's last token."""
-    _, documents = drawn(2000, drop=0.3, second=0.3)
+    _, documents = drawn(2000, drop=0.3, another=0.3)
     targets = Counter()
     for document in documents:
         sequence = lay_out(document, WORDS, 16)
@@ -224,18 +244,18 @@ def test_what_is_learned_in_any_document():
 
 # ------------------------------------------------------------------------------------------------------------------- pack
 def packed(n=60, T=128, seed=3):
-    """(sequences, Batch) of n random documents; every picture of the batch has its own index and limit."""
-    rng, stream = np.random.default_rng(seed), data.Documents(PAIRS, patches=16, second=0.3)
+    """(sequences, Batch) of n random documents; every picture of the batch has its own index and limits."""
+    rng, stream = np.random.default_rng(seed), data.Documents(PAIRS, patches=16, another=0.3)
     sequences = [lay_out(stream.draw(rng), WORDS, 16) for _ in range(n)]
     k = 0
     for sequence in sequences:
         for m in range(len(sequence.images)):
-            sequence.images[m], sequence.t_max[m], k = 100 + k, 1 + k, k + 1
+            sequence.images[m], sequence.t_max[m], sequence.t_min[m], k = 100 + k, 1001 + k, 1 + k, k + 1
     return sequences, pack(sequences, T)
 
 
 def unpack(batch):
-    """The documents of a Batch, as (tokens, image ids of the batch, learn, images, t_max)."""
+    """The documents of a Batch, as (tokens, image ids of the batch, learn, images, t_max, t_min)."""
     found = []
     for b in range(len(batch.tokens)):
         for d in range(int(batch.doc_id[b].max()) + 1):
@@ -246,16 +266,16 @@ def unpack(batch):
                 assert (np.diff(at) == 1).all()         # a document is one stretch
                 ids = batch.image_id[b][here].tolist()
                 own = sorted({i for i in ids if i >= 0})
-                found.append((tokens, ids, batch.learn[b][here].tolist(), batch.images[own].tolist(), batch.t_max[own].tolist()))
+                found.append((tokens, ids, batch.learn[b][here].tolist(), *(x[own].tolist() for x in (batch.images, batch.t_max, batch.t_min))))
     return found
 
 
 def test_pack_loses_nothing_and_cuts_nothing():
     """Catches a document that is cut at the end of a row, lost, doubled, or given another document's picture or limit."""
     sequences, batch = packed()
-    key = lambda tokens, learn, images, t_max: (tuple(tokens), tuple(learn), tuple(images), tuple(t_max))
-    assert Counter(key(s.tokens, s.learn, s.images, s.t_max) for s in sequences) == \
-           Counter(key(tokens, learn, images, t_max) for tokens, _, learn, images, t_max in unpack(batch))
+    key = lambda *parts: tuple(map(tuple, parts))
+    assert Counter(key(s.tokens, s.learn, s.images, s.t_max, s.t_min) for s in sequences) == \
+           Counter(key(tokens, *rest) for tokens, _, *rest in unpack(batch))
 
 
 def test_pack_numbers_pictures_in_reading_order():

@@ -24,10 +24,10 @@ MNIST = Path(__file__).resolve().parents[2] / "shared/data/mnist"
 
 @pytest.fixture(scope="module")
 def documents():
-    """Documents about one object: small enough to list them all."""
+    """Documents about one object, with one pair or two: small enough to list them all."""
     world, rng = scenes.World(scenes.WORLDS["one"]), np.random.default_rng(0)
     captions = [world.caption(rng)[0] for _ in range(500)]
-    return data.Documents(data.Pairs("scenes", captions, np.zeros((500, 1, 1, 3), np.uint8), world), patches=P)
+    return data.Documents(data.Pairs("scenes", captions, np.zeros((500, 1, 1, 3), np.uint8), world), patches=P, context=44)
 
 
 def stub(answer, documents, **more):
@@ -43,8 +43,8 @@ class Oracle:
         world, words = documents.pairs.world, data.Words(documents.pairs.vocabulary())
         texts = [text for category in world.categories for text, _ in scenes.captions(category)]
         image, self.V, self.counts, self.told = ("image", 0, 1000), len(words), {}, []
-        every = [[scenes.deduction_text(claim.objects, rel, back)] for _, claim in scenes.captions("color_attr")
-                 for rel in scenes.RELATIONS for back in world.sides]
+        every = [[scenes.deduction_text(claim.objects, rel)] for _, claim in scenes.captions("color_attr") for rel in scenes.RELATIONS]
+        assert documents.most == 2
         every += [[a, image] for a in texts] + [[a, image, b, image] for a in texts for b in texts]
         for document in every:
             tokens, p = data.lay_out(document, words, P).tokens, np.exp(documents.log_prob(document))
@@ -89,9 +89,9 @@ def test_an_ignorant_model_has_the_excess_of_a_uniform_one(documents):
 
 def test_deductions_are_ranked_by_likelihood(documents, oracle):
     """Catches a two-choice test that compares with the wrong sign, or ranks an ending that is not the wrong one."""
-    assert evaluate.deductions(oracle, n=25, categories=documents.pairs.world.categories) == 1.0
+    assert evaluate.deductions(oracle, n=25) == 1.0
     contrary = stub(lambda *a: (-oracle.model(*a)[0], None), documents)
-    assert evaluate.deductions(contrary, n=25, categories=documents.pairs.world.categories) == 0.0
+    assert evaluate.deductions(contrary, n=25) == 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ conditioning gap

@@ -290,8 +290,8 @@ def test_impossible_configurations_raise():
 
 
 # --------------------------------------------------------------------------------------------------- Llama, second opinion
-def llama(V, L, D=32, N=2, hidden=256):
-    """transformers' LlamaForCausalLM, our rounding of the hidden size, random weights in every layer, the norms too."""
+def llama(V, L, hidden, D=32, N=2):
+    """transformers' LlamaForCausalLM, with `hidden` as wide as our block's, random weights in every layer, the norms too."""
     transformers = pytest.importorskip("transformers", reason="the second opinion on the block needs `transformers`")
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
         vocab_size=V, hidden_size=D, intermediate_size=hidden, num_hidden_layers=L, num_attention_heads=N,
@@ -313,7 +313,8 @@ def copy_layer(layer, block):
 
 def test_block_is_llamas():
     """Norm after instead of before, SwiGLU's halves swapped, RoPE in the other layout, q and k exchanged."""
-    theirs, block = llama(V=9, L=1), Block(32, 2)
+    block = Block(32, 2)
+    theirs = llama(V=9, L=1, hidden=block.down.in_features)
     copy_layer(theirs.model.layers[0], block)
     x, pos, T = torch.randn(2, 10, 32), torch.stack([torch.arange(10), torch.arange(30, 40)]), 10
     mask = torch.ones(T, T, dtype=torch.bool).tril()
@@ -327,7 +328,7 @@ def test_block_is_llamas():
 def test_text_model_is_llama(make_model):
     """The final norm missing, embeddings tied, layers in another order: words alone must come out as Llama's do."""
     model = make_model(vocabulary=len(WORDS))
-    theirs = llama(V=len(WORDS), L=2)
+    theirs = llama(V=len(WORDS), L=2, hidden=model.blocks[0].down.in_features)
     for layer, block in zip(theirs.model.layers, model.blocks):
         copy_layer(layer, block)
     for ours, weight in ((model.words, theirs.model.embed_tokens), (model.norm, theirs.model.norm), (model.head, theirs.lm_head)):
@@ -337,6 +338,17 @@ def test_text_model_is_llama(make_model):
     with torch.no_grad():
         logits = model.read(tokens, torch.full_like(tokens, -1), torch.zeros(0, 4, 4, 4), pos, cache)
     assert torch.allclose(logits, theirs(tokens).logits, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("D, N, hidden", [(768, 12, 2048), (1024, 16, 2816), (1536, 24, 4096), (2048, 16, 5632), (4096, 32, 11008),
+                                          (128, 4, 384), (32, 2, 96)])
+def test_hidden_width_is_llamas(D, N, hidden):
+    """8/3 of the width, rounded up to a multiple of 256, as Llama has it (7B: 11008); rounded so at width 32, the feed-forward
+    layer would be eight times the width, and a toy four fifths of it."""
+    with torch.device("meta"):
+        block = Block(D, N)
+    assert block.down.in_features == hidden and block.gate_up.out_features == 2 * hidden
+    assert 8 * D / 3 <= hidden < 8 * D / 3 + min(256, D)
 
 
 def test_parameter_counts():

@@ -296,7 +296,7 @@ def test_choose():
     before = logits.clone()
     assert choose(logits).tolist() == [8]
     g = torch.Generator().manual_seed(0)
-    drawn = lambda **options: {choose(logits, generator=g, **options).item() for _ in range(300)}
+    drawn = lambda **options: {choose(logits, generators=[g], **options).item() for _ in range(300)}
     assert drawn(temperature=1.0) >= {8, 9, 10}
     assert drawn(temperature=1.0, top_p=0.7) == {8, 9}  # 0.5 is not enough, so the second word is kept
     assert drawn(temperature=1.0, top_p=1e-6) == {8}
@@ -310,7 +310,7 @@ def test_special_tokens_are_never_chosen():
     logits[0, :len(data.SPECIAL)] = 50.0
     g, allowed = torch.Generator().manual_seed(0), {BOI, EOS}
     assert choose(logits).item() in allowed
-    assert {choose(logits, temperature=1.0, generator=g).item() for _ in range(100)} == allowed
+    assert {choose(logits, temperature=1.0, generators=[g]).item() for _ in range(100)} == allowed
 
 
 def test_too_long_a_prompt_raises(make_kit):
