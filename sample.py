@@ -349,7 +349,7 @@ def main(argv=None):
     kit, began, frames = load_kit(args.checkpoint or ASSETS / ("scenes_edit.pt" if args.edit else "scenes.pt")), time.time(), []
 
     def watch(event):
-        if args.film and event.mode == "noise":
+        if event.mode == "noise":
             frames.append(event)
         if args.trace:
             show.print_event(kit, event)
@@ -380,7 +380,7 @@ def main(argv=None):
     latents = [part for parts in documents for part in (parts[-1:] if args.edit else parts) if not isinstance(part, str)]
     if args.image and not args.edit:
         return
-    if not latents:
+    if not frames:                                      # a picture of the prompt does not count
         return print("the model wrote words only; leave out --open to make it draw")
     pictures = decode_latents(kit, torch.stack(latents))
     show.save_picture(vae_module.grid(pictures, min(8, len(pictures)), gap=1) if len(pictures) > 1 else pictures[0], args.out)

@@ -42,7 +42,7 @@ def drawn(n=20000, seed=0, **options):
 
 def close(count, n, p):
     """Whether `count` of n is what a coin of probability p may give (five deviations)."""
-    return abs(count - n * p) < 5 * np.sqrt(n * p * (1 - p))
+    return abs(count - n * p) <= 5 * np.sqrt(n * p * (1 - p))
 
 
 is_picture = lambda part: part[0] == "image" and not isinstance(part, str)

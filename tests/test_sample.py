@@ -1,7 +1,13 @@
 """test_sample.py: decoding with a cache must say what one training forward of the finished sequence says.
 Bugs: PAPER.md §4.2, §4.7, §4.8."""
+import base64
+import io
+from html.parser import HTMLParser
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import sample
@@ -203,14 +209,14 @@ def test_a_picture_does_not_depend_on_its_neighbours(make_kit, sampler):
 def script(monkeypatch, *rows):
     """Make the model "choose" the given words, one list per row; "<eos>" from then on."""
     queues = [[WORDS.ids[word] for word in row.split()] for row in rows]
-    counts = [0] * len(rows)
+    counts, now, real = [0] * len(rows), [], Decoder.lm_step
 
-    def scripted(logits, **choice):
-        return torch.tensor([queue[0] if queue else EOS for queue in queues])
-
-    real = Decoder.lm_step
+    def scripted(logits, **choice):                     # one row of logits per row that writes
+        assert len(logits) == len(now)
+        return torch.tensor([queues[b][0] if queues[b] else EOS for b in now])
 
     def lm_step(decoder, active, **choice):
+        now[:] = active
         tokens = real(decoder, active, **choice)
         for b in active:
             counts[b] += 1
@@ -341,3 +347,334 @@ def test_prompts_are_left_alone(make_kit):
     prompts, before = [["a", latent, "red"]], latent.clone()
     generate(kit, prompts, max_words=3, steps=2)
     assert len(prompts) == 1 and len(prompts[0]) == 3 and torch.equal(latent, before)
+
+
+# ------------------------------------------------------------------------------------ guidance over words, picture, both
+BEFORE = [["a red circle", noise(seed=5)[0], "the blue square"], [noise(seed=6)[0], "the"]]
+
+
+def seen_by_denoise(kit, monkeypatch):
+    """Listen to every denoising forward: the list that (x, t, output) come to lie in."""
+    seen, real = [], kit.model.denoise
+
+    def listening(x, t, pos, cache):
+        out = real(x, t, pos, cache)
+        seen.append((x, t.tolist(), out))
+        return out
+    monkeypatch.setattr(kit.model, "denoise", listening)
+    return seen
+
+
+@BOTH
+@pytest.mark.parametrize("over", sample.OVER)
+def test_the_blind_branch_is_a_training_forward(make_kit, encoder, over, monkeypatch):
+    """The unconditional branch of an edit: words that are still read, a picture that still is, one that is noise at another
+    t than training had (t = T), a branch at other positions, an earlier picture or caption forgotten with the last (§4.8)."""
+    kit = make_kit(encoder)
+    decoder, seen, start = Decoder(kit, BEFORE, draw_now=True), seen_by_denoise(kit, monkeypatch), noise(2, seed=1)
+    told, real = [], kit.model.read
+    monkeypatch.setattr(kit.model, "read", lambda tokens, ids, latents, *a: told.append((latents.clone(), a[2:])) or real(tokens, ids, latents, *a))
+    finish(decoder.diffusion_steps([0, 1], start, 3.0, steps=2, sampler="ddim", over=over))
+    forgotten, t_read = told[0][0], told[0][1]          # the blind branch is read first
+    assert len(forgotten) == (0 if over == "words" else 2) and (over == "words" or t_read == (1000,))
+    for k, ((*_, picture, words), first) in enumerate(zip(BEFORE, (["a red circle"], []))):
+        for m, (x, t, out) in enumerate(seen[:2]):
+            assert torch.equal(x[k], x[2 + k])
+            for row, blind in ((k, False), (2 + k, True)):
+                gone = blind and over != "words"
+                document = [*first, ("image", 0, 0), ("dropped", words) if blind and over != "picture" else words, ("image", 1, 0)]
+                _, wanted = uncached(kit, document, [forgotten[k] if gone else picture, x[k]], [1000 if gone else 0, t[row]])
+                assert torch.allclose(out[row], wanted[1], atol=1e-4), f"row {k}, step {m}, {'blind' if blind else 'told'}"
+            assert not torch.allclose(out[k], out[2 + k], atol=1e-2)    # what was left out matters
+    if over != "words":                                 # and it is noise of its own: not the picture's, not the new one's
+        assert 0.5 < forgotten.std() < 1.5 and not any(torch.allclose(forgotten[k], x, atol=0.1) for k in range(2) for x in (start[k], BEFORE[k][-2]))
+
+
+@BOTH
+def test_guidance_one_is_the_same_over_anything(make_kit, encoder):
+    """Guidance 1 is the plain model, whatever would have been left out; 0 reads nothing of what is; 3 tells them apart."""
+    kit = make_kit(encoder)
+
+    def edited(prompt, over, guidance):
+        return generate(kit, [prompt], draw_now=True, max_words=0, steps=3, sampler="ddim", over=over, guidance=guidance)[0][-1]
+
+    words, other = [BEFORE[1][0], "the blue square"], [BEFORE[1][0], "a red circle"]
+    picture = [BEFORE[0][1], "the blue square"]
+    plain = [edited(words, over, 1) for over in sample.OVER]
+    assert all(torch.equal(x, plain[0]) for x in plain)
+    for over in sample.OVER:
+        assert torch.allclose(edited(words, over, 1 + 1e-9), plain[0], atol=1e-2)
+        blind = edited(words, over, 0)
+        assert torch.allclose(edited(other, over, 0), blind, atol=1e-3) == (over != "picture")
+        assert torch.allclose(edited(picture, over, 0), blind, atol=1e-3) == (over != "words")
+    strong = [edited(words, over, 3) for over in sample.OVER]
+    assert all((strong[k] - strong[k - 1]).abs().max() > 1e-2 for k in range(3))
+
+
+@pytest.mark.parametrize("prompt", [["a"], ["a red circle and the blue square"], [], ["a red circle", "and the blue square"]], ids=str)
+@pytest.mark.parametrize("over", ["picture", "both"])
+def test_guidance_over_a_picture_needs_one(make_kit, prompt, over):
+    """An index error, or words forgotten in place of the picture that is not there. At guidance 1 nothing is left out."""
+    options = dict(draw_now=True, max_words=0, steps=2, over=over)
+    with pytest.raises(data.UserError, match="needs a picture before the words"):
+        generate(make_kit(), [prompt], **options)
+    with pytest.raises(data.UserError, match="needs a picture before the words"):         # one row of two
+        generate(make_kit(), [[noise()[0], "a"], prompt], **options)
+    assert generate(make_kit(), [prompt], guidance=1, **options)[0][-1].shape == (4, 4, 4)
+
+
+# ------------------------------------------------------------------------------------------------- mixtures, and events
+MIXED = [["a red circle"], [noise(seed=3)[0]], [noise(seed=4)[0], "the blue square"], [], ["a", noise(seed=5)[0], noise(seed=6)[0], "red"]]
+GROWING = dict(max_words=9, max_pictures=2, steps=3, guidance=1.5, temperature=1.0, top_p=0.9)
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """A random model that seldom ends its document, and often draws: else there is little to compare."""
+    real, lean = sample.choose, torch.zeros(len(WORDS))
+    lean[EOS], lean[BOI] = -3.0, 1.0
+    monkeypatch.setattr(sample, "choose", lambda logits, **choice: real(logits + lean, **choice))
+
+
+def parts_of(document):
+    """A document to compare: its words, and the places of its pictures."""
+    return [part if isinstance(part, str) else "[picture]" for part in document]
+
+
+def equal(one, two):
+    """Whether two documents have the same words and, nearly, the same pictures."""
+    return parts_of(one) == parts_of(two) and all(torch.allclose(x, y, atol=0.05) for x, y in zip(one, two) if not isinstance(x, str))
+
+
+@BOTH
+@pytest.mark.parametrize("kind, options", [("ddpm", dict()), ("flow", dict(temperature=0.7, top_p=1.0, guidance=1)), ("ddpm", dict(draw_now=True))], ids=str)
+def test_mixed_prompts_are_the_same_one_at_a_time(make_kit, eager, encoder, kind, options):
+    """A row that draws other noise, or says other words, because its neighbour is still writing: rows wait for each other,
+    and each must have a generator that nobody else uses up, not even while it waits."""
+    kit, options = make_kit(encoder, kind), {**GROWING, **options}
+    seeds = [11, 3, 8, 5, 3]
+    together = generate(kit, MIXED, seed=seeds, **options)
+    for b, prompt in enumerate(MIXED):
+        (alone,) = generate(kit, [prompt], seed=[seeds[b]], **options)
+        assert equal(alone, together[b]), f"row {b}: {parts_of(alone)} alone, {parts_of(together[b])} in company"
+    order = [3, 0, 4]                                   # other company, another order
+    for b, document in zip(order, generate(kit, [MIXED[b] for b in order], seed=[seeds[b] for b in order], **options)):
+        assert equal(document, together[b])
+    grown = [len(parts_of(document)) - len(prompt) for document, prompt in zip(together, MIXED)]
+    drawn = [sum(part == "[picture]" for part in parts_of(d)) - sum(part == "[picture]" for part in parts_of(p)) for d, p in zip(together, MIXED)]
+    assert len(set(map(str, map(parts_of, together)))) == 5 and sum(grown) >= 5 and sum(n > 0 for n in drawn) >= 2, drawn
+
+
+def test_a_seed_is_one_per_row(make_kit):
+    """Two rows with one seed must be twins, with two seeds not; an int gives every row its own."""
+    kit, prompts = make_kit(), [["a red circle"]] * 2
+    twins = generate(kit, prompts, seed=[7, 7], **GROWING)
+    assert equal(*twins)
+    assert not equal(*generate(kit, prompts, seed=[7, 8], **GROWING)) and not equal(*generate(kit, prompts, seed=7, **GROWING))
+
+
+def test_events_tell_the_truth(make_kit, eager):
+    """A trace, a film or a notebook that shows another run than the one that happened: caches that did not grow so, steps of
+    rows that were not drawn, a picture announced twice or too early."""
+    kit = make_kit()
+    decoder, modes, lengths, drawn, patches = Decoder(kit, MIXED), [], {}, {}, 4
+    start = [len(row) for row in decoder.tokens]
+    for event in sample.grow(decoder, seed=[11, 3, 8, 5, 3], **GROWING):
+        modes.append(event.mode)
+        assert event.filled == [len(decoder.tokens[b]) for b in event.rows] and sorted(set(event.rows)) == sorted(event.rows)
+        before = {b: lengths.get(b, start[b]) for b in event.rows}
+        if event.mode == "prompt":
+            assert event.rows == list(range(5)) and event.filled == start and modes == ["prompt"]
+        elif event.mode == "word":
+            assert event.filled == [before[b] + 1 for b in event.rows]
+            assert event.tokens == [decoder.tokens[b][-1] for b in event.rows]
+        elif event.mode == "noise":                     # over the same places, from T to 0; BOI stands before them
+            assert event.filled == [before[b] for b in event.rows]
+            assert all(decoder.tokens[b][-1] == BOI for b in event.rows)
+            assert event.x.shape == event.x0.shape == (len(event.rows), 4, 4, 4)
+            times = times + [event.t] if modes[-2] == "noise" else [event.t]
+            last = event
+        else:
+            assert times == [1000, 667, 333, 0] and event.rows == last.rows
+            assert event.filled == [before[b] + patches + 1 for b in event.rows]
+            for k, b in enumerate(event.rows):          # the picture is the last x, and stands in the document
+                assert decoder.tokens[b][-patches - 2:] == [BOI] + [PATCH] * patches + [EOI]
+                assert torch.equal(decoder.latents[b][-1], last.x[k])
+                drawn[b] = drawn.get(b, 0) + 1
+        lengths |= dict(zip(event.rows, event.filled))
+    assert {"prompt", "word", "noise", "picture"} == set(modes) and modes.count("noise") == 4 * modes.count("picture") >= 8
+    for b, prompt in enumerate(MIXED):
+        given = sum(not isinstance(part, str) for part in prompt)
+        assert len(decoder.latents[b]) == given + drawn.get(b, 0) and lengths[b] == len(decoder.tokens[b])
+
+
+@pytest.mark.parametrize("max_words, max_pictures, context", [(0, 1, 64), (5, 0, 64), (30, 3, 64), (99, 9, 33), (99, 9, 20), (7, 1, 19)])
+def test_limits_of_open_documents(make_kit, max_words, max_pictures, context):
+    """More words or pictures than were allowed, positions beyond the context, a BOI that no picture follows although words do,
+    a document that goes on after EOS."""
+    decoder = Decoder(make_kit(context=context), [["a"], [], [noise()[0]], ["the red"]] * 3)
+    start = [(len(row), len(pictures)) for row, pictures in zip(decoder.tokens, decoder.latents)]
+    for _ in sample.grow(decoder, max_words=max_words, max_pictures=max_pictures, temperature=1.0, steps=2, seed=2):
+        pass
+    full, opened = 0, 0
+    for row, pictures, (n, given) in zip(decoder.tokens, decoder.latents, start):
+        assert len(row) <= context and sum(token >= len(data.SPECIAL) for token in row[n:]) <= max_words
+        assert given <= len(pictures) <= given + max_pictures
+        assert row.count(PATCH) == 4 * len(pictures) and row.count(EOI) == len(pictures) and EOS not in row[:-1]
+        closed = row[:-1] if row[-1] == BOI else row    # the last token may be a BOI that had no room, or came too often
+        assert closed.count(BOI) == len(pictures)
+        assert all(closed[k + 1: k + 6] == [PATCH] * 4 + [EOI] for k, token in enumerate(closed) if token == BOI)
+        full, opened = full + (len(row) >= context - 5), opened + (len(pictures) > given)
+    assert full or context > 33
+    assert (opened > 0) == (max_pictures > 0 and max_words > 0)
+
+
+@BOTH
+def test_the_second_picture_reads_the_first_one_clean(make_kit, encoder, monkeypatch):
+    """§4.7 in one document that the model writes itself: while the second picture is denoised, the cache must hold the
+    finished first one (t = 0), not its last noisy step, in the told and in the blind branch."""
+    kit = make_kit(encoder)
+    seen = seen_by_denoise(kit, monkeypatch)
+    script(monkeypatch, "circle <boi> and a square <boi> the")
+    (document,) = generate(kit, [["a red"]], max_pictures=2, steps=2, sampler="ddim", seed=1)
+    assert parts_of(document) == ["a red circle", "[picture]", "and a square", "[picture]", "the"]
+    first = document[1]
+    assert [t[0] for _, t, _ in seen] == [1000, 500, 0, 1000, 500, 0]
+    for x, t, out in seen[3:5]:
+        for k, words in enumerate(("and a square", ("dropped", "and a square"))):
+            _, wanted = uncached(kit, ["a red circle", ("image", 0, 0), words, ("image", 1, 0)], [first, x[k]], [0, t[k]])
+            assert torch.allclose(out[k], wanted[1], atol=1e-4)
+            _, noisy = uncached(kit, ["a red circle", ("image", 0, 0), words, ("image", 1, 0)], [seen[1][0][0], x[k]], [500, t[k]])
+            assert not torch.allclose(out[k], noisy[1], atol=1e-2)
+
+
+def test_edit_is_the_picture_after_the_words(make_kit):
+    """An edit that gives back the picture before, or mixes up the rows of a batch."""
+    kit, before, said = make_kit(), noise(2, seed=3), ["the blue square", "a red circle"]
+    after = sample.edit(kit, before, said, steps=3, seed=[1, 2])
+    assert after.shape == before.shape
+    for k in range(2):
+        (document,) = generate(kit, [[before[k], said[k]]], draw_now=True, max_words=0, steps=3, seed=[k + 1])
+        assert torch.allclose(document[-1], after[k], atol=1e-2) and not torch.allclose(before[k], after[k], atol=1e-1)
+
+
+# ----------------------------------------------------------------------------------------------------------- command line
+@pytest.fixture
+def here(make_kit, tmp_path, monkeypatch):
+    """The kit, saved as model.pt in this test's own folder, with pictures: plain.png is what the kit reads, the others not."""
+    kit, rng = make_kit(), np.random.default_rng(0)
+    sample.save_kit(tmp_path / "model.pt", kit)
+    pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "plain.png")
+    Image.fromarray(pixels).resize((20, 12)).save(tmp_path / "wide.png")
+    Image.fromarray(pixels).convert("RGBA").save(tmp_path / "clear.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    monkeypatch.chdir(tmp_path)
+    return sample.load_kit(tmp_path / "model.pt")       # in 16 bits, as the command line loads it
+
+
+def command(*arguments):
+    """Run sample.py's main on model.pt, in few steps."""
+    sample.main([*arguments, "--checkpoint", "model.pt", "--steps", "2"])
+
+
+def test_prompts_with_pictures(here, capsys):
+    """Words and pictures in another order than they were written, a picture read at another size or on its side, and a
+    conversion that nobody is told of."""
+    read = lambda text: sample.read_prompt(text, here)
+    parts = read("a red [plain.png] the  blue square [turned.png]")
+    assert parts_of(parts) == ["a red", "[picture]", "the  blue square", "[picture]"]
+    said = capsys.readouterr().out
+    assert "turned.png: 8x8 RGB, converted to 8x8 RGB" in said and "plain.png" not in said
+    pixels = np.asarray(Image.open("plain.png"))
+    latents = sample.encode_pixels(here, np.stack([pixels, np.rot90(pixels, -1)]))
+    assert torch.allclose(parts[1], latents[0], atol=1e-5) and torch.allclose(parts[3], latents[1], atol=1e-5)
+    assert parts_of(read("[wide.png][clear.png]")) == ["[picture]"] * 2 and read("a circle") == ["a circle"] and read(" ") == []
+    said = capsys.readouterr().out
+    assert "wide.png: 20x12 RGB, converted to 8x8 RGB" in said and "clear.png: 8x8 RGBA, converted" in said
+    with pytest.raises(data.UserError, match="absent.png"):
+        read("a [absent.png]")
+
+
+class Page(HTMLParser):
+    """What a page shows, in order: its words, and its pictures as arrays; one list per section."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.inside = [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.inside = tag
+        if tag == "section":
+            self.found.append([])
+        elif tag == "img":
+            kind, content = dict(attributes)["src"].split(",")
+            assert kind == "data:image/png;base64"
+            self.found[-1].append(np.asarray(Image.open(io.BytesIO(base64.b64decode(content, validate=True)))))
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+    def handle_data(self, text):
+        if self.inside == "p":
+            self.found[-1].append(text)
+
+
+def test_a_page_shows_the_documents(here, tmp_path):
+    """Pictures in another order, decoded from another latent, or as files beside the page; words that are read as markup."""
+    here.words.words[WORDS.ids["red"]] = "<red>"        # a folder of one's own may have such words
+    documents = generate(here, [["a", noise()[0], "the square"], [], [noise(seed=1)[0]]], draw_now=True, max_words=0, steps=2)
+    documents[0][0] = "a <b>&amp; circle"
+    sample.save_page(here, documents, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>") and "src=\"data:" in text and "http" not in text
+    page = Page(text).found
+    assert [len(section) for section in page] == [len(document) for document in documents] == [4, 1, 2]
+    for section, document in zip(page, documents):
+        for shown, part in zip(section, document):
+            if isinstance(part, str):
+                assert shown == part
+            else:
+                assert (shown == sample.decode_latents(here, part[None])[0]).all() and shown.shape == (8, 8, 3)
+
+
+def test_command_line(here, tmp_path, capsys):
+    """Every way to call sample.py, and what it leaves behind: the picture of the last edit (not of the first), one page with
+    all that happened, a film, a trace with all modes."""
+    command("a red circle", "the [plain.png] blue square", "--page", "page.html", "--film", "film.gif", "--trace", "-o", "two.png")
+    said = capsys.readouterr().out
+    assert "a red circle [picture]" in said and "the [picture] blue square [picture]" in said and "wrote page.html" in said
+    lines = [line for line in said.splitlines() if line.startswith("rows 0,1")]
+    assert ["prompt read" in lines[0], "t = 1000" in lines[1], "t = 0" in lines[2], "t = 0, then <eoi>" in lines[3]] == [True] * 4
+    assert "cache 5,11" in lines[0] and "cache 10,16" in lines[3] and len(lines) == 4
+    assert [len(section) for section in Page((tmp_path / "page.html").read_text()).found] == [2, 4]
+    assert Image.open("film.gif").n_frames > 2 and Image.open("two.png").size == (3 * 8 * 8 + 4 * 8, 8 * 8 + 2 * 8)
+    capsys.readouterr()
+    command("--image", "plain.png", "--page", "said.html")
+    assert capsys.readouterr().out.startswith("plain.png: [picture]") and not (tmp_path / "sample.png").exists()
+    command("--image", "plain.png", "--image", "wide.png", "--edit", "the blue square", "--edit", "a red circle", "--page", "edits.html",
+            "--guide-over", "both")
+    assert "plain.png: [picture] the blue square [picture] a red circle [picture]" in capsys.readouterr().out
+    page = Page((tmp_path / "edits.html").read_text()).found
+    assert [[part if isinstance(part, str) else "" for part in section] for section in page] == [["", "the blue square", "", "a red circle", ""]] * 2
+    sheet = np.asarray(Image.open("sample.png"))[::8, ::8]
+    assert (sheet[1: 9, 1: 9] == page[0][4]).all() and (sheet[1: 9, 10: 18] == page[1][4]).all()
+    plain = np.asarray(Image.open("plain.png"))[None]
+    (after,) = sample.edit(here, sample.encode_pixels(here, plain), ["the blue square"], steps=2, over="both", seed=[0])
+    assert np.abs(sample.decode_latents(here, after[None])[0].astype(int) - page[0][2]).max() <= 2
+
+
+def test_open_command_line(here, tmp_path, capsys, monkeypatch):
+    """A model that draws by itself, one that does not, and a film of a picture that was never drawn."""
+    script(monkeypatch, "circle <boi> and <boi> a <boi>")
+    command("a red", "--open", "--pictures", "2", "--film", "film.png")
+    assert "a red circle [picture] and [picture] a" in capsys.readouterr().out and (tmp_path / "film.png").exists()
+    script(monkeypatch, "circle")
+    command("a red", "--open", "--film", "none.gif", "-o", "none.png")
+    assert "a red circle" in capsys.readouterr().out and not list(tmp_path.glob("none.*"))
+    script(monkeypatch, "circle")
+    command("[plain.png] a red", "--open", "--film", "none.gif", "-o", "none.png")        # the only picture is the prompt's
+    assert "[picture] a red circle" in capsys.readouterr().out and not (tmp_path / "none.gif").exists()

@@ -183,7 +183,7 @@ def stop_before_step(run):
 def joined(a, b):
     """One Batch of two, row under row."""
     ids = torch.where(b.image_id >= 0, b.image_id + len(a.images), -1)
-    names = ("tokens", "doc_id", "learn", "images", "t_max", "latents", "t", "eps")
+    names = ("tokens", "doc_id", "learn", "images", "t_max", "t_min", "latents", "t", "eps")
     return data.Batch(image_id=torch.cat([a.image_id, ids]), **{k: torch.cat([getattr(a, k), getattr(b, k)]) for k in names})
 
 
@@ -491,7 +491,7 @@ def test_a_run_on_files(tmp_path, source):
 
 def test_the_vae_is_trained_when_there_is_none(tmp_path, monkeypatch):
     """Catches a VAE trained on the spot that is not kept: a resumed run would read other latents than it learned from."""
-    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))  # no assets folder beside it
+    monkeypatch.setattr(train, "ASSETS", tmp_path)      # no VAE is shipped
     options = small_run(out=tmp_path / "run", steps=2, vae_steps=3)
     train.main(options)
     kept = vae_module.load(tmp_path / "run/vae.pt", "vae")["weights"]
