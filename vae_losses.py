@@ -181,8 +181,8 @@ class FeatureDistance(nn.Module):
 
 
 def unit(features):
-    """Each place's channels as a vector of length 1, in float32. TRAP: sqrt(sum of squares) has a NaN gradient where no
-    channel fires, as everywhere on a black background; vector_norm has gradient 0 there."""
+    """Each place's channels as a vector of length 1, in float32. TRAP: sqrt(sum of squares) has a NaN gradient where
+    all are 0 (a ReLU right before happens to hide it, nothing else does); vector_norm has gradient 0 there."""
     features = features.float()
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
