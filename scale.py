@@ -199,7 +199,8 @@ def prepare_blocks(model, checkpointing, compiled):
 
 def sync_gradients(model, last):
     """Say whether the coming micro-batch is the step's last: only then do gradients travel. TRAP: say it before the forward
-    pass; after it, the flag counts for the next one, and the last micro-batch's gradients never leave this rank."""
+    pass. FSDP reads it in the backward pass (DDP in the forward); after that it counts for the next micro-batch only, and
+    the last one's gradients never leave this rank."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
 
