@@ -262,6 +262,7 @@ if __name__ == "__main__":
         model, (channels, blocks) = paper_model(size), PAPER_UNET
         with torch.device("meta"):
             unets = [count(PATCHES["unet"](8, p, model.config.width, channels=channels, blocks=blocks)) for p in (2, 4, 8)]
-        print(f"{size:8s} {model.config.layers:5d} {model.config.width:7d} {model.config.heads:6d} "
-              f"{count(model) - count(model.pictures):16,d} {count(model.pictures):17,d} {unets[0]:15,d} {unets[1]:12,d} {unets[2]:12,d}")
+        linear = count(model.pictures)
+        print(f"{size:8s} {model.config.layers:5d} {model.config.width:7d} {model.config.heads:6d} {count(model) - linear:16,d} "
+              f"{linear:17,d} {unets[0]:15,d} {unets[1]:12,d} {unets[2]:12,d}")
     print(f"Words: {PAPER_VOCABULARY:,}, Llama 2's 32,000 and 7 of ours; with 32,000 the Llama part of 7b has 6,738,415,616.")

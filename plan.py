@@ -19,7 +19,8 @@ THE RULE    FLOPs per token = 6 N + 12 L d T                     N: parameters t
 PAPER/HERE  the paper says tokens and steps, not hardware: GPUs, memory, time are our arithmetic. Not measured by us: no GPU.
             Exact: parameters, FLOPs (a counter agrees, tests/test_plan.py). Estimates: memory (fragmentation and the CUDA
             context, about 1 GiB, come on top), MFU (an assumption), disk.
-READ NEXT   train.py        TRY IT  python plan.py; python train.py --preset 7b --dry-run --gpus 512        TEST tests/test_plan.py
+READ NEXT   train.py        TRY IT  python plan.py; python train.py --preset 7b --dry-run --gpus 512
+TEST        tests/test_plan.py
 """
 import re
 from functools import lru_cache
@@ -33,7 +34,7 @@ from model import PAPER_SIZES, count, paper_model
 from patchify import PATCHES
 
 # Peak bf16 FLOP/s with fp32 accumulation, *dense*: the makers' data sheets print twice that, "with sparsity". A name is
-# found if all its words are in torch.cuda.get_device_name(); the first that fits counts, so a chip's cut-down versions come first.
+# found if all its words are in torch.cuda.get_device_name(); the first that fits counts, so cut-down versions come first.
 DEVICES = {
     "B200": 2250e12,                                    # HGX B200 data sheet: 36 PFLOPS sparse of 8 GPUs
     "H200 NVL": 835e12, "H200": 989e12,                 # H200 data sheet: 1671 and 1979 sparse
@@ -70,7 +71,8 @@ def mfu(flops_per_token, tokens_per_second, device, gpus=1):
 def parts(model):
     """{part: parameters}; they add up to count(model)."""
     found = {"embedding table": count(model.words), "blocks": count(model.blocks),
-             "norm and head": count(model.norm) + count(model.head), f"patch encoder ({model.config.encoder})": count(model.pictures)}
+             "norm and head": count(model.norm) + count(model.head),
+             f"patch encoder ({model.config.encoder})": count(model.pictures)}
     return found if model.place is None else {**found, "place vectors": model.place.numel()}
 
 
@@ -176,8 +178,8 @@ def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100",
     row = lambda what, value, how="": f"  {what:41s}{value:>22s}   {how}".rstrip()
     text = tokens * steps / 2
     pictures, latent = text / config.patches, 2 * config.latent[0] * config.latent[1] * config.latent[2]
-    lines = [f"{config.layers} layers, width {config.width}, {config.heads} heads, T = {config.context}, V = {config.vocabulary:,}; "
-             f"pictures of {' x '.join(map(str, config.latent))} in {config.patches} patches, {config.encoder} patch encoder",
+    lines = [f"{config.layers} layers, width {config.width}, {config.heads} heads, T = {config.context}, "
+             f"V = {config.vocabulary:,}; pictures of {' x '.join(map(str, config.latent))} in {config.patches} patches, {config.encoder} patch encoder",
              "PARAMETERS (counted)"]
     lines += [row(part, f"{number:,}") for part, number in parts(model).items()]
     lines += [row("all", f"{count(model):,}"), "FLOPS PER TOKEN, forward and backward (exact; MFU counts these)",
@@ -204,7 +206,8 @@ def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100",
               row("text", f"{text * 2 / 1e12:.3g} TB", f"{text / 1e12:.3g}T tokens x 2 bytes (uint16)"),
               row("pictures", f"{pictures * latent / 1e12:.3g} TB", f"{pictures / 1e6:,.0f}M x {latent / 1024:g} KiB (means of "
                   f"the latents, 2 bytes a number); n epochs: 1/n of it"),
-              row("one checkpoint", f"{(16 if ema else 12) * count(model) / 1e9:.3g} GB", "weights, AdamW" + (", average" if ema else ""))]
+              row("one checkpoint", f"{(16 if ema else 12) * count(model) / 1e9:.3g} GB",
+                  "weights, AdamW" + (", average" if ema else ""))]
     return lines
 
 

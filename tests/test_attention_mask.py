@@ -217,7 +217,7 @@ def test_tile_mask_is_flex_attentions_own():
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
 
 
-@pytest.mark.parametrize("T", [1, 96, 127, 129, 4000])
+@pytest.mark.parametrize("T", [1, 96, 127, 129, 192, 4000])
 def test_lengths_that_tiles_do_not_divide_raise(T):
     """§4.13: FlexAttention on a length that is not a multiple of 128. The dense mask takes any."""
     lo, hi = intervals(torch.full((1, T), -1), torch.zeros(1, T, dtype=torch.long))
