@@ -194,12 +194,13 @@ class Transfusion(nn.Module):
     def forward(self, tokens, image_id, doc_id, learn, xt, t):
         """Training: (logits (n, V) at the n positions where `learn`, in reading order; output (M, c, h, w), the
         predicted noise or velocity). tokens, image_id, doc_id (B, T) int64, learn (B, T) bool; xt (M, c, h, w), t (M,).
-        Raises ValueError as `embed`, and on a GPU in training mode as `tile_mask`: T must be a multiple of 128."""
+        Raises ValueError as `embed`, and on a GPU in training mode as `tile_mask`: T > 128 must be a multiple of 128."""
         x, kept = self.embed(tokens, image_id, xt, t)                                                  # (B, T, D)
         lo, hi = intervals(image_id, doc_id, self.config.bidirectional)
         pos = torch.arange(tokens.shape[1], device=tokens.device) - lo                                 # within a document
-        # One mask for all layers. Flex has no backward on CPU and takes multiples of 128 only, so measuring stays dense.
-        flex = x.is_cuda and self.training
+        # One mask for all layers. Flex has no backward on CPU and takes multiples of 128 only, so measuring stays dense; and
+        # so do the toys' short rows, where the whole mask is smaller than one of flex's tiles.
+        flex = x.is_cuda and self.training and tokens.shape[1] > 128
         h = self.trunk(x, pos, tile_mask(lo, hi) if flex else dense_mask(lo, hi))
         out = self.pictures.decode(h[image_id >= 0].view(-1, self.config.patches, self.config.width), t, kept)
         return self.head(self.norm(h[learn])), out
