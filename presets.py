@@ -110,7 +110,7 @@ def parse_arguments(argv=None):
     given = vars(parser.parse_args(argv))
     preset, resume, overwrite, dry = (given.pop(k) for k in ("preset", "resume", "overwrite", "dry_run"))
     planned = tuple(given.pop(k) for k in ("gpus", "mfu", "device"))
-    preset = preset or {"edits": "edit"}.get(given.get("data"), given.get("data", "scenes"))
+    preset = preset or next(name for name in PRESETS if PRESETS[name].get("data", "scenes") == given.get("data", "scenes"))
     config = Config(**{"out": f"out/{preset}", **PRESETS[preset], **given})
     for name in ("steps", "documents", "accumulate", "seq_len", "pairs", "vae_steps", "log_every", "gap_every", "save_every", "patch", "image_size"):
         if getattr(config, name) < 1:

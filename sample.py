@@ -332,10 +332,10 @@ def main(argv=None):
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest words up to this probability")
     args = parser.parse_args(argv)
     import show                                         # here, because it imports this file
-    if not args.prompts and not args.image:
-        raise data.UserError('say what to draw, e.g. python sample.py "a red circle", or give a picture with --image')
     if args.edit and not args.image:
         raise data.UserError('--edit needs the picture to change: --image in.png --edit "make the circle blue"')
+    if not args.prompts and not args.image:
+        raise data.UserError('say what to draw, e.g. python sample.py "a red circle", or give a picture with --image')
     if args.prompts and args.image:
         raise data.UserError('--image stands alone or with --edit; to put pictures among words, write "[in.png] make the circle blue"')
     if args.guidance < 0 or args.temperature < 0 or not 0 < args.top_p <= 1:
@@ -358,6 +358,7 @@ def main(argv=None):
     drawing = dict(steps=args.steps, guidance=args.guidance, over=args.guide_over, sampler=args.sampler, progress=True)
     if args.edit:
         documents = [read_prompt(f"[{path}]", kit) for path in args.image]
+        kit.words.encode(" ".join(args.edit))           # an unknown word in the last one: say so before the first is drawn
         for text in args.edit:                          # each edit is a fresh document of one picture, as it was trained
             after = generate(kit, [[parts[-1], text] for parts in documents], draw_now=True, max_words=0, **writing, **drawing)
             documents = [parts + new[1:] for parts, new in zip(documents, after)]
