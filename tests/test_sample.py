@@ -11,6 +11,7 @@ from PIL import Image
 
 import data
 import sample
+import show
 from data import BOI, EOI, EOS, PATCH
 from diffusion import SAMPLERS, Diffusion
 from sample import Decoder, Kit, choose, generate
@@ -628,7 +629,7 @@ def test_a_page_shows_the_documents(here, tmp_path):
     here.words.words[WORDS.ids["red"]] = "<red>"        # a folder of one's own may have such words
     documents = generate(here, [["a", noise()[0], "the square"], [], [noise(seed=1)[0]]], draw_now=True, max_words=0, steps=2)
     documents[0][0] = "a <b>&amp; circle"
-    sample.save_page(here, documents, tmp_path / "page.html")
+    show.save_page(here, documents, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>") and "src=\"data:" in text and "http" not in text
     page = Page(text).found
