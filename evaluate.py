@@ -161,7 +161,7 @@ def editing(kit, n=200, seed=0, size=32, progress=True, **drawing):
     chains of three edits that end in the right scene, "asked": share of n questions "what changed ?" answered with an
     instruction that does lead from the one picture to the other, "kinds": {kind: exact}}; and (instruction, before |
     after, exact) to show. Each edit of a chain starts from the model's own picture. drawing: as `sample.edit`."""
-    found = edits.scene_edits(4 * n, [seed, 12], single=0, size=size, progress=False)
+    found = edits.scene_edits(max(4 * n, 60), [seed, 12], single=0, size=size, progress=False)
     pixels = lambda index: np.stack([found.pixels[k] for k in index])
     change = lambda x, said, seed: torch.cat([sample_edit(kit, x[k: k + 100], said[k: k + 100], seed=seed + k, **drawing)
                                               for k in range(0, len(said), 100)])
@@ -185,7 +185,7 @@ def editing(kit, n=200, seed=0, size=32, progress=True, **drawing):
         latents = change(latents, [texts[step] for _, texts in threes], seed + 1000 * (step + 1))
     ends = [edits.judge_end(found.scenes[pictures[0]], found.scenes[pictures[-1]], scenes.parse(picture), size)
             for (pictures, _), picture in zip(threes, decode_latents(kit, latents))]
-    return {"edits": float(np.mean([v[0] for v in verdicts])), "kept": sum(v[1] for v in verdicts) / sum(v[2] for v in verdicts),
+    return {"edits": float(np.mean([v[0] for v in verdicts])), "kept": sum(v[1] for v in verdicts) / max(1, sum(v[2] for v in verdicts)),
             "chains": float(np.mean(ends)), "asked": float(np.mean(asked)),
             "kinds": {kind: float(np.mean(v)) for kind, v in table.items() if v}}, shown
 

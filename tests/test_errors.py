@@ -34,7 +34,7 @@ def shelf(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("shelf")
     vae = vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2)).eval()
-    words = data.Words({word for text in scenes.all_claims() for word in text.split()})
+    words = data.Words(data.load_scenes(1, 0, progress=False).vocabulary())
     network = Transfusion(sized("toy", vocabulary=len(words), latent=(2, 8, 8), patch=4, context=24)).eval()
     sample.save_kit(folder / "model.pt", sample.Kit(network, words, vae, Diffusion()))
     vae_module.save(folder / "vae.pt", vae_module.pack_vae(vae))
@@ -95,10 +95,27 @@ def mistake(capsys, monkeypatch, folder, program, arguments, *words):
     (["a circle", "--out", "picture.docx"], ["picture.docx", ".png"]),
     (["a circle", "--film", "nowhere/film.gif"], ["nowhere/film.gif"]),
     (["--image", "absent.png"], ["absent.png"]),
+    (["a circle", "--page", "page.txt"], ["page.txt", ".html"]),
+    (["a circle", "--page", "nowhere/page.html"], ["nowhere/page.html"]),
+    (["a circle [absent.png]"], ["absent.png"]),
+    (["[GOOD] a red circel"], ["'circel'", "'circle'"]),
+    (["a circle", "--image", "GOOD"], ["--image", "["]),
+    (["--edit", "remove the circle"], ["--edit", "--image"]),
+    (["a circle", "--edit", "remove the circle"], ["--edit", "--image"]),
+    (["--image", "absent.png", "--edit", "remove the circle"], ["absent.png"]),
+    (["--image", "GOOD", "--edit", "remove the circel"], ["'circel'", "'circle'"]),
+    (["--image", "GOOD", "--edit", "remove the circle", "--edit", "paint it"], ["'paint'"]),           # the second, before the first is drawn
+    (["--image", "GOOD", "--edit", "make the red circle blue " * 3], ["context is 24"]),
+    (["a circle", "--open", "--pictures", "0"], ["--pictures"]),
+    (["a circle", "--open", "--pictures", "4"], ["4 pictures", "need 28", "context is 24", "--pictures"]),
+    (["[GOOD] a circle", "--open", "--pictures", "3"], ["need 28", "context is 24"]),
+    (["a circle", "--guide-over", "noise"], ["--guide-over", "noise", "words"]),
+    (["a circle", "--guide-over", "picture"], ["--guide-over", "picture"]),
 ], ids=lambda v: " ".join(v)[:40] if v and isinstance(v, list) else "nothing")
 def test_sample(capsys, monkeypatch, tmp_path, shelf, arguments, words):
     """Catches a traceback, a wrong picture, or a wrong file where the user mistyped."""
-    monkeypatch.setattr(sample.Decoder, "diffusion_steps", lambda *a, **k: pytest.fail("drew before it looked at the options"))
+    arguments = [a.replace("GOOD", str(shelf / "good.png")) for a in arguments]
+    monkeypatch.setattr(sample, "sample", lambda *a, **k: pytest.fail("drew before it looked at the options"))
     mistake(capsys, monkeypatch, tmp_path, "sample.py", [*arguments, "--checkpoint", shelf / "model.pt"], *words)
 
 
@@ -145,12 +162,18 @@ SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", 
     (["--data", "mnist", "--data-dir", "absent"], ["absent", "--data-dir"]),
     (["--data", "folder"], ["--data-dir"]),
     (["--data", "folder", "--data-dir", "absent"], ["captions.jsonl"]),
+    (["--data", "edits", "--data-dir", "absent"], ["edits.jsonl"]),
+    (["--preset", "edit", "--init", "absent.pt"], ["absent.pt"]),
+    (["--preset", "edit", "--init", "VAE"], ["vae.pt", "'model'"]),
+    (["--preset", "edit", "--init", "MODEL"], ["model.pt", "context of 24", "--seq-len"]),
+    (["--preset", "edit", "--init", "MODEL", "--seq-len", "24", "--image-size", "48"], ["model.pt", "32 pixels", "--image-size"]),
+    (["--preset", "edit", "--init", "MODEL", "--seq-len", "24"], ["context of 24"]),  # a chain does not fit: say how long it is
     (["--resume"], ["nothing to resume"]),
     (["--preset", "scenes", "--stepz", "3"], ["--stepz"]),
 ], ids=lambda v: " ".join(v)[:40])
 def test_train(capsys, monkeypatch, tmp_path, shelf, arguments, words):
     """Catches a traceback, minutes of work before the mistake is found, and a folder left behind by a run that never was."""
-    arguments = [shelf / "model.pt" if a == "MODEL" else a for a in arguments]
+    arguments = [{"MODEL": shelf / "model.pt", "VAE": shelf / "vae.pt"}.get(a, a) for a in arguments]
     mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", *arguments], *words)
 
 

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import data
+import edits
 import evaluate
 import model as model_module
 import scenes
+import vae as vae_module
 from data import BOI, UserError
 from diffusion import Diffusion
 
@@ -241,6 +243,113 @@ def test_captions_are_judged_by_the_picture(monkeypatch):
         scores[name], rows = evaluate.captioning(None, ("colors",), n=20)
         assert len(rows) == 20 and np.mean([true for *_, true in rows]) == scores[name]
     assert scores == {"true": 1.0, "vague": 1.0, "nonsense": 0.0, "false": 0.0}
+
+
+# ----------------------------------------------------------------------------------------------------------------- editing
+@pytest.fixture(scope="module")
+def kit():
+    """Only a VAE, the shipped one: the editors below need no model."""
+    path = Path(evaluate.__file__).parent / "assets/scenes_vae.pt"
+    return SimpleNamespace(vae=vae_module.unpack_vae(vae_module.load(path, "vae")), model=None)
+
+
+@pytest.fixture
+def editors(monkeypatch, kit):
+    """A function (change, answer): put stand-ins for the model that know the true scenes. change(before, text, after), all
+    scenes, returns the scene that is drawn; answer(text, after) what is said to "what changed ?". Returns the calls' seeds."""
+    def put(change, answer):
+        truth, real, seeds = [], edits.scene_edits, []
+
+        def scene_edits(*a, **k):
+            truth[:] = [real(*a, **k)]
+            return truth[0]
+
+        def nearest(x, candidates, picture):            # which of the candidate pictures a latent shows
+            latents = encode(kit, truth[0].pixels[[c[picture] for c in candidates]])
+            return candidates[int((latents - x).square().flatten(1).sum(1).argmin())]
+
+        encode = evaluate.encode_pixels
+
+        def edit(kit, x, said, seed=None, **drawing):
+            seeds.append(seed)
+            drawn, scene = [], truth[0].scenes
+            for latent, text in zip(x, said):
+                a, _, b = nearest(latent, [c for c in truth[0].triples() if c[1] == text], 0)
+                drawn.append(scenes.render(change(scene[a], text, scene[b])))
+            return encode(kit, np.stack(drawn))
+
+        def generate(kit, prompts, **options):
+            assert options["max_pictures"] == 0 and all(prompt[2:] == ["what changed ?"] for prompt in prompts)
+            found = [nearest(x, truth[0].triples(), 0) for x, _, _ in prompts]
+            assert all(nearest(y, [c for c in truth[0].triples() if c[0] == a], 2)[2] == b for (_, y, _), (a, _, b) in zip(prompts, found))
+            return [[x, y, f"what changed ? {answer(text, truth[0].scenes[b])}"] for (x, y, _), (_, text, b) in zip(prompts, found)]
+        monkeypatch.setattr(edits, "scene_edits", scene_edits)
+        monkeypatch.setattr(evaluate, "sample_edit", edit)
+        monkeypatch.setattr(evaluate, "generate", generate)
+        return seeds
+    return put
+
+
+def test_editing_of_a_perfect_editor(editors, kit):
+    """Catches a judge that fails true edits (of single ones, of chains, of any kind), that compares with another scene's
+    truth, or asks the same noise for every step; through the shipped VAE, as a model's pictures go."""
+    seeds = editors(lambda before, text, after: after, lambda text, after: text)
+    found, shown = evaluate.editing(kit, n=24, seed=3, progress=False)
+    assert found["edits"] == found["kept"] == found["asked"] == 1.0 and found["chains"] >= 0.95         # 3 passages through the VAE
+    assert set(found["kinds"]) == set(edits.KINDS) and set(found["kinds"].values()) == {1.0}
+    assert len(shown) == 24 and all(right and picture.shape == (32, 64, 3) for _, picture, right in shown)
+    assert len(set(seeds)) == len(seeds) >= 4
+
+
+def test_editing_of_one_who_does_nothing(editors, kit):
+    """Catches a judge that does not look at what was asked, and `kept` that drops with the edits: leaving all alone keeps all."""
+    editors(lambda before, text, after: before, lambda text, after: "")
+    found, shown = evaluate.editing(kit, n=24, seed=3, progress=False)
+    assert found["edits"] == found["asked"] == 0.0 and found["kept"] == 1.0 and found["chains"] < 0.1
+    assert not any(right for *_, right in shown)
+
+
+def test_editing_of_one_who_draws_it_anew(editors, kit):
+    """Catches `kept` blind to place: the right objects in the right cells, but each of them 3 pixels off."""
+    def careless(before, text, after):
+        return [t._replace(x=t.x + (3 if t.x % 16 < 8 else -3), r=4.8) if t in before else t for t in after]
+    editors(careless, lambda text, after: "remove the circle" if not text.startswith("remove") else "what a circle")
+    found, _ = evaluate.editing(kit, n=24, seed=3, progress=False)
+    assert found["kept"] < 0.1 and found["edits"] < 0.5 and found["asked"] == 0.0
+
+
+@pytest.mark.parametrize("n, seed", [(1, 18), (1, 6), (2, 0)])
+def test_editing_with_few_samples(editors, kit, n, seed):
+    """Catches a division by nothing: seed 18 begins with a picture of one object, so that none is untouched; seed 6 with two
+    chains shorter than three."""
+    editors(lambda before, text, after: after, lambda text, after: text)
+    found, shown = evaluate.editing(kit, n=n, seed=seed, progress=False)
+    assert found["edits"] == found["asked"] == found["chains"] == 1.0 and found["kept"] in (0.0, 1.0) and len(shown) == n
+
+
+def test_the_gap_of_edits(make_model):
+    """The gap of an edit: the wrong instruction beside the same clean picture, the same noise. Catches a picture before that
+    is noised, another's, or left out: then the gap would measure the picture."""
+    torch.manual_seed(0)
+    network, diffusion = make_model("linear", vocabulary=len(WORDS)), Diffusion()
+    texts, latents, before = TEXTS[:10], torch.randn(10, *network.config.latent), torch.randn(10, *network.config.latent)
+    read, real = [], type(network).forward
+    network.forward = lambda tokens, image_id, *a: read.append((tokens, image_id, *a)) or real(network, tokens, image_id, *a)
+    gap = evaluate.conditioning_gap(network, WORDS, diffusion, texts, latents, before)
+    assert abs(gap) > 1e-4 and len(read) == 2
+    for tokens, image_id, doc_id, learn, x, t in read:
+        assert len(x) == 20 and sorted(t.tolist())[:10] == [0] * 10 and sorted(t.tolist())[10] > 0
+        clean = x[t == 0]
+        assert {tuple(p.flatten().tolist()) for p in clean} == {tuple(p.flatten().tolist()) for p in before}
+        for m in range(0, 20, 2):                       # in reading order: before, then what is drawn, of one document
+            assert t[m] == 0 < t[m + 1]
+            k = int((before - x[m]).square().flatten(1).sum(1).argmin())
+            a, s = diffusion.a[t[m + 1]].float(), diffusion.s[t[m + 1]].float()
+            eps = (x[m + 1] - a * latents[k]) / s
+            assert eps.abs().max() < 6 and abs(eps.std() - 1) < 0.5
+    assert torch.equal(read[0][4], read[1][4]) and not torch.equal(read[0][0], read[1][0])
+    other = evaluate.conditioning_gap(network, WORDS, diffusion, texts, latents, before.roll(1, 0))
+    assert abs(gap - other) > 1e-5
 
 
 # ----------------------------------------------------------------------------------------------------------------- MNIST

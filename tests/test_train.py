@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import data
 import diffusion
 import model
+import sample
 import scale
 import train
 import vae as vae_module
@@ -128,6 +129,7 @@ def test_noise_levels(prepared):
     run = prepared(documents=60)
     t, t_max, *_ = many_batches(run)
     assert set(t_max.tolist()) == {500, 1000} and (t >= 1).all() and (t <= t_max).all()
+    assert all((train.draw_batch(run, step, 0).t_min == 1).all() for step in range(5))    # no picture of a pair is blinded
     for limit in (500, 1000):
         here = t[t_max == limit].double()
         assert len(here.unique()) > 150 and here.min() <= 0.02 * limit and here.max() >= 0.98 * limit
@@ -499,3 +501,111 @@ def test_the_vae_is_trained_when_there_is_none(tmp_path, monkeypatch):
     assert same(kept, vae_module.load(tmp_path / "run/vae.pt", "vae")["weights"]) == []
     packed = vae_module.load(tmp_path / "run/model.pt", "model")["vae"]["weights"]
     assert all(torch.equal(v.half() if v.is_floating_point() else v, packed[k]) for k, v in kept.items())
+
+
+# ------------------------------------------------------------------------------------------------------------ fine-tuning
+@pytest.fixture(scope="module")
+def pretrained(tiny_vae, tmp_path_factory):
+    """Path of a tiny model.pt of 32x32 pixels, rectified flow, context 128: what --init starts from."""
+    torch.manual_seed(1)
+    words, path = data.Words(data.load_scenes(1, 0, progress=False).vocabulary()), tmp_path_factory.mktemp("pretrained") / "model.pt"
+    shape = model.sized("toy", vocabulary=len(words), latent=(2, 8, 8), patch=4, patch_position=True, context=128)
+    network = model.Transfusion(shape)
+    network.pictures.out.weight.data.normal_(0, 0.1)
+    vae = vae_module.unpack_vae(vae_module.load(tiny_vae, "vae"))
+    sample.save_kit(path, sample.Kit(network, words, vae, diffusion.Diffusion("flow", shift=3.0)))
+    return path
+
+
+def tuning(pretrained, out, **options):
+    """The argument list of a small fine-tuning run."""
+    small = dict(preset="edit", init=pretrained, out=out, pairs=40, documents=6, steps=4, warmup=1, samples=0, log_every=1, gap_every=2,
+                 save_every=100, seed=3)
+    return [word for k, v in {**small, **options}.items() for word in ("--" + k.replace("_", "-"), str(v))]
+
+
+def test_fine_tuning_starts_from_its_model(pretrained, tmp_path):
+    """§4.5: catches a fine-tuned model that started from nothing, that has other words, another shape, VAE or diffusion than
+    --init, and a fine-tuning that moves no weight, or the average only."""
+    run, start = train.prepare(train.parse_arguments(tuning(pretrained, tmp_path / "run"))[0], tmp_path / "run"), load_kit(pretrained)
+    assert same(run.model.state_dict(), start.model.state_dict()) == same(run.average.state_dict(), start.model.state_dict()) == []
+    train.main(tuning(pretrained, tmp_path / "run"))
+    kit, saved = load_kit(tmp_path / "run/model.pt"), vae_module.load(tmp_path / "run/last.pt", "training")
+    assert kit.model.config == start.model.config and kit.words.words == start.words.words
+    assert (kit.diffusion.kind, kit.diffusion.shift) == ("flow", 3.0) and same(kit.vae.state_dict(), start.vae.state_dict()) == []
+    for part in ("model", "average"):
+        moved = [(saved[part][k] - v).abs().max().item() for k, v in start.model.state_dict().items()]
+        assert min(moved) > 0 and max(moved) < 0.1
+    assert all(row["lm"] > 0 for row in log(tmp_path / "run")) and ["gap" in row for row in log(tmp_path / "run")] == [False, True] * 2
+
+
+def test_fine_tuning_resumes_to_the_bit(pretrained, tmp_path, monkeypatch):
+    """Catches a resume that starts again from --init, or draws other documents."""
+    train.main(tuning(pretrained, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=2)
+        train.main(tuning(pretrained, tmp_path / "run"))
+    assert states(tmp_path / "run")["step"] == 2
+    train.main(tuning(pretrained, tmp_path / "run") + ["--resume"])
+    assert same(states(tmp_path / "whole"), states(tmp_path / "run")) == [] and log(tmp_path / "whole") == log(tmp_path / "run")
+    with pytest.raises(UserError, match="--init"):
+        train.main(tuning(tmp_path / "whole/model.pt", tmp_path / "run") + ["--resume"])
+
+
+def test_blinded_pictures_are_pure_noise(pretrained, tmp_path):
+    """PAPER §4.8: guidance over the picture needs a branch that never saw it: catches a blinded picture with a little of
+    itself left in, or limits that reach another picture on their way through packing."""
+    run = train.prepare(train.parse_arguments(tuning(pretrained, tmp_path / "run", documents=60, drop=0.3))[0], tmp_path / "run")
+    batches = [train.draw_batch(run, step, 0) for step in range(25)]
+    t, t_min, t_max = (torch.cat([getattr(b, name) for b in batches]) for name in ("t", "t_min", "t_max"))
+    limit = run.documents.t_limit
+    assert set(zip(t_min.tolist(), t_max.tolist())) == {(1, limit), (1, 1000), (1000, 1000)} and limit < 500
+    assert (t[t_min == 1000] == 1000).all() and 0.03 < (t_min == 1000).double().mean() < 0.3
+    for top in (limit, 1000):
+        here = t[(t_min == 1) & (t_max == top)].double()
+        assert here.min() >= 1 and here.max() <= top and here.min() <= 0.02 * top + 1 and here.max() >= 0.98 * top
+        assert abs(here.mean() / top - 0.5) < 5 * 0.2887 / math.sqrt(len(here)) + 1 / top
+    for batch in batches:                               # blinded: the first picture of its document, before any word
+        for m in (batch.t_min == 1000).nonzero().flatten().tolist():
+            row, first = (batch.image_id == m).nonzero()[0].tolist()
+            assert batch.tokens[row, first - 1] == data.BOI and batch.tokens[row, first - 2] == data.BOS
+
+
+def test_fine_tuning_ends_with_its_report(pretrained, tmp_path):
+    """Catches a report that breaks after the training: pictures of before and after, and every number of §4.5."""
+    found = train.main(tuning(pretrained, tmp_path / "run", steps=1, samples=2, sample_steps=1))
+    assert found.keys() >= {"edits", "kept", "chains", "asked", "kinds", "conditioning_gap"}
+    assert json.loads((tmp_path / "run/report.json").read_text()).keys() == found.keys()
+    assert (tmp_path / "run/samples.png").stat().st_size > 1000
+
+
+def test_edits_from_nothing(command, tmp_path):
+    """Catches --data edits without a preset and without --init: a KeyError, or words that its documents need and it lacks."""
+    train.main(command(data="edits", init="", steps=2, pairs=40))
+    assert "changed" in load_kit(tmp_path / "run/model.pt").words.ids
+
+
+def test_fine_tuning_on_a_folder(pretrained, tmp_path):
+    """Catches a source without a grammar that the loop or its report did not think of."""
+    folder_of_edits(tmp_path / "mine", "make the circle blue")
+    found = train.main(tuning(pretrained, tmp_path / "run", data_dir=tmp_path / "mine", steps=2, samples=2, sample_steps=2))
+    assert "conditioning_gap" in found and (tmp_path / "run/samples.png").stat().st_size > 1000
+
+
+def folder_of_edits(folder, text, n=12, at=None):
+    """A folder of n triples; the instruction number `at` (or all) is `text`."""
+    folder.mkdir()
+    for k in range(n):
+        Image.new("RGB", (32, 32), (20 * k, 0, 0)).save(folder / f"{k}.png")
+    lines = [{"before": f"{k}.png", "instruction": text if at in (None, k) else "remove the circle", "after": f"{(k + 1) % n}.png"} for k in range(n)]
+    (folder / "edits.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+@pytest.mark.parametrize("at", [3, 9], ids=["train", "test"])
+def test_an_instruction_with_an_unknown_word(pretrained, tmp_path, at, monkeypatch):
+    """Catches a word that --init does not know, found out after the start, in the tenth triple perhaps: in the test split."""
+    folder_of_edits(tmp_path / "mine", "remove the circel", at=at)
+    monkeypatch.setattr(train, "train_step", lambda *a: pytest.fail("trained before it looked at the words"))
+    with pytest.raises(UserError, match="'circel'.*'circle'"):
+        train.main(tuning(pretrained, tmp_path / "run", data_dir=tmp_path / "mine"))
+    assert not (tmp_path / "run").exists()
