@@ -276,7 +276,7 @@ class EditDocuments:
 
     def longest(self):
         """Positions of the longest document."""
-        extra = 3 if self.pairs.scenes else 0           # what changed ?
+        extra = 3 if self.pairs.scenes and self.asked else 0            # what changed ?
         return 2 + 2 * (self.patches + 2) + extra + max(len(text.split()) for _, text, _ in self.triples)
 
     def draw(self, rng):

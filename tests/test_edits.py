@@ -229,18 +229,14 @@ def test_documents_of_edits():
             assert text.startswith("what changed ? ") and known[a, text.removeprefix("what changed ? ")] == b
             assert limits == other == [stream.t_limit]
         for d in told:
-            assert [is_picture(part) for part in d] == [True] + [False, True] * (len(d) // 2)
-            texts = [part if isinstance(part, str) else part[1] for part in d[1::2]]
-            pictures = [part[1] for part in d[::2]]
-            assert (pictures, texts) in SOURCE.chains
-            assert all(part[2:] == (stream.T,) for part in d[2::2])     # drawn pictures: any noise
-            assert d[0][2:] in ((stream.t_limit,), (stream.T, stream.T))
-            assert len({isinstance(part, str) for part in d[1::2]}) == 1
+            (_, a, *limits), text, (_, b, *other) = d
+            assert known[a, text if isinstance(text, str) else text[1]] == b
+            assert other == [stream.T] and limits in ([stream.t_limit], [stream.T, stream.T])     # drawn: any noise
         blind, mute = ([d[0][2] == stream.T for d in told], [not isinstance(d[1], str) for d in told])
         assert close(sum(blind), len(told), stream.drop) and close(sum(mute), len(told), stream.drop)
         assert close(sum(a and b for a, b in zip(blind, mute)), len(told), stream.drop ** 2)      # one by one, and both
     _, without = drawn(3000, drop=0.0, asked=0.0)
-    assert all(d[0][2:] == (500,) and all(isinstance(text, str) for text in d[1::2]) for d in without)
+    assert all(d[0][2:] == (100,) and all(isinstance(text, str) for text in d[1::2]) for d in without)
 
 
 def test_what_is_learned_of_an_edit():
