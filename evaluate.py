@@ -34,8 +34,12 @@ import scenes
 import vae as vae_module
 from sample import decode_latents, encode_pixels, load_kit
 
-device_of = lambda module: next(module.parameters()).device
 CLASSIFIER = Path(__file__).parent / "assets" / "mnist_classifier.pt"
+
+
+def device_of(model):
+    """Where a model computes; a model that is a plain function does so on the CPU."""
+    return next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else torch.device("cpu")
 
 
 def draw(kit, captions, **options):
