@@ -36,8 +36,12 @@ import vae as vae_module
 from sample import OVER, decode_latents, encode_pixels, generate, load_kit
 from sample import edit as sample_edit
 
-device_of = lambda module: next(module.parameters()).device
 CLASSIFIER = Path(__file__).parent / "assets" / "mnist_classifier.pt"
+
+
+def device_of(model):
+    """Where a model computes; a model that is a plain function does so on the CPU."""
+    return next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else torch.device("cpu")
 
 
 def draw(kit, captions, **options):
