@@ -141,7 +141,7 @@ def carry_out(things, instruction, rng, size=32):
     return after
 
 
-def match(goal, seen):
+def compare(goal, seen):
     """[bool] for each (Thing, tolerance) of goal: whether it is in the parsed scene `seen`; and whether nothing else is."""
     free, found = list(seen), []
     for wanted, tolerance in goal:
@@ -157,7 +157,7 @@ def judge(before, instruction, seen, size=32):
     """(exact, kept, untouched): whether the parsed scene `seen` is what the instruction asked for and nothing else; of how
     many untouched objects how many stand in place (same colour, same shape, within 2 pixels)."""
     goal = apply(before, instruction, size)
-    found, alone = match(goal, seen)
+    found, alone = compare(goal, seen)
     still = [wanted in before for wanted, _ in goal]
     return all(found) and alone, sum(f and s for f, s in zip(found, still)), sum(still)
 
@@ -167,7 +167,7 @@ def judge_end(first, last, seen, size=32):
     at first must be within 2 pixels of it, any other in its cell."""
     places = {(t.x, t.y) for t in first}
     centre = lambda t: t._replace(x=(cell_of(t, size)[0] + 0.5) * size / 2, y=(cell_of(t, size)[1] + 0.5) * size / 2)
-    found, alone = match([(t, NEAR) if (t.x, t.y) in places else (centre(t), size / 4) for t in last], seen)
+    found, alone = compare([(t, NEAR) if (t.x, t.y) in places else (centre(t), size / 4) for t in last], seen)
     return all(found) and alone
 
 
