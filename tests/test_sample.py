@@ -515,7 +515,7 @@ def test_limits_of_open_documents(make_kit, max_words, max_pictures, context):
     a document that goes on after EOS."""
     decoder = Decoder(make_kit(context=context), [["a"], [], [noise()[0]], ["the red"]] * 3)
     start = [(len(row), len(pictures)) for row, pictures in zip(decoder.tokens, decoder.latents)]
-    for _ in sample.grow(decoder, [2] * len(decoder.tokens), max_words=max_words, max_pictures=max_pictures, temperature=1.0, steps=2):
+    for _ in sample.grow(decoder, [200006 + b for b in range(len(decoder.tokens))], max_words=max_words, max_pictures=max_pictures, temperature=1.0, steps=2):
         pass
     full, opened = 0, 0
     for row, pictures, (n, given) in zip(decoder.tokens, decoder.latents, start):
