@@ -49,6 +49,7 @@ class ModelConfig:
     layers: int = 4                                     # L
     width: int = 128                                    # D
     heads: int = 4                                      # N
+    multiple: int = 256                                 # the feed-forward width is 8/3 D, rounded up to a multiple of this
     latent: tuple = (4, 8, 8)                           # c, h, w of one latent picture
     patch: int = 2                                      # p: side of a patch in latent pixels
     encoder: str = "linear"                             # "linear" or "unet" (§4.3.3)
@@ -112,10 +113,9 @@ class Cache:
 class Block(nn.Module):
     """One Llama layer. (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, D, N):
+    def __init__(self, D, N, multiple=256):
         super().__init__()
-        unit = min(256, D)                              # Llama: 8/3 of the width, rounded up to a multiple of 256
-        hidden = unit * math.ceil(8 * D / 3 / unit)
+        hidden = multiple * math.ceil(8 * D / 3 / multiple)     # Llama: 8/3 of the width, rounded up to a multiple of 256
         self.N = N
         self.norm1, self.norm2 = nn.RMSNorm(D, eps=1e-5), nn.RMSNorm(D, eps=1e-5)
         self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
@@ -143,7 +143,7 @@ class Transfusion(nn.Module):
         body = dict(zip(("channels", "blocks"), config.unet)) if config.encoder == "unet" else {}
         self.pictures = PATCHES[config.encoder](config.latent[0], config.patch, config.width, T=config.T, **body)
         self.place = nn.Parameter(torch.zeros(config.patches, config.width)) if config.patch_position else None
-        self.blocks = nn.ModuleList([Block(config.width, config.heads) for _ in range(config.layers)])
+        self.blocks = nn.ModuleList([Block(config.width, config.heads, config.multiple) for _ in range(config.layers)])
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         self.init_weights()
@@ -242,7 +242,8 @@ def sized(size, **rest):
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}: choose from {', '.join(SIZES)}")
     layers, width, heads = SIZES[size]
-    return ModelConfig(layers=layers, width=width, heads=heads, unet=PAPER_UNET if size in PAPER_SIZES else TOY_UNET, **rest)
+    multiple = 128 if size == "toy" else 256            # Llama's 256 would make the smallest one half as wide again: slower
+    return ModelConfig(layers=layers, width=width, heads=heads, multiple=multiple, unet=PAPER_UNET if size in PAPER_SIZES else TOY_UNET, **rest)
 
 
 def count(module):

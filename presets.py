@@ -77,7 +77,8 @@ PRESETS = {
     "scenes": dict(TOY, shift=3.0, lam=5.0, steps=4000),                # one object, minutes on two CPU cores
     "mnist": dict(TOY, data="mnist", shift=2.0, patch=4, documents=64, steps=2400, vae_steps=400),
     "folder": dict(TOY, data="folder", shift=2.0, steps=6000, vae_steps=2000),
-    "six": dict(TOY, world="six", size="small", pairs=40000, shift=3.0, steps=20000, seq_len=128, save_every=1000, gap_every=1000),
+    "six": dict(TOY, world="six", size="small", lam=5.0, documents=64, pairs=40000, shift=3.0, steps=11000, seq_len=128,
+                ema=0.998, save_every=1000, gap_every=1000),
     # §4.5: 8,000 triples, from the shipped checkpoint of `six`
     "edit": dict(TOY, data="edits", init=str(ASSETS / "scenes.pt"), pairs=8000, steps=4000, seq_len=128),
     "shards": dict(data="shards", documents=8),
