@@ -131,7 +131,7 @@ def shape_of(config, vocabulary, latent, start):
     shape = start.model.config
     if shape.latent != latent or shape.context < config.seq_len or shape.vocabulary != vocabulary:
         raise data.UserError(f"{config.init} has latents {shape.latent}, {shape.vocabulary} tokens and a context of {shape.context}, "
-                             f"but these data have {latent}, {vocabulary} and --seq-len {config.seq_len}: they must agree")
+                             f"but these data have {latent}, {vocabulary} and {config.seq_len}: set --image-size and --seq-len to fit")
     return shape
 
 

@@ -166,7 +166,7 @@ SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", 
     (["--preset", "edit", "--init", "absent.pt"], ["absent.pt"]),
     (["--preset", "edit", "--init", "VAE"], ["vae.pt", "'model'"]),
     (["--preset", "edit", "--init", "MODEL"], ["model.pt", "context of 24", "--seq-len"]),
-    (["--preset", "edit", "--init", "MODEL", "--seq-len", "24", "--image-size", "48"], ["model.pt", "32 pixels", "--image-size"]),
+    (["--preset", "edit", "--init", "MODEL", "--seq-len", "24", "--image-size", "48"], ["model.pt", "latents", "--image-size"]),
     (["--preset", "edit", "--init", "MODEL", "--seq-len", "24"], ["context of 24"]),  # a chain does not fit: say how long it is
     (["--resume"], ["nothing to resume"]),
     (["--preset", "scenes", "--stepz", "3"], ["--stepz"]),

@@ -530,11 +530,11 @@ def test_fine_tuning_starts_from_its_model(pretrained, tmp_path):
     run, start = train.prepare(train.parse_arguments(tuning(pretrained, tmp_path / "run"))[0], tmp_path / "run"), load_kit(pretrained)
     assert same(run.model.state_dict(), start.model.state_dict()) == same(run.average.state_dict(), start.model.state_dict()) == []
     train.main(tuning(pretrained, tmp_path / "run"))
-    kit, saved = load_kit(tmp_path / "run/model.pt"), vae_module.load(tmp_path / "run/last.pt", "training")
+    kit, saved = load_kit(tmp_path / "run/model.pt"), states(tmp_path / "run")
     assert kit.model.config == start.model.config and kit.words.words == start.words.words
     assert (kit.diffusion.kind, kit.diffusion.shift) == ("flow", 3.0) and same(kit.vae.state_dict(), start.vae.state_dict()) == []
     for part in ("model", "average"):
-        moved = [(saved[part][k] - v).abs().max().item() for k, v in start.model.state_dict().items()]
+        moved = [(saved[f"{part}.{k}"] - v).abs().max().item() for k, v in start.model.state_dict().items()]
         assert min(moved) > 0 and max(moved) < 0.1
     assert all(row["lm"] > 0 for row in log(tmp_path / "run")) and ["gap" in row for row in log(tmp_path / "run")] == [False, True] * 2
 
