@@ -249,7 +249,8 @@ def mixtures(kit, n=200, seed=0, categories=scenes.WORLDS["six"], **drawing):
 
     opened = [parts for k in range(0, n, 50) for parts in generate(
         kit, [[]] * min(50, n - k), max_words=kit.model.config.context, max_pictures=4, temperature=1.0, seed=seed + k, **drawing)]
-    mixed = [[[texts[k]], [single[k]], [texts[k], single[k]], [texts[k], single[k], texts[k + 1]]][k % 4] for k in range(16)]
+    mixed = [[[texts[k % n]], [single[k % n]], [texts[k % n], single[k % n]], [texts[k % n], single[k % n], texts[(k + 1) % n]]][k % 4]
+             for k in range(16)]
     options, times = dict(max_words=20, **drawing), []
     for groups in ([[k] for k in range(16)], [list(range(16))]):
         began = time.time()

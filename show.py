@@ -96,7 +96,8 @@ def save_page(kit, documents, path):
 def save_film(kit, frames, path):
     """The denoising of the first picture: a .gif, or ten moments side by side, x_t above and the guess at x0 below.
     frames: Events of mode "noise"."""
-    shown = [frames[round(k * (len(frames) - 1) / 9)] for k in range(10)]
+    last = next(k for k, event in enumerate(frames) if event.t == 0)
+    shown = [frames[round(k * last / 9)] for k in range(10)]
     rows = [decode_latents(kit, torch.stack([f[0].cpu() for f in states]))
             for states in ([e.x for e in shown], [e.x0 for e in shown])]
     if Path(path).suffix.lower() == ".gif":
