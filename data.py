@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 import scenes
 
+ASSETS = Path(__file__).parent / "assets"               # what the repository ships
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<drop>", "<patch>")
 PAD, BOS, EOS, BOI, EOI, DROP, PATCH = range(len(SPECIAL))
 

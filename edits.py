@@ -134,7 +134,7 @@ def carry_out(things, instruction, rng, size=32):
     after = []
     for thing, tolerance in apply(things, instruction, size):
         if tolerance != NEAR:
-            r = thing.r if thing in things else size / 2 * rng.uniform(0.30, 0.38)
+            r = size / 2 * rng.uniform(0.30, 0.38) if instruction.startswith("add ") else thing.r
             slack = size / 4 - r - 1.0                  # as in scenes.draw_scene
             thing = thing._replace(r=r, x=thing.x + rng.uniform(-slack, slack), y=thing.y + rng.uniform(-slack, slack))
         after.append(thing)

@@ -36,7 +36,7 @@ import vae as vae_module
 from sample import OVER, decode_latents, encode_pixels, generate, load_kit
 from sample import edit as sample_edit
 
-CLASSIFIER = Path(__file__).parent / "assets" / "mnist_classifier.pt"
+CLASSIFIER = data.ASSETS / "mnist_classifier.pt"
 
 
 def device_of(model):
@@ -382,7 +382,7 @@ def describe_report(found, drawing):
 def main(argv=None):
     """Measure a checkpoint as the command line says and print the report."""
     parser = argparse.ArgumentParser(description="Measure a trained model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(Path(__file__).parent / "assets/scenes.pt"), help="a model.pt of train.py")
+    parser.add_argument("--checkpoint", default=str(data.ASSETS / "scenes.pt"), help="a model.pt of train.py")
     parser.add_argument("--data", choices=("scenes", "mnist", "edits", "mixtures"), default="scenes", help="what to measure")
     parser.add_argument("--data-dir", help="folder of the MNIST idx files")
     parser.add_argument("--world", choices=tuple(scenes.WORLDS), default="six", help="which captions of scenes")

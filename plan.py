@@ -94,6 +94,7 @@ def encoder_costs(config):
 
 @lru_cache
 def count_encoder(encoder, latent, patch, width, unet):
+    """`encoder_costs` by plain numbers, so that it is counted once."""
     kept = {}
 
     def keep(tensor):
@@ -122,8 +123,10 @@ def block_bytes(width, hidden, number=2):
     return number * (10 * width + 4 * hidden)
 
 
-def memory(model, gpus, rows=1, checkpointing=True, ema=False):
-    """[(what, bytes, how)] on one of `gpus` GPUs at the worst moment, FSDP over all of them, `rows` rows of T per GPU."""
+def memory(model, gpus, rows=1, checkpointing=True, ema=False, number=2):
+    """[(what, bytes, how)] on one of `gpus` GPUs at the worst moment, FSDP over all of them, `rows` rows of T per GPU.
+    number: bytes of what is computed with (bf16: 2). How many micro-batches make a step does not matter: each one's
+    gradients go to their owners at once."""
     config, W, block, blocks = model.config, count(model), count(model.blocks[0]), len(model.blocks)
     positions, hidden, V, D = rows * config.context, model.blocks[0].down.in_features, config.vocabulary, config.width
     lines = [("weights", 4 * W / gpus, "4 bytes x parameters / GPUs"),
@@ -131,18 +134,18 @@ def memory(model, gpus, rows=1, checkpointing=True, ema=False):
              ("AdamW", 8 * W / gpus, "2 x 4 bytes x parameters / GPUs")]
     if ema:
         lines.append(("average of the weights", 4 * W / gpus, "4 bytes x parameters / GPUs"))
-    lines.append(("table and patch encoder, gathered", 2 * (V * D + count(model.pictures)), "2 bytes each, for the whole step"))
-    one = positions * block_bytes(D, hidden)
+    lines.append(("table and patch encoder, gathered", number * (V * D + count(model.pictures)), f"{number} bytes each, for the whole step"))
+    one = positions * block_bytes(D, hidden, number)
     if checkpointing:
-        lines.append(("checkpoints", blocks * positions * 2 * D, "L x rows x T x d x 2 bytes"))
+        lines.append(("checkpoints", blocks * positions * number * D, f"L x rows x T x d x {number} bytes"))
     else:
-        lines.append(("activations of the blocks", blocks * one, "L x rows x T x (10 d + 4 hidden) x 2 bytes"))
+        lines.append(("activations of the blocks", blocks * one, f"L x rows x T x (10 d + 4 hidden) x {number} bytes"))
     pictures = positions / (config.patches + 2)         # at most: BOI, patches, EOI, and no word
     lines.append(("activations of the patch encoder", pictures * encoder_costs(config)[1],
                   f"counted per picture, for {pictures:.1f} pictures, the most that fit"))
     # Two moments compete: the loss, with logits that autograd holds in fp32 three times over; and a block's backward pass.
-    loss = positions * V * 12 + 2 * V * D
-    backward = 2 * 2 * block + 2 * block + 4 * block + positions * 3 * hidden * 2 + (one if checkpointing else 0)
+    loss = positions * V * 12 + number * V * D
+    backward = 3 * number * block + 4 * block + positions * 3 * hidden * number + (one if checkpointing else 0)
     lines.append(("at the worst moment: the loss", loss, "head; logits, log-softmax, its gradient: rows x T x V x 3 x 4 bytes")
                  if loss > backward else
                  ("at the worst moment: a block's backward", backward, "two blocks gathered, two gradients (2 + 4 bytes), "

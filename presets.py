@@ -10,14 +10,12 @@ READ NEXT   train.py        TRY IT  python presets.py        TEST  tests/test_tr
 import argparse
 import math
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import data
 import plan
 import scenes
+from data import ASSETS
 from patchify import PATCHES
-
-ASSETS = Path(__file__).parent / "assets"
 
 
 def option(default, help, choices=None):

@@ -30,12 +30,10 @@ from tqdm import tqdm
 
 import data
 import vae as vae_module
-from data import BOI, BOS, DROP, EOI, EOS, PATCH
+from data import ASSETS, BOI, BOS, DROP, EOI, EOS, PATCH
 from diffusion import SAMPLERS, Diffusion, guide, sample
 from model import Cache, ModelConfig, Transfusion
 from shards import Pieces, dump_tokenizer, load_tokenizer
-
-ASSETS = Path(__file__).parent / "assets"
 
 
 @dataclass

@@ -35,11 +35,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+import plan
 from data import UserError
+from model import Transfusion
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")          # one process saves, too
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")       # what torchrun tells its processes
@@ -197,14 +199,6 @@ def prepare_blocks(model, checkpointing, compiled):
             block.forward = torch.compile(block.forward)
 
 
-def sync_gradients(model, last):
-    """Say whether the coming micro-batch is the step's last: only then do gradients travel. TRAP: say it before the forward
-    pass. FSDP reads it in the backward pass (DDP in the forward); after that it counts for the next micro-batch only, and
-    the last one's gradients never leave this rank."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-
-
 def full(x):
     """The whole of a tensor of which each rank may hold a shard. Every rank must call it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
@@ -298,55 +292,31 @@ def load(out, step, ranks, model, average, optimizer):
 
 
 # ------------------------------------------------------------------------------------------------------------------ memory
-def memory(shape, parameters, rows, T, shard=1, mine=1, checkpointing=False, width=2):
-    """{what: bytes per process}. shape: ModelConfig; parameters: how many; rows of T positions per micro-batch; shard: among
-    how many ranks the weights are divided; mine: micro-batches per rank and step; width: bytes of a number, 2 or 4.
-
-    A block keeps about 20 D numbers per position for its backward pass: two norms 2, q k v 3, attention and residual 4,
-    gate, up, silu and product 4 x 8/3. With checkpointing every block keeps D, and one block at a time the rest. The words'
-    logits are held in `width` and, for the softmax, twice in float32. (tests/test_scale.py measures the 20.)"""
-    layers = shape.layers + 20 if checkpointing else 20 * shape.layers
-    return {"weights, gradient, AdamW, average": 20 * parameters // shard,                             # 4 + 4 + 8 + 4 bytes
-            "weights gathered for computing": 2 * width * parameters // shape.layers if shard > 1 else 0,      # two blocks
-            "gradients waiting for the last micro-batch": 4 * parameters if mine > 1 and shard > 1 else 0,
-            "activations": rows * T * (layers * shape.width * width + shape.vocabulary * (width + 8))}
-
-
 @contextlib.contextmanager
-def explain_memory(shape, parameters, config, ranks):
-    """Turn "out of memory" into a UserError: what the memory is for, and which option to change. config: train.Config."""
+def explain_memory(shape, config, ranks):
+    """Turn "out of memory" into a UserError: what the memory is for (plan.py), and which option to change.
+    shape: ModelConfig; config: presets.Config."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
         if not isinstance(problem, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(problem):
             raise
-        use = lambda **options: memory(shape, parameters, config.documents, config.seq_len, config.shard or size(),
-                                       config.accumulate // size(), width=ranks.dtype.itemsize, **options)
+        with torch.device("meta"):
+            model = Transfusion(shape)
+        use = lambda checkpointing: plan.memory(model, config.shard or size(), config.documents, checkpointing, True, ranks.dtype.itemsize)
         gb = lambda n: f"{n / 1e9:.1f} GB"
-        now = use(checkpointing=config.checkpointing)
         advice = [f"--documents {config.documents // 2} --accumulate {2 * config.accumulate} (the same batch in smaller pieces)"
                   ] if config.documents > 1 else []
         if not config.checkpointing:
-            advice.append(f"--checkpointing (activations {gb(use(checkpointing=True)['activations'])})")
+            advice.append(f"--checkpointing (in all {gb(sum(bytes for _, bytes, _ in use(True)))})")
         if config.shard not in (0, size()):
             advice.append(f"--shard {2 * config.shard}")
-        raise UserError(f"out of memory: a process needs about " + ", ".join(f"{gb(v)} for {k}" for k, v in now.items() if v) +
+        raise UserError("out of memory: a process needs about " + ", ".join(f"{gb(bytes)} for {what}" for what, bytes, _ in use(config.checkpointing)) +
                         "; try " + " or ".join(advice or ["more processes"])) from None
 
 
 if __name__ == "__main__":
-    from model import Transfusion, count, sized
     print("a step of 8 micro-batches, dealt out:")
     for R in (1, 2, 4):
         print(f"  R = {R}   " + "   ".join(f"rank {r}: {' '.join(map(str, range(r, 8, R)))}" for r in range(R)))
-    print("\nmemory per GPU in GB, rows of 4096, 2 rows per micro-batch, weights divided among 8 GPUs\n"
-          "size      parameters   one GPU alone   owned   gathered   waiting*   activations   with --checkpointing")
-    for name in ("0.16b", "0.37b", "0.76b", "1.4b", "7b"):
-        with torch.device("meta"):
-            shape = sized(name, vocabulary=32000, latent=(8, 32, 32))
-            n = count(Transfusion(shape))
-        alone, parts = (list(memory(shape, n, 2, 4096, shard, 2).values()) for shard in (1, 8))
-        less = memory(shape, n, 2, 4096, 8, 2, checkpointing=True)["activations"]
-        print(f"{name:6s} {n:14,d} {sum(alone) / 1e9:15.1f} " +
-              " ".join(f"{v / 1e9:{w}.1f}" for v, w in zip((*parts, less), (7, 10, 10, 13, 20))))
-    print("* unreduced gradients, if a rank has more than one micro-batch per step: on 512 GPUs it has one")
+    print("what this costs in memory and time: python plan.py")

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import data
 import vae as vae_module
-from data import SPECIAL, UserError
+from data import ASSETS, SPECIAL, UserError
 
 
 # -------------------------------------------------------------------------------------------------------------- tokenizer
@@ -287,7 +287,7 @@ def demo():
     import pack
     with tempfile.TemporaryDirectory() as folder:
         toy = "--text scenes --pairs scenes --scenes 200 --image-size 32 --seq-len 64 --shard-rows 32"
-        pack.main([*toy.split(), "--vae", str(Path(__file__).parent / "assets/scenes_vae.pt"), "--out", folder])
+        pack.main([*toy.split(), "--vae", str(ASSETS / "scenes_vae.pt"), "--out", folder])
         shards = Shards(folder)
         print(f"\n{shards.share / 2 ** 32:.0%} of the rows are text. The first row of four steps; # is a patch:")
         for step in range(4):

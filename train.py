@@ -34,9 +34,10 @@ import plan
 import scale
 import scenes
 import vae as vae_module
+from data import ASSETS
 from diffusion import Diffusion, same_noise
 from model import Transfusion, count, losses, sized
-from presets import AFTERWARDS, ASSETS, Config, parse_arguments
+from presets import AFTERWARDS, Config, parse_arguments
 from sample import Kit, load_kit, save_kit
 from shards import Shards
 from show import plot_curves, plot_samples
@@ -182,8 +183,7 @@ def train_step(run):
     mine = sum(int(b.learn.sum()) for b in batches)
     words, pictures = scale.total([mine, sum(len(b.images) for b in batches)])      # TRAP: counted over the whole step, on
     lm_total, per_picture, t = 0.0, [], []                                          # all ranks, before dividing
-    for k, batch in enumerate(batches):
-        scale.sync_gradients(model, k == len(batches) - 1)
+    for batch in batches:
         lm, _, each = losses(model, batch, run.diffusion)
         loss = lm / words + config.lam * each.sum() / max(1, pictures)  # eq. 4
         (loss * scale.size()).backward()                                # gradients of ranks are averaged, ours must be added
@@ -251,7 +251,7 @@ def fit(run, out, test):
     before = signal.signal(signal.SIGINT, on_ctrl_c) if in_main else None
     try:
         while run.step < config.steps and not any(scale.total([len(stop)])):        # all ranks stop at the same step
-            with scale.explain_memory(run.average.config, count(run.average), config, run.ranks):
+            with scale.explain_memory(run.average.config, config, run.ranks):
                 window.append(train_step(run))
             bar.update()
             if run.step % config.log_every == 0 or run.step == config.steps:

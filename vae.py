@@ -322,7 +322,7 @@ if __name__ == "__main__":
         print(f"{'VQ-VAE' if shown.codes else 'VAE':7s}{sum(p.numel() for p in network.parameters()):11,} parameters; a picture "
               f"of 256 x 256 becomes {256 // network.f} x {256 // network.f} "
               + (f"words out of {shown.codes:,}" if shown.codes else f"vectors of {shown.z} numbers"))
-    shipped = unpack_vae(load(Path(__file__).parent / "assets/scenes_vae.pt", "vae"))
+    shipped = unpack_vae(load(data.ASSETS / "scenes_vae.pt", "vae"))
     pictures = to_float(data.load_scenes(3, seed=1, progress=False).pixels)
     with torch.no_grad():
         mean, _ = shipped.encode(pictures)

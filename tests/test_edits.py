@@ -156,6 +156,16 @@ def test_apply_by_hand():
     assert apply([RED, BLUE], "remove the square") == [(RED, NEAR)]
 
 
+def test_a_moved_object_keeps_its_size():
+    """"move" changes a place, and nothing else; what is added is of any size that pretraining has."""
+    rng, moved = np.random.default_rng(4), 0
+    while moved < 40:
+        things = scenes.draw_scene(scenes.World(("color_attr",)).caption(rng)[1], rng)
+        if (text := propose(things, "move", rng)):
+            assert sorted(t.r for t in carry_out(things, text, rng)) == sorted(t.r for t in things)
+            moved += 1
+
+
 def test_judge_end_on_chains():
     """Catches an end that is judged by its last edit only, an added object held to a place that no instruction named, and
     a first one that may drift along a chain."""
