@@ -209,12 +209,9 @@ class Pairs:
 
     def vocabulary(self):
         """Every word that this source can utter."""
-        if self.world:                                  # the whole language, so that all worlds share one vocabulary
-            texts = [*scenes.all_claims(), scenes.deduction_text((("red", "circle"), ("blue", "square")), "left of"),
-                     "make turn the into remove add move to with what changed ?"]     # the words of edits (§4.5)
-        else:
-            texts = [*self.captions, *self.language]
-        return {word for text in texts for word in text.split()}
+        if self.world:
+            return scenes.vocabulary()
+        return {word for text in [*self.captions, *self.language] for word in text.split()}
 
 
 def load_scenes(n, seed, categories=scenes.WORLDS["six"], size=32, held_out=False, progress=True):

@@ -195,9 +195,10 @@ class Edits:
         return [(a, text, b) for pictures, said in self.chains for a, text, b in zip(pictures, said, pictures[1:])]
 
     def vocabulary(self):
-        """Every word of the instructions, and of the question about them."""
-        texts = [*self.captions, *self.language, *(["what changed ?"] if self.scenes else [])]
-        return {word for text in texts for word in text.split()}
+        """Every word that this source can utter."""
+        if self.scenes:
+            return scenes.vocabulary()
+        return {word for text in [*self.captions, *self.language] for word in text.split()}
 
 
 def scene_edits(n=8000, seed=0, longest=3, single=0.5, size=32, progress=True):

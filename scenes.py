@@ -134,6 +134,14 @@ def deduction_text(objects, rel, wrong=False):
     return f"a {c} {s} is {rel} a {d} {z} . the {d} {z} is {rel if wrong else INVERSE[rel]} the {c} {s} ."
 
 
+def vocabulary():
+    """Every word of the world: captions, deductions, and edits (§4.5). One set for all, so that a model of any part of it can
+    be fine-tuned on another."""
+    texts = [*all_claims(), deduction_text((("red", "circle"), ("blue", "square")), "left of"),
+             "make turn the into remove add move to with what changed ?"]
+    return {word for text in texts for word in text.split()}
+
+
 def draw_scene(claim, rng, size=32, allow_held_out=False):
     """A list of Things that is exactly what the Claim says; what it leaves open (colour, place, size) is random.
     Colours left open never complete a held-out pair, unless `allow_held_out`."""
