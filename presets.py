@@ -92,7 +92,8 @@ AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_
 
 def parse_arguments(argv=None):
     """(Config, resume, overwrite, None or the GPUs, MFU, device of --dry-run) of a command line."""
-    parser = argparse.ArgumentParser(description="Train a Transfusion model. `python train.py` alone trains the first toy.",
+    parser = argparse.ArgumentParser(usage="python train.py [--preset NAME] [options]      (--help names them all)",
+                                     description="Train a Transfusion model. `python train.py` alone trains the first toy.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--preset", choices=tuple(PRESETS), help="a named set of options; default: that of --data")
     parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in the run's folder")
