@@ -135,7 +135,7 @@ class Batch:
     """What a training step sees. tokens, image_id, doc_id: (B, T) int64; image_id counts pictures over the whole batch,
     -1 is text; doc_id counts documents within a row, padding has the last one. learn: (B, T) bool, whether position q
     predicts token q+1. images, t_max, t_min: (M,) int64, picture indices and noise limits in reading order.
-    latents, eps: (M, c, h, w) float32, t: (M,) int64 — filled in by `add_noise` of the training loop."""
+    latents, eps: (M, c, h, w) float32, t: (M,) int64 — filled in by train.draw_batch."""
     tokens: torch.Tensor
     image_id: torch.Tensor
     doc_id: torch.Tensor

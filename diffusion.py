@@ -15,7 +15,7 @@ SHAPES      x0, xt, eps, out (M, c, h, w) float32; t (M,) int64 in 0..T. t = 0 i
             is noise. The tables a, s, alpha_bar have T + 1 entries. (diffusers counts its timesteps from 0: theirs + 1 = ours.)
 PAPER/HERE  same: cosine schedule (offset 0.008, beta <= 0.999), T = 1000, eps loss, 250 steps, guidance.
             our choice: eq. 3's norm is a mean over elements; x0 estimates are clipped to the range that latents have.
-            `shift` moves the schedule to more noise (1 = the paper's); README "Six categories" says when it pays.
+            `shift` moves the schedule to more noise (1 = the paper's); README "What it took" says when it pays.
 READ NEXT   patchify.py        TRY IT  python diffusion.py        NOTEBOOK notebooks/2_noise_in_noise_out.ipynb
 TEST        tests/test_diffusion.py (each sampler draws an exact Gaussian; schedule and steps equal those of `diffusers`)
 """

@@ -208,10 +208,11 @@ def next_words(texts):
 def well_formed(document):
     """Whether words and pictures alternate, and every stretch of words is a caption; or a deduction is all there is."""
     kinds = [isinstance(part, str) for part in document]
-    if kinds == [True] and document[0].count(" ") > 12:
-        words = document[0].split()
-        c, s, d, z = words[1], words[2], *words[words.index(".") - 2: words.index(".")]
-        return any(document[0] == scenes.deduction_text(((c, s), (d, z)), rel) for rel in scenes.RELATIONS)
+    words = document[0].split() if kinds == [True] else []
+    end = words.index(".") if "." in words else 0
+    if end > 4:
+        a, b = words[1:3], words[end - 2: end]          # "a red circle is ... a blue square ."
+        return any(document[0] == scenes.deduction_text((a, b), rel) for rel in scenes.RELATIONS)
     return len(document) > 1 and all(a != b for a, b in zip(kinds, kinds[1:])) and \
         all(scenes.read_caption(part) for part in document if isinstance(part, str))
 

@@ -15,7 +15,7 @@ THE RULE    L = L_LM + lambda * L_DDPM,  lambda = 5                             
 SHAPES      B rows, T positions, D width, N heads, K = D / N head width, V vocabulary, M pictures, P patches per picture
 PAPER/HERE  same: Llama (RMSNorm before each block, SwiGLU, RoPE, no biases, untied), sizes of Table 8, one t per picture.
             our choice: patches get RoPE positions in raster order, like every other position; with `patch_position` also
-            a learned vector per place in the picture (README "Six categories" says what it bought).
+            a learned vector per place in the picture (README "What it took" says what it bought).
             our choice: positions count from the start of each document, so packing changes nothing.
 READ NEXT   train.py, sample.py        TRY IT  python model.py        NOTEBOOK notebooks/3_train_a_tiny_one.ipynb
 TEST        tests/test_model.py (leaks by perturbation; block = transformers' Llama; cached = uncached)

@@ -307,8 +307,8 @@ def read_prompt(text, kit):
     return parts
 
 
-def main(argv=None):
-    """Draw, describe, edit, or let the model decide, as the command line says."""
+def parse_arguments(argv=None):
+    """The options of a command line, checked."""
     parser = argparse.ArgumentParser(description="Words to a picture, a picture to words, any mixture, or whatever the model decides.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("prompts", nargs="*", help="what to draw; several are drawn as one batch; [file.png] puts a picture among the words")
@@ -329,7 +329,6 @@ def main(argv=None):
     parser.add_argument("--temperature", type=float, default=0.0, help="of the words; 0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest words up to this probability")
     args = parser.parse_args(argv)
-    import show                                         # here, because it imports this file
     if args.edit and not args.image:
         raise data.UserError('--edit needs the picture to change: --image in.png --edit "make the circle blue"')
     if not args.prompts and not args.image:
@@ -344,6 +343,13 @@ def main(argv=None):
         if path and (not Path(path).parent.is_dir() or Path(path).suffix.lower() not in kinds):
             raise data.UserError(f"cannot write {path}: its folder must exist and its name end in "
                                  f"{'.html' if path == args.page else '.png or another picture type'}")
+    return args
+
+
+def main(argv=None):
+    """Draw, describe, edit, or let the model decide, as the command line says."""
+    import show                                         # here, because it imports this file
+    args = parse_arguments(argv)
     kit, began, frames = load_kit(args.checkpoint or ASSETS / ("scenes_edit.pt" if args.edit else "scenes.pt")), time.time(), []
 
     def watch(event):

@@ -20,7 +20,7 @@ THE RULES   Six kinds of caption, the six categories of GenEval:
             A caption is drawn uniformly from its category; then a scene is drawn that contains exactly what it says.
             Two colour-shape pairs are never shown and never named in training: pink triangle, yellow cross.
             Text alone is a short deduction: "a red circle is left of a blue square . the blue square is right of the
-            red circle ."  The last three words follow from the first nine: that is the toy version of the text suite.
+            red circle ."  The second sentence follows from the first: that is the toy version of the text suite.
 SHAPES      a picture is (h, w, 3) uint8; a batch of pictures (M, h, w, 3). x grows to the right, y grows downwards.
 READ NEXT   data.py, which turns these captions and pictures into one sequence
 TRY IT      python scenes.py        TEST  tests/test_scenes.py

@@ -4,6 +4,7 @@ test_evaluate.py: do the numbers measure what they say?                    (eval
 A metric is tested with models whose score is known without measuring: one that knows the language by heart, one that knows
 nothing, one that ignores its caption, one that obeys it perfectly, and an artist who draws exactly what was asked.
 """
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -243,6 +244,52 @@ def test_captions_are_judged_by_the_picture(monkeypatch):
         scores[name], rows = evaluate.captioning(None, ("colors",), n=20)
         assert len(rows) == 20 and np.mean([true for *_, true in rows]) == scores[name]
     assert scores == {"true": 1.0, "vague": 1.0, "nonsense": 0.0, "false": 0.0}
+
+
+# ---------------------------------------------------------------------------------------------------------------- mixtures
+@pytest.mark.parametrize("document, right", [
+    (["a red circle", 0], True), ([0, "a red circle"], True), (["a circle", 0, "two squares", 0], True), (["a circle", 0, "two squares"], True),
+    (["a red circle is left of a blue square . the blue square is right of the red circle ."], True),
+    (["a red circle is left of a blue square . the blue square is left of the red circle ."], False),
+    (["a red circle is left of a blue square . the red circle is left of the blue square ."], False),
+    (["a red circle is left of a blue square ."], False), ([". . . . ."], False), (["a red circle"], False), ([0], False), ([], False),
+    (["a circle", 0, 0], False), (["a circle", "a square", 0], False), (["a a circle", 0], False), (["a circle is", 0], False)])
+def test_well_formed(document, right):
+    """Catches a document called well formed that training never shows, and an error for one that a model may well write."""
+    assert evaluate.well_formed(document) == right
+
+
+@pytest.mark.parametrize("forgets, always", [(False, None), (True, None), (False, True), (False, False)])
+def test_mixtures(monkeypatch, kit, forgets, always):
+    """With stand-ins: an artist who draws the last caption, or (forgets) the first one; a writer who knows where BOI stands,
+    or puts it everywhere, or nowhere. Catches the numbers of one part given for another's, and pictures judged by the
+    caption beside theirs."""
+    rng, words = np.random.default_rng(2), data.Words(scenes.vocabulary())
+    follow = evaluate.next_words(scenes.all_claims())
+
+    def answer(tokens, image_id, doc_id, learn, xt, t):
+        assert (t == 0).all() and len(xt) == len(t)     # finished pictures stand between the words
+        rows = []
+        for b, q in learn.nonzero().tolist():
+            so_far = tuple(words.words[k] for k in tokens[b, 1: q + 1].tolist())
+            after = follow.get(so_far, {"<boi>"})       # a deduction may follow a pair of colour and shape, a BOI as well
+            boi = after == {"<boi>"} if always is None else always
+            rows.append(torch.nn.functional.one_hot(torch.tensor(BOI if boi else words.ids["a"]), len(words)).float())
+        return torch.stack(rows), None
+
+    def generate(kit, prompts, draw_now=False, **options):
+        time.sleep(0.02)
+        if not draw_now:
+            return [["a circle", 0] if k % 4 else ["a circle is", 0] for k in range(len(prompts))]
+        texts = [prompt[0 if forgets else -1] for prompt in prompts]
+        drawn = [scenes.render(scenes.draw_scene(scenes.read_caption(text), rng)) for text in texts]
+        return [[*prompt, x] for prompt, x in zip(prompts, evaluate.encode_pixels(kit, np.stack(drawn)))]
+    answer.config = SimpleNamespace(patches=P, context=128)
+    monkeypatch.setattr(evaluate, "generate", generate)
+    found = evaluate.mixtures(SimpleNamespace(vae=kit.vae, model=answer, words=words), n=40)
+    assert found["single"] == 1 and (found["second"] < 0.5 if forgets else found["second"] == 1)
+    assert found["well_formed"] == 0.75 and found["batch"] > 8
+    assert found["boi"] == 1 if always is None else 0.05 < found["boi"] < 0.95
 
 
 # ----------------------------------------------------------------------------------------------------------------- editing
