@@ -335,6 +335,8 @@ def parse_arguments(argv=None):
         raise data.UserError('say what to draw, e.g. python sample.py "a red circle", or give a picture with --image')
     if args.prompts and args.image:
         raise data.UserError('--image stands alone or with --edit; to put pictures among words, write "[in.png] make the circle blue"')
+    if (args.open and args.image) or (args.pictures != 1 and not args.open):
+        raise data.UserError("--open takes prompts, not --image (write \"[in.png] and words\"), and --pictures belongs to --open")
     if args.guidance < 0 or args.temperature < 0 or not 0 < args.top_p <= 1:
         raise data.UserError("--guidance and --temperature must be 0 or more, --top-p above 0 and at most 1")
     if not 1 <= args.steps <= 1000 or args.pictures < 1:

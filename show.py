@@ -86,7 +86,7 @@ def save_page(kit, documents, path):
             else:
                 file = io.BytesIO()
                 Image.fromarray(decode_latents(kit, part[None])[0]).save(file, "PNG")
-                cells.append(f'<img alt="drawn by the model" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
+                cells.append(f'<img alt="picture" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
         rows.append("<section>" + "\n".join(cells) + "</section>")
     Path(path).write_text("<!doctype html><meta charset=utf-8><title>Transfusion</title><style>"
                           "body{font:18px/1.4 Georgia,serif;margin:2em auto;max-width:60em;background:#fafafa}"

@@ -236,7 +236,8 @@ def fit(run, out, test):
     log_path, saver = out / "log.jsonl", scale.Saver(out, run.ranks)
     save = lambda: saver.save(run.step, run.model, run.average, run.optimizer)
     if run.step and log_path.exists():
-        log = [row for row in map(json.loads, log_path.read_text().splitlines()) if row["step"] <= run.step]
+        lines = [line for line in log_path.read_text().splitlines() if line.endswith("}")]     # a killed run may leave half of one
+        log = [row for row in map(json.loads, lines) if row["step"] <= run.step]
     scale.wait()                                        # before rank 0 writes what the others read
     if first:
         log_path.write_text("".join(json.dumps(row) + "\n" for row in log))

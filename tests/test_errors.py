@@ -107,6 +107,8 @@ def mistake(capsys, monkeypatch, folder, program, arguments, *words):
     (["--image", "GOOD", "--edit", "remove the circle", "--edit", "paint it"], ["'paint'"]),           # the second, before the first is drawn
     (["--image", "GOOD", "--edit", "make the red circle blue " * 3], ["context is 24"]),
     (["a circle", "--open", "--pictures", "0"], ["--pictures"]),
+    (["a circle", "--pictures", "2"], ["--pictures belongs to --open"]),
+    (["--image", "GOOD", "--open"], ["--open takes prompts"]),
     (["a circle", "--open", "--pictures", "4"], ["4 pictures", "need 28", "context is 24", "--pictures"]),
     (["[GOOD] a circle", "--open", "--pictures", "3"], ["need 28", "context is 24"]),
     (["a circle", "--guide-over", "noise"], ["--guide-over", "noise", "words"]),
@@ -233,6 +235,7 @@ def test_resume_with_a_changed_option(capsys, monkeypatch, tmp_path, shelf):
 @pytest.mark.parametrize("program, arguments, words", [
     ("train_vae.py", ["--steps", "0", "--out", "run"], ["--steps"]),
     ("train_vae.py", ["--image-size", "33", "--steps", "2", "--out", "run"], ["divisible by 4"]),
+    ("train_vae.py", ["--image-size", "16", "--steps", "2", "--out", "run"], ["at least 20 pixels"]),
     ("train_vae.py", ["--data", "folder", "--data-dir", "absent", "--out", "run"], ["captions.jsonl"]),
     ("train_vae.py", ["--kl-weight", "-1", "--steps", "2", "--out", "run"], ["--kl-weight"]),
     ("evaluate.py", ["--n", "0"], ["--n"]),

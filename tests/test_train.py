@@ -336,13 +336,16 @@ def test_resume_equals_uninterrupted(command, tmp_path, whole, monkeypatch, caps
 
 
 def test_resume_after_a_crash(command, tmp_path, whole, monkeypatch):
-    """Catches a crash (no Ctrl-C, nothing saved) after the last checkpoint: the log must not hold two lines of one step."""
+    """Catches a crash (no Ctrl-C, nothing saved) after the last checkpoint: the log must not hold two lines of one step, and
+    a line of which only half was written must not stop the resumed run."""
     real, out = train.train_step, tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", lambda run: real(run) if run.step < 5 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train.main(command(save_every=2))
     assert states(out)["step"] == 4 and len(log(out)) == 5
+    with open(out / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "lm": 0.')
     train.main(command(save_every=2) + ["--resume"])
     assert same(states(whole), states(out)) == [] and log(whole) == log(out)
 
