@@ -293,7 +293,7 @@ def crop_and_resize(image, size):
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
+    return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))       # a copy: torch warns of read-only ones
 
 
 def open_picture(path, size, say=False):

@@ -237,9 +237,9 @@ def mixtures(kit, n=200, seed=0, categories=scenes.WORLDS["six"], **drawing):
     for k in range(0, n, 50):
         rows = [data.lay_out([text, ("image", j, 0)], kit.words, kit.model.config.patches) for j, text in enumerate(texts[k: k + 50])]
         batch = data.pack(rows, max(len(row.tokens) for row in rows))
-        logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, single[k: k + 50][batch.images],
-                              torch.zeros_like(batch.images))
-        said = torch.full(batch.tokens.shape, -1)
+        batch = replace(batch, latents=single[k: k + 50][batch.images], t=torch.zeros_like(batch.images)).to(device_of(kit.model))
+        logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, batch.latents, batch.t)
+        said = torch.full_like(batch.tokens, -1)
         said[batch.learn] = logits.argmax(-1)
         for b, row in zip(said.tolist(), batch.tokens.tolist()):
             words = tuple(kit.words.words[w] for w in row[1: row.index(data.BOI)])
@@ -396,21 +396,20 @@ def main(argv=None):
     parser.add_argument("--json", help="also write the numbers here")
     parser.add_argument("--train-classifier", action="store_true", help="train the judge of MNIST digits anew, then stop")
     args = parser.parse_args(argv)
-    if args.data == "mnist" and args.train_classifier:
+    if args.train_classifier:
         return train_classifier(*(data.load_mnist(args.data_dir, split) for split in ("train", "test")))
     if args.json and not Path(args.json).parent.is_dir():
         raise data.UserError(f"cannot write {args.json}: its folder does not exist")
-    if args.n < 1 or args.guidance < 0:
+    if args.n < 1 or not 0 <= args.guidance < np.inf:
         raise data.UserError("--n must be at least 1 and --guidance 0 or more")
-    categories = scenes.WORLDS[args.world]
-    if args.data == "mixtures":
-        test = None
-    elif args.data == "edits":
-        test = edits.load_edits(args.data_dir, split="test", n=256, seed=args.seed, progress=False)
-    else:
-        test = data.load_pairs(args.data, args.data_dir, split="test", n=256, seed=args.seed, categories=categories, progress=False)
+    if args.guide_over != "words" and args.data != "edits":
+        raise data.UserError(f"--guide-over {args.guide_over} is for --data edits: elsewhere no picture stands before the words")
+    kit, categories = load_kit(args.checkpoint, vae_module.DEVICE), scenes.WORLDS[args.world]
+    some = dict(size=kit.model.config.latent[1] * kit.vae.f, split="test", n=256, seed=args.seed, progress=False)
+    test = {"mixtures": lambda: None, "edits": lambda: edits.load_edits(args.data_dir, **some)}.get(
+        args.data, lambda: data.load_pairs(args.data, args.data_dir, categories=categories, **some))()
     over = dict(over=args.guide_over) if args.data == "edits" else {}
-    found, lines, _ = report(load_kit(args.checkpoint), args.data, categories, test, args.n, args.seed,
+    found, lines, _ = report(kit, args.data, categories, test, args.n, args.seed,
                              steps=args.steps, guidance=args.guidance, sampler=args.sampler, **over)
     print("\n".join(lines))
     if args.json:

@@ -38,7 +38,7 @@ import data
 import scenes
 import vae as vae_module
 from data import UserError
-from shards import Pieces, cut_row, dump_tokenizer, fingerprint, load_tokenizer, read_header
+from shards import Pieces, cut_row, fingerprint, load_tokenizer, read_header
 
 
 # ---------------------------------------------------------------------------------- sources: what there is to pack, streamed
@@ -61,7 +61,8 @@ def lines_of(path, keys, folder=None, size=None):
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             upto += len(raw)
-            yield upto, functools.partial(read_line, raw, f"{path} line {number}", keys, folder, size)
+            if raw.strip():
+                yield upto, functools.partial(read_line, raw, f"{path} line {number}", keys, folder, size)
 
 
 def read_member(tar, files, where, size):
@@ -299,7 +300,7 @@ def pack_kind(kind, sources, words, vae, settings, out, args):
 def keep(path, content, thing, what):
     """Put the tokenizer or the VAE beside its shards. Raises UserError if another one is there already."""
     if path.exists():
-        there = load_tokenizer(path) if what == "tokenizer" else vae_module.unpack_vae(vae_module.load(path, "vae"))
+        there = load_tokenizer(path) if what == "tokenizer" else vae_module.load_vae(path)
         if fingerprint(there) != fingerprint(thing):
             raise UserError(f"{path.parent} was packed with another {what} ({fingerprint(there)}, this one is "
                             f"{fingerprint(thing)}): name another --out")
@@ -381,7 +382,7 @@ def main(argv=None):
     """Pack as the command line says; returns the totals."""
     args = parse_arguments(argv)
     out, sources = Path(args.out), {kind: find_sources(kind, getattr(args, kind), args.scenes) for kind in ("text", "pairs")}
-    vae = vae_module.unpack_vae(vae_module.load(args.vae, "vae")) if args.pairs else None
+    vae = vae_module.load_vae(args.vae) if args.pairs else None
     pictures = picture_settings(vae, args) if vae else {}
     before = out / "tokenizer.json"
     words = (load_tokenizer(Path(args.tokenizer)) if args.tokenizer != "words" else
@@ -394,7 +395,7 @@ def main(argv=None):
         keep(before, json.dumps(words.words).encode(), words, "tokenizer")
     if vae:
         keep(out / "vae.pt", Path(args.vae).read_bytes(), vae, "VAE")
-        vae.to("cuda" if torch.cuda.is_available() else "cpu")
+        vae.to(vae_module.DEVICE)
     settings, headers = {"version": 1, "seq_len": args.seq_len, "tokenizer": fingerprint(words)}, []
     for kind, found in sources.items():
         if found:

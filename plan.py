@@ -124,7 +124,7 @@ def block_bytes(width, hidden, number=2):
 
 
 def memory(model, gpus, rows=1, checkpointing=True, ema=False, number=2):
-    """[(what, bytes, how)] on one of `gpus` GPUs at the worst moment, FSDP over all of them, `rows` rows of T per GPU.
+    """[(what, bytes, how)] on one of the `gpus` GPUs among which the weights are divided, at the worst moment, with `rows` rows of T per GPU.
     number: bytes of what is computed with (bf16: 2). How many micro-batches make a step does not matter: each one's
     gradients go to their owners at once."""
     config, W, block, blocks = model.config, count(model), count(model.blocks[0]), len(model.blocks)
@@ -159,12 +159,13 @@ def dry_run(config, gpus, share, device):
     if config.size not in PAPER_SIZES:
         raise UserError(f"--dry-run plans the paper's sizes, {', '.join(PAPER_SIZES)}; {config.size!r} is a toy: run it")
     model = paper_model(config.size, config.encoder, config.patch, config.seq_len)
-    return describe(model, config.documents, config.accumulate, config.steps, gpus, share, device, config.ema > 0)
+    return describe(model, config.documents, config.accumulate, config.steps, gpus, share, device, config.ema > 0, config.shard)
 
 
-def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100", ema=False):
+def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100", ema=False, shard=0):
     """The lines of the plan. rows: of T positions per micro-batch; micro_batches: per step, of all GPUs together; steps:
-    of the optimizer; share: the MFU assumed. Raises UserError for what cannot be run."""
+    of the optimizer; share: the MFU assumed; shard: among how many GPUs the weights are divided, 0: all. Raises UserError
+    for what cannot be run."""
     config, top = model.config, peak(device)
     if top is None:
         raise UserError(f"the peak of a {device!r} is not known: choose one of {', '.join(DEVICES)}")
@@ -173,6 +174,9 @@ def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100",
     if micro_batches % gpus:
         raise UserError(f"{micro_batches} micro-batches per step cannot be dealt evenly to {gpus} GPUs: choose --gpus that "
                         f"divides them, or another --accumulate")
+    owners = shard or gpus
+    if not 0 < owners <= gpus or gpus % owners:
+        raise UserError(f"--shard {shard} must divide --gpus {gpus} (0: all of them)")
     flops, tokens = flops_per_token(model), rows * micro_batches * config.context
     N = count(model.blocks) + count(model.norm) + count(model.head)
     attention = 12 * config.layers * config.width * config.context
@@ -196,10 +200,10 @@ def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100",
               row("accumulated", f"{micro_batches // gpus}", "micro-batches per GPU and step"),
               row("per step", f"{tokens / 1e6:.2f}M tokens"),
               row("in all", f"{tokens * steps / 1e12:.3g}T tokens", f"{steps:,} steps"),
-              f"MEMORY per GPU of {gpus} (estimate; fragmentation and the CUDA context, about 1 GiB, come on top)"]
-    used = memory(model, gpus, rows, True, ema)
+              f"MEMORY per GPU of {gpus}, weights divided among {owners} (estimate; fragmentation and the CUDA context, about 1 GiB, come on top)"]
+    used = memory(model, owners, rows, True, ema)
     lines += [row(what, f"{b / GiB:.2f} GiB", how) for what, b, how in used]
-    without = sum(b for _, b, _ in memory(model, gpus, rows, False, ema))
+    without = sum(b for _, b, _ in memory(model, owners, rows, False, ema))
     lines += [row("all, with full checkpointing", f"{sum(b for _, b, _ in used) / GiB:.2f} GiB"),
               row("all, without checkpointing", f"{without / GiB:.2f} GiB"),
               f"TIME on {gpus} {device} at {100 * share:.0f}% MFU (assumed) of {top / 1e12:.0f} TFLOP/s dense bf16",

@@ -30,7 +30,7 @@ class Config:
     data_dir: str = option("", "folder of MNIST idx files, of pictures with captions.jsonl, of edits.jsonl, or of shards")
     init: str = option("", "fine-tune this model.pt: its shape, words, VAE and diffusion are kept (§4.5)")
     world: str = option("one", "which captions of scenes: one object, or all six categories", tuple(scenes.WORLDS))
-    image_size: int = option(32, "pixels per side (folder)")
+    image_size: int = option(32, "pixels per side (scenes, folder, edits)")
     pairs: int = option(20000, "how many scenes to draw, or triples (scenes, edits)")
     vae: str = option("", "a vae.pt to use; default: assets/<data>_vae.pt if there is one, else one is trained first")
     vae_steps: int = option(400, "training steps of that VAE")

@@ -337,11 +337,16 @@ def parse_arguments(argv=None):
         raise data.UserError('--image stands alone or with --edit; to put pictures among words, write "[in.png] make the circle blue"')
     if (args.open and args.image) or (args.pictures != 1 and not args.open):
         raise data.UserError("--open takes prompts, not --image (write \"[in.png] and words\"), and --pictures belongs to --open")
-    if args.guidance < 0 or args.temperature < 0 or not 0 < args.top_p <= 1:
+    if args.film and args.image and not args.edit:
+        raise data.UserError("--film shows a picture being drawn; --image without --edit only describes one")
+    if not 0 <= args.seed < 2 ** 32:
+        raise data.UserError(f"--seed must be between 0 and {2 ** 32 - 1}, got {args.seed}")
+    if not (0 <= args.guidance < np.inf and 0 <= args.temperature < np.inf and 0 < args.top_p <= 1):
         raise data.UserError("--guidance and --temperature must be 0 or more, --top-p above 0 and at most 1")
     if not 1 <= args.steps <= 1000 or args.pictures < 1:
         raise data.UserError(f"--steps must be between 1 and 1000 and --pictures at least 1, got {args.steps} and {args.pictures}")
-    for path, kinds in ((args.out, Image.registered_extensions()), (args.film, Image.registered_extensions()), (args.page, (".html",))):
+    written = {end for end, kind in Image.registered_extensions().items() if kind in Image.SAVE}       # some can only be read
+    for path, kinds in ((args.out, written), (args.film, written), (args.page, (".html",))):
         if path and (not Path(path).parent.is_dir() or Path(path).suffix.lower() not in kinds):
             raise data.UserError(f"cannot write {path}: its folder must exist and its name end in "
                                  f"{'.html' if path == args.page else '.png or another picture type'}")
@@ -352,7 +357,8 @@ def main(argv=None):
     """Draw, describe, edit, or let the model decide, as the command line says."""
     import show                                         # here, because it imports this file
     args = parse_arguments(argv)
-    kit, began, frames = load_kit(args.checkpoint or ASSETS / ("scenes_edit.pt" if args.edit else "scenes.pt")), time.time(), []
+    shipped = ASSETS / ("scenes_edit.pt" if args.edit else "scenes.pt")
+    kit, began, frames = load_kit(args.checkpoint or shipped, vae_module.DEVICE), time.time(), []
 
     def watch(event):
         if event.mode == "noise":

@@ -265,7 +265,7 @@ class Shards:
     def vae(self, path=""):
         """The VAE of the latents, from beside the shards or from the path of one that must be the same."""
         path = path or self.vae_path or self.folder / "vae.pt"
-        vae = vae_module.unpack_vae(vae_module.load(path, "vae"))
+        vae = vae_module.load_vae(path)
         if fingerprint(vae) != self.settings["vae"]:
             raise UserError(f"the latents of {self.folder} were made by another VAE ({self.settings['vae']}) than {path} "
                             f"({fingerprint(vae)}): leave out --vae, or pack again with it")

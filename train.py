@@ -17,6 +17,7 @@ READ NEXT   sample.py, evaluate.py        TRY IT  python train.py        TEST  t
 """
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -45,11 +46,11 @@ from train_vae import train_vae
 
 
 # ------------------------------------------------------------------------------------------------------------ preparation
-def find_vae(config, out):
-    """(the VAE or None, its VAEConfig or None): given by name, kept in the run's folder, or shipped with the repository."""
+def find_vae(config, kept=None):
+    """The VAE or None: given by name, or `kept` in the folder of this very run, or shipped with the repository."""
     shipped = ASSETS / f"{config.data}_vae.pt"
-    path = Path(config.vae) if config.vae else next((p for p in (out / "vae.pt", shipped) if p.exists()), None)
-    return vae_module.unpack_vae(vae_module.load(path, "vae")) if path else None
+    path = Path(config.vae) if config.vae else next((p for p in (kept, shipped) if p and p.exists()), None)
+    return vae_module.load_vae(path) if path else None
 
 
 @dataclass
@@ -88,8 +89,9 @@ def load_source(config, split="train", n=None):
                            scenes.WORLDS[config.world], progress=split == "train" and scale.rank() == 0)
 
 
-def prepare(config, out, ranks=None):
-    """The Run at step 0; trains a VAE if there is none, after everything that can be wrong has been checked."""
+def prepare(config, out, ranks=None, resume=False):
+    """The Run at step 0; trains a VAE if there is none, after everything that can be wrong has been checked. resume: the VAE
+    that this run trained is in `out`; without it, what lies there is another run's."""
     ranks = ranks or scale.start(config.shard)
     scale.micro_batches(config.accumulate)              # can they be dealt out?
     start = load_kit(config.init) if config.init else None
@@ -103,7 +105,7 @@ def prepare(config, out, ranks=None):
     pairs = load_source(config)
     words, side, channels = start.words if start else data.Words(pairs.vocabulary()), *pairs.pixels.shape[2:]
     words.encode(" ".join(sorted(pairs.vocabulary())))  # a word that --init does not know: say so now
-    vae = start.vae if start else find_vae(config, out)
+    vae = start.vae if start else find_vae(config, out / "vae.pt" if resume else None)
     vae_config = vae.config if vae else vae_module.VAEConfig(image_channels=channels)
     f = 2 ** (len(vae_config.multipliers) - 1)
     if vae_config.image_channels != channels or side % f:
@@ -119,7 +121,7 @@ def prepare(config, out, ranks=None):
         with scale.rank_0_first():
             if scale.rank() == 0:
                 vae_module.save(out / "vae.pt", vae_module.pack_vae(train_vae(pairs.pixels, vae_config, config.vae_steps, seed=config.seed)))
-            vae = find_vae(config, out)
+            vae = find_vae(config, out / "vae.pt")
     latents = vae_module.encode_all(vae.to(ranks.device), pairs.pixels, progress=scale.rank() == 0)
     return assemble(config, ranks, shape, start, words, vae, diffusion, documents, latents)
 
@@ -292,13 +294,15 @@ def main(argv=None):
                              f"name another folder with --out")
     if resume and not complete:
         raise data.UserError(f"there is nothing to resume: {out}/checkpoints has no complete checkpoint")
-    if out.exists() and not out.is_dir():
-        raise data.UserError(f"{out} is a file: name another folder with --out")
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())         # before anything is trained
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise data.UserError(f"{out} cannot be written: {there} is {'read-only' if there.is_dir() else 'a file'}; name another "
+                             f"folder with --out")
     if resume:
         check_config(config, out)
     with scale.rank_0_first():                          # it may download
         test = load_source(config, "test", n=256)
-    run = prepare(config, out, ranks)
+    run = prepare(config, out, ranks, resume)
     if resume:
         run.step = complete[-1]
         scale.load(out, run.step, ranks, run.model, run.average, run.optimizer)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import data
 import vae_losses
-from vae import (VAE, VAEConfig, batches, codebook_use, encode_all, encode_all_codes, grid, load, pack_vae, paper, save,
+from vae import (DEVICE, VAE, VAEConfig, batches, codebook_use, encode_all, encode_all_codes, grid, load, pack_vae, paper, save,
                  to_float, to_pixels)
 
 
@@ -69,11 +69,10 @@ class Training:
 def prepare_training(config, judges, given):
     """A Training before its first step."""
     torch.manual_seed(given["seed"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae = VAE(config).train().to(device)
+    vae = VAE(config).train().to(DEVICE)
     optimizers = [torch.optim.AdamW(vae.parameters(), lr=given["lr"], betas=(0.9, 0.95), weight_decay=0.01)]
     if judges:
-        judges.to(device)
+        judges.to(DEVICE)
         if judges.discriminator:                        # our choice: less momentum, for two nets that chase each other
             optimizers.append(torch.optim.AdamW(judges.discriminator.parameters(), lr=given["lr"], betas=(0.5, 0.9)))
     return Training(vae, judges, optimizers, torch.Generator().manual_seed(given["seed"]),
@@ -278,7 +277,7 @@ def main(argv=None):
     if vae is None:
         return print(f"stopped and saved in {out}/last.pt; the same command with --resume goes on from there")
     save(out / "vae.pt", pack_vae(vae))
-    vae.to("cuda" if torch.cuda.is_available() else "cpu")
+    vae.to(DEVICE)
     error = show_reconstructions(vae, test.pixels[:256], out / "reconstructions.png")
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {time.time() - began:.0f} s; mean error on unseen "
           f"pictures {error:.2f} of 255; wrote {out}/vae.pt and reconstructions.png")

@@ -55,6 +55,9 @@ class VAEConfig:
             raise data.UserError(f"a VQ-VAE needs at least 2 codes (0 means: a VAE, no codes), got {self.codes}")
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu" # where one process encodes, trains a VAE, samples, measures
+
+
 def paper(codes=0):
     """The VAEConfig of App. C: 256x256x3 to 32x32x8. codes: 16_384 for its VQ-VAE."""
     return VAEConfig(channels=128, multipliers=(1, 2, 4, 4), blocks=2, z=8, codes=codes)
@@ -304,6 +307,15 @@ def unpack_vae(content):
     return vae.eval()
 
 
+def load_vae(path):
+    """The VAE of a vae.pt. Raises UserError as `load`, and if the file is another version's."""
+    try:
+        return unpack_vae(load(path, "vae"))
+    except (KeyError, TypeError, RuntimeError) as problem:
+        raise data.UserError(f"{path} was written by another version of this program: "
+                             f"{str(problem).splitlines()[0]}") from None
+
+
 def grid(pictures, columns, gap=2):
     """One (H, W, 3) uint8 picture of many (M, h, w, 1 or 3), in rows, on grey."""
     M, h, w, _ = pictures.shape
@@ -322,7 +334,7 @@ if __name__ == "__main__":
         print(f"{'VQ-VAE' if shown.codes else 'VAE':7s}{sum(p.numel() for p in network.parameters()):11,} parameters; a picture "
               f"of 256 x 256 becomes {256 // network.f} x {256 // network.f} "
               + (f"words out of {shown.codes:,}" if shown.codes else f"vectors of {shown.z} numbers"))
-    shipped = unpack_vae(load(data.ASSETS / "scenes_vae.pt", "vae"))
+    shipped = load_vae(data.ASSETS / "scenes_vae.pt")
     pictures = to_float(data.load_scenes(3, seed=1, progress=False).pixels)
     with torch.no_grad():
         mean, _ = shipped.encode(pictures)

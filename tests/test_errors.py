@@ -44,6 +44,8 @@ def shelf(tmp_path_factory):
     torch.save({**content, "config": {**content["config"], "experts": 8}}, folder / "newer.pt")
     torch.save({k: v for k, v in content.items() if k != "words"}, folder / "older.pt")
     torch.save({**content, "config": {**content["config"], "width": 64}}, folder / "narrower.pt")
+    torch.save({**content["vae"], "config": {**content["vae"]["config"], "experts": 8}}, folder / "newer_vae.pt")
+    torch.save({**content["vae"], "config": {**content["vae"]["config"], "channels": 8}}, folder / "wider_vae.pt")
     Image.new("RGB", (40, 30), "red").save(folder / "good.png")
     (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:60])
     (folder / "text.png").write_text("not a picture")
@@ -94,6 +96,11 @@ def mistake(capsys, monkeypatch, folder, program, arguments, *words):
     (["a circle", "--out", "nowhere/picture.png"], ["nowhere/picture.png"]),
     (["a circle", "--out", "picture.docx"], ["picture.docx", ".png"]),
     (["a circle", "--film", "nowhere/film.gif"], ["nowhere/film.gif"]),
+    (["a circle", "--out", "picture.psd"], ["picture.psd", ".png"]),                  # Pillow reads it, but cannot write it
+    (["--image", "GOOD", "--film", "film.gif"], ["--film", "only describes"]),
+    (["a circle", "--guidance", "nan"], ["--guidance"]),
+    (["a circle", "--open", "--temperature", "nan"], ["--temperature"]),
+    (["a circle", "--seed", "10000000000000000"], ["--seed"]),
     (["--image", "absent.png"], ["absent.png"]),
     (["a circle", "--page", "page.txt"], ["page.txt", ".html"]),
     (["a circle", "--page", "nowhere/page.html"], ["nowhere/page.html"]),
@@ -161,6 +168,8 @@ SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", 
     (["--image-size", "33"], ["33", "divisible by 4"]),
     (["--vae", "absent.pt"], ["absent.pt"]),
     (["--vae", "MODEL"], ["model.pt", "'vae'"]),
+    (["--vae", "NEWER_VAE"], ["newer_vae.pt", "another version"]),
+    (["--vae", "WIDER_VAE"], ["wider_vae.pt", "another version"]),
     (["--data", "mnist", "--data-dir", "absent"], ["absent", "--data-dir"]),
     (["--data", "folder"], ["--data-dir"]),
     (["--data", "folder", "--data-dir", "absent"], ["captions.jsonl"]),
@@ -175,7 +184,8 @@ SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", 
 ], ids=lambda v: " ".join(v)[:40])
 def test_train(capsys, monkeypatch, tmp_path, shelf, arguments, words):
     """Catches a traceback, minutes of work before the mistake is found, and a folder left behind by a run that never was."""
-    arguments = [{"MODEL": shelf / "model.pt", "VAE": shelf / "vae.pt"}.get(a, a) for a in arguments]
+    arguments = [{"MODEL": shelf / "model.pt", "VAE": shelf / "vae.pt", "NEWER_VAE": shelf / "newer_vae.pt",
+                  "WIDER_VAE": shelf / "wider_vae.pt"}.get(a, a) for a in arguments]
     mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", *arguments], *words)
 
 
@@ -211,6 +221,13 @@ def test_out_is_a_file(capsys, monkeypatch, tmp_path, shelf, program):
     monkeypatch.setattr(data, "load_pairs", lambda *a, **k: load_pairs(*a, **{**k, "n": 20}))
     arguments = [*SMALL, "--vae", shelf / "vae.pt"] if program == "train.py" else ["--steps", "2", "--out", "run"]
     mistake(capsys, monkeypatch, tmp_path, program, arguments, "run")
+
+
+def test_out_below_a_file(capsys, monkeypatch, tmp_path, shelf):
+    """Catches a folder that cannot be made, which is found out after the VAE has been trained."""
+    folder_of_pictures(tmp_path)
+    monkeypatch.setattr(train, "train_vae", lambda *a, **k: pytest.fail("trained a VAE first"))
+    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--data", "folder", "--data-dir", tmp_path, "--out", "0.png/run"], "0.png/run")
 
 
 def test_out_cannot_be_written(capsys, monkeypatch, tmp_path, shelf):

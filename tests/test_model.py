@@ -407,7 +407,7 @@ def test_blocks_compile_once(make_model):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has no backward on CPU")
 def test_flex_trains_like_dense(make_model):
     """On a GPU, training takes FlexAttention, measuring the dense mask: both must see the same, forward and backward."""
-    found, batch = [], make_batch([LONG, SHORT, LONG], T=128)
+    found, batch = [], make_batch([LONG, SHORT, LONG], T=256)
     inputs = [x.cuda() for x in (batch.tokens, batch.image_id, batch.doc_id, batch.learn, batch.latents, batch.t)]
     torch.manual_seed(1)
     model = make_model().cuda()
@@ -417,4 +417,4 @@ def test_flex_trains_like_dense(make_model):
     for flex, dense in zip(*found):
         assert torch.allclose(flex, dense, atol=1e-3, rtol=1e-2)
     with pytest.raises(ValueError, match="multiple of 128"):
-        model.train()(*[x[:, :96] if x.ndim == 2 else x for x in inputs])
+        model.train()(*[x[:, :192] if x.ndim == 2 else x for x in inputs])

@@ -170,16 +170,19 @@ def test_dry_run_command(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", PAPER_SIZES)
 def test_presets_are_the_papers_budget(size):
-    """Steps or batch of another run: 0.5T tokens in steps of 2M, the flagship 2T in steps of 4M (§4.1)."""
+    """Steps, batch, rate or loss of another run: 0.5T tokens in steps of 2M, the flagship 2T in steps of 4M (§4.1)."""
     config, *_ = train.parse_arguments(["--preset", size])
     tokens = config.documents * config.accumulate * config.seq_len
-    assert (config.size, config.seq_len, config.lr, config.warmup, config.lam, config.patch) == (size, 4096, 3e-4, 4000, 5.0, 2)
-    assert (tokens / 1e6, tokens * config.steps / 1e12) == pytest.approx((4, 2) if size == "7b" else (2, 0.5), rel=0.05)
+    large = 2 if size == "7b" else 1
+    assert (config.size, config.seq_len, config.lr, config.warmup, config.clip) == (size, 4096, 3e-4, 4000, 1)
+    assert (config.lam, config.patch, config.diffusion, config.shift) == (5, 2, "ddpm", 1)
+    assert (tokens, config.steps) == (large * 2 ** 21, large * 250_000)
     assert math.isclose(train.learning_rate(config, config.steps), 1.5e-5)
 
 
 @pytest.mark.parametrize("options, words", [
     (["--preset", "scenes"], "'toy' is a toy"), (["--gpus", "0"], "--gpus must be at least 1"), (["--gpus", "500"], "divides"),
+    (["--gpus", "512", "--shard", "7"], "--shard 7 must divide --gpus 512"), (["--gpus", "8", "--shard", "16"], "must divide"),
     (["--gpus", "2048"], "divides"), (["--mfu", "46"], "--mfu above 0 and at most 1"), (["--mfu", "0"], "--mfu"),
     (["--device", "abacus"], "choose one of B200"), (["--patch", "3"], "cannot be cut into 3x3"),
     (["--patch", "1", "--seq-len", "1024"], "does not fit in a context of 1024"), (["--size", "8b"], "'8b'")])
@@ -190,14 +193,25 @@ def test_impossible_plans_are_the_users_mistakes(options, words):
     assert issubclass(data.UserError, ValueError)
 
 
+def test_weights_divided_among_fewer(capsys):
+    """A plan that ignores --shard: in groups of 8, each GPU of 512 holds an eighth of the state, not a 512th."""
+    found = []
+    for shard in ("0", "8"):
+        train.main(["--preset", "7b", "--dry-run", "--gpus", "512", "--shard", shard])
+        found.append({line.split()[0]: float(line.split("GiB")[0].split()[-1]) for line in capsys.readouterr().out.splitlines() if " GiB " in line})
+    assert found[1]["AdamW"] == pytest.approx(64 * found[0]["AdamW"], rel=0.05) and found[1]["checkpoints"] == found[0]["checkpoints"]
+
+
 # ------------------------------------------------------------------------------------------------------- the GPU's script
 def test_the_gpu_script_runs(tmp_path):
-    """A script for a machine that is not here rots unseen. On CPU its speeds mean nothing, but what must be equal is."""
+    """A script for a machine that is not here rots unseen. On CPU its speeds mean nothing, and models stay with the dense
+    mask, so that only the kernel's row sees FlexAttention; but what must be equal is."""
     found = on_gpu.main(["--tiny", "--device", "cpu", "--out", str(tmp_path / "gpu.json")])
     assert json.loads((tmp_path / "gpu.json").read_text())["results"] == found
     assert found["FlexAttention is the dense mask"]["value"] < 0.5
     assert found["toy in bf16 against fp32"]["value"] < 1e-4            # on CPU both are float32: sharded by one = plain
     assert found["recompiles over new layouts"]["value"] == 0
+    assert found["train.py resumed"]["value"] == 0
     assert found["memory of the 7B with AdamW"]["reached"]              # its losses fall
     assert found["kernel against causal flash"]["value"] > 0 and found["step against dense mask"]["value"] > 0
 

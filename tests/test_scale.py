@@ -215,16 +215,6 @@ def test_out_of_memory(folder, tmp_path, monkeypatch, memory_error):
             train.main(command(folder, "large"))
 
 
-def test_the_papers_batches():
-    """Paper §4.1: 2M tokens x 250k steps, the flagship 4M x 500k; catches another batch, length or rate in a preset."""
-    for name in ("0.16b", "0.37b", "0.76b", "1.4b", "7b"):
-        config, *_ = train.parse_arguments(["--preset", name])
-        large = 2 if name == "7b" else 1
-        assert config.documents * config.accumulate * config.seq_len == large * 2 ** 21 and config.steps == large * 250000
-        assert (config.lr, config.warmup, config.lam, config.diffusion, config.shift, config.clip) == (3e-4, 4000, 5, "ddpm", 1, 1)
-        assert config.size == name and config.accumulate % 256 == 0
-
-
 # ------------------------------------------------------------------------------------------ what the two processes do
 def work(folder):
     """Run by torchrun, in each of two processes."""

@@ -88,7 +88,7 @@ def documents_of(batch):
 # ------------------------------------------------------------------------------------------------------- disk against memory
 def test_every_item_of_the_sources_is_stored_once(packed, vae_path):
     """Catches a lost or doubled document, a caption with another's picture, latents in the wrong order or precision."""
-    stream, vae = shards.Shards(packed), vae_module.unpack_vae(vae_module.load(vae_path, "vae"))
+    stream, vae = shards.Shards(packed), vae_module.load_vae(vae_path)
     said = [read()[0] for _, read in pack.scenes_of("text", "one", 150, 32)]
     told = [stream.words.decode(part) for documents, _ in all_rows(stream, "text") for parts in documents for part in parts]
     assert sorted(told) == sorted(said) and len(set(said)) > 20
@@ -478,13 +478,13 @@ def test_sources(vae_path, tmp_path, capsys):
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     (texts / "a.txt").write_bytes("One line\n\ntwo lines, really\n".encode() + b"\xff\xfe bad\n")
-    (texts / "b.jsonl").write_text('{"text": "from json"}\n{"words": "no"}\nnot json\n{"text": 7}\n{"text": "last"}')
+    (texts / "b.jsonl").write_text('{"text": "from json"}\n\n{"words": "no"}\nnot json\n{"text": 7}\n{"text": "last"}')
     total = pack.main(command(vae_path, tmp_path / "packed", text=texts, pairs=[folder, tars], another=0))
     stream, out = shards.Shards(tmp_path / "packed"), capsys.readouterr().out
     told = lambda kind: sorted(stream.words.decode(p) for ds, _ in all_rows(stream, kind) for p in itertools.chain(*ds))
     assert told("text") == ["from json", "last", "one line", "two lines, really"]
     assert told("pairs") == ["all red", "blue one", "green two", "red again"]
-    assert total["skipped"] == 4 + 5 + 2 and "skipped 11" in out and "a.txt line 4" in out and "b.jsonl line 2" in out
+    assert total["skipped"] == 4 + 5 + 2 and "skipped 11" in out and "a.txt line 4" in out and "b.jsonl line 3" in out
     problems = json.loads((tmp_path / "packed/pairs-000000/header.json").read_text())["problems"]
     for name, problem in zip(["cut.png", "no.png", "captions.jsonl line 4", "empty caption", "60 tokens"], problems, strict=True):
         assert name in problem and "BytesIO" not in problem

@@ -504,6 +504,8 @@ def test_the_vae_is_trained_when_there_is_none(tmp_path, monkeypatch):
     assert same(kept, vae_module.load(tmp_path / "run/vae.pt", "vae")["weights"]) == []
     packed = vae_module.load(tmp_path / "run/model.pt", "model")["vae"]["weights"]
     assert all(torch.equal(v.half() if v.is_floating_point() else v, packed[k]) for k, v in kept.items())
+    train.main(options + ["--overwrite", "--vae-steps", "2"])           # another run must not take the VAE that lies there
+    assert same(kept, vae_module.load(tmp_path / "run/vae.pt", "vae")["weights"]) != []
 
 
 # ------------------------------------------------------------------------------------------------------------ fine-tuning
@@ -515,7 +517,7 @@ def pretrained(tiny_vae, tmp_path_factory):
     shape = model.sized("toy", vocabulary=len(words), latent=(2, 8, 8), patch=4, patch_position=True, context=128)
     network = model.Transfusion(shape)
     network.pictures.out.weight.data.normal_(0, 0.1)
-    vae = vae_module.unpack_vae(vae_module.load(tiny_vae, "vae"))
+    vae = vae_module.load_vae(tiny_vae)
     sample.save_kit(path, sample.Kit(network, words, vae, diffusion.Diffusion("flow", shift=3.0)))
     return path
 
