@@ -149,18 +149,18 @@ class Transfusion(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Normal, deviation 0.02; what adds to the residual stream is smaller by sqrt(2L), so that depth does not make it
-        grow; the picture output starts at zero, so that its loss starts at 1, that of saying "no noise"."""
-        for module in (self.words, self.head, *self.blocks.modules()):  # the patch encoder keeps PyTorch's own start
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-        for block in self.blocks:
-            for layer in (block.out, block.down):
-                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * self.config.layers))
+        """Our choice; the paper is silent. Words, places and patches enter the row about equally loud, and a layer keeps the
+        size of what it reads: deviation 1/sqrt(D), which is Llama's 0.02 at D = 2500 and more in a toy. What adds to the
+        residual stream is smaller by sqrt(2L), so that depth does not make it grow. The outputs start near zero, so that
+        the losses start at those of knowing nothing: ln V for words, 1 for saying "no noise"."""
+        for block in self.blocks:                                       # the patch encoder keeps PyTorch's own start
+            for layer, adds in ((block.qkv, 1), (block.gate_up, 1), (block.out, 2 * self.config.layers), (block.down, 2 * self.config.layers)):
+                nn.init.normal_(layer.weight, std=(self.config.width * adds) ** -0.5)
+        nn.init.normal_(self.words.weight, std=0.5)
         if self.place is not None:
-            nn.init.normal_(self.place, std=0.02)
-        # A patch is a short vector of unit-variance numbers; at 0.02 it would enter the row too faintly to be heard.
+            nn.init.normal_(self.place, std=0.5)
         nn.init.normal_(self.pictures.into.weight, std=self.pictures.into.in_features ** -0.5)
+        nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.pictures.out.weight)
         nn.init.zeros_(self.pictures.out.bias)
 
