@@ -159,6 +159,11 @@ def conditioning_gap(model, words, diffusion, captions, latents, before=None, se
 
 
 # ------------------------------------------------------------------------------------------------------------------ editing
+def beside(before, after):
+    """(h, 2w + 2, 3) uint8: two pictures of (h, w, 3), a white line between them."""
+    return np.concatenate([before, np.full_like(before[:, :2], 255), after], 1)
+
+
 def editing(kit, n=200, seed=0, size=32, progress=True, **drawing):
     """Numbers of edits of unseen scenes: {"edits": share of n single edits after which the picture holds exactly what the
     instruction asks for, "kept": share of untouched objects that stand within 2 pixels of their place, "chains": share of n
@@ -173,7 +178,7 @@ def editing(kit, n=200, seed=0, size=32, progress=True, **drawing):
     drawn = decode_latents(kit, change(encode_pixels(kit, pixels(before)), said, seed))
     verdicts = [edits.judge(found.scenes[a], text, scenes.parse(picture), size) for a, text, picture in zip(before, said, drawn)]
     table = {kind: [v[0] for v, text in zip(verdicts, said) if edits.kind_of(text) == kind] for kind in edits.KINDS}
-    shown = [(text, np.concatenate([a, b], 1), v[0]) for text, a, b, v in zip(said, pixels(before), drawn, verdicts)]
+    shown = [(text, beside(a, b), v[0]) for text, a, b, v in zip(said, pixels(before), drawn, verdicts)]
 
     two = [encode_pixels(kit, pixels(index)) for index in (before, after)]
     answers, asked = generate(kit, [[a, b, "what changed ?"] for a, b in zip(*two)], max_pictures=0), []
@@ -333,7 +338,7 @@ def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, he
     elif name == "edits":
         before, texts, _ = map(list, zip(*test.triples()[:min(n, 24)]))
         drawn = decode_latents(kit, sample_edit(kit, encode_pixels(kit, test.pixels[before]), texts, seed=seed, **drawing))
-        found, shown = {}, [(t, np.concatenate([a, b], 1), True) for t, a, b in zip(texts, test.pixels[before], drawn)]
+        found, shown = {}, [(t, beside(a, b), True) for t, a, b in zip(texts, test.pixels[before], drawn)]
     elif name == "scenes":
         asked = [c for c in categories if c in scenes.CATEGORIES]
         table, shown = geneval(kit, asked, -(-n // len(asked)), seed=seed, **drawing)
@@ -390,7 +395,7 @@ def main(argv=None):
     parser.add_argument("--n", type=int, default=600, help="pictures to draw, over all categories")
     parser.add_argument("--steps", type=int, default=250, help="diffusion steps")
     parser.add_argument("--guidance", type=float, default=3.0, help="guidance weight")
-    parser.add_argument("--guide-over", default="words", choices=OVER, help="what guidance leaves out (edits)")
+    parser.add_argument("--guide-over", default="both", choices=OVER, help="of --data edits: what guidance leaves out")
     parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim or dpm++")
     parser.add_argument("--seed", type=int, default=0, help="seed of prompts and noise")
     parser.add_argument("--json", help="also write the numbers here")
@@ -402,7 +407,7 @@ def main(argv=None):
         raise data.UserError(f"cannot write {args.json}: its folder does not exist")
     if args.n < 1 or not 0 <= args.guidance < np.inf:
         raise data.UserError("--n must be at least 1 and --guidance 0 or more")
-    if args.guide_over != "words" and args.data != "edits":
+    if args.guide_over != "both" and args.data != "edits":
         raise data.UserError(f"--guide-over {args.guide_over} is for --data edits: elsewhere no picture stands before the words")
     kit, categories = load_kit(args.checkpoint, vae_module.DEVICE), scenes.WORLDS[args.world]
     some = dict(size=kit.model.config.latent[1] * kit.vae.f, split="test", n=256, seed=args.seed, progress=False)

@@ -72,13 +72,14 @@ class Config:
 # Flow's loss is larger than the eps loss: lambda = 2 gives it the share of the sum that 5 gives the latter.
 TOY = dict(diffusion="flow", patch_position=True, lam=2.0, documents=32, ema=0.999)
 PRESETS = {
-    "scenes": dict(TOY, shift=3.0, lam=5.0, steps=4000),                # one object, minutes on two CPU cores
-    "mnist": dict(TOY, data="mnist", shift=2.0, patch=4, documents=64, steps=2400, vae_steps=400),
+    "scenes": dict(TOY, shift=3.0, lam=5.0, steps=3300),                # one object, minutes on two CPU cores
+    "mnist": dict(TOY, data="mnist", shift=2.0, lam=1.0, patch=4, documents=64, steps=2250, vae_steps=350),
     "folder": dict(TOY, data="folder", shift=2.0, steps=6000, vae_steps=2000),
     "six": dict(TOY, world="six", size="small", lam=5.0, documents=64, pairs=40000, shift=3.0, steps=11000, seq_len=128,
                 ema=0.998, save_every=1000, gap_every=1000),
     # §4.5: 8,000 triples, from the shipped checkpoint of `six`
-    "edit": dict(TOY, data="edits", init=str(ASSETS / "scenes.pt"), pairs=8000, steps=4000, seq_len=128),
+    "edit": dict(TOY, data="edits", init=str(ASSETS / "scenes.pt"), lam=5.0, pairs=8000, steps=4000, seq_len=128,
+                 sample_steps=25, sampler="dpm++", guidance=2.0),
     "shards": dict(data="shards", documents=8),
 }
 # Paper §4.1, App. B.1: rows of 4096 tokens, 2M tokens a step, 250k steps; Config's ddpm, lambda 5, patch 2 are the paper's.

@@ -282,10 +282,10 @@ def draw(kit, captions, **options):
     return decode_latents(kit, torch.stack([next(p for p in parts if not isinstance(p, str)) for parts in documents]))
 
 
-def edit(kit, latents, instructions, **options):
+def edit(kit, latents, instructions, over="both", **options):
     """Latents (M, c, h, w) of the edited pictures, given those before and one instruction each (§4.5). options: as `draw`,
-    and over: what guidance leaves out, "words", "picture" or "both"."""
-    documents = generate(kit, [[x, text] for x, text in zip(latents, instructions)], draw_now=True, max_words=0, **options)
+    and over: what guidance leaves out, "words", "picture" or "both" (README says what each gives)."""
+    documents = generate(kit, [[x, text] for x, text in zip(latents, instructions)], draw_now=True, max_words=0, over=over, **options)
     return torch.stack([parts[-1] for parts in documents])
 
 
@@ -323,7 +323,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--trace", action="store_true", help="print the modes and the growing cache")
     parser.add_argument("--steps", type=int, default=250, help="diffusion steps, 1 to 1000; 25 do for --sampler dpm++")
     parser.add_argument("--guidance", type=float, default=3.0, help="0 ignores the caption, 1 is plain, 3 is the paper's (ablations)")
-    parser.add_argument("--guide-over", choices=OVER, default="words", help="what guidance leaves out; for edits")
+    parser.add_argument("--guide-over", choices=OVER, help="what guidance leaves out; default: with --edit both, else words")
     parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="ddpm is the paper's")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the words; 0 is greedy")
@@ -367,7 +367,8 @@ def main(argv=None):
             show.print_event(kit, event)
 
     writing = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed, watch=watch)
-    drawing = dict(steps=args.steps, guidance=args.guidance, over=args.guide_over, sampler=args.sampler, progress=True)
+    drawing = dict(steps=args.steps, guidance=args.guidance, over=args.guide_over or ("both" if args.edit else "words"),
+                   sampler=args.sampler, progress=True)
     if args.edit:
         documents = [read_prompt(f"[{path}]", kit) for path in args.image]
         kit.words.encode(" ".join(args.edit))           # an unknown word in the last one: say so before the first is drawn

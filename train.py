@@ -2,7 +2,7 @@
 train.py: the loop                                                            (Transfusion §4.1 "Optimization", eq. 4)
 
 THE IDEA    Draw documents, mix noise into their pictures, ask the transformer for the next words and for the noise, add the
-            two losses, step. `python train.py` does it in six minutes on two cores and ends with a report and pictures;
+            two losses, step. `python train.py` does it in five minutes on two cores and ends with a report and pictures;
             `torchrun ... train.py --preset 7b` runs the same lines on many GPUs (scale.py says how).
 A PICTURE   data.Documents -> data.pack -> Batch --t, eps--> model.losses -> LM + 5 DDPM -> AdamW -> EMA -> evaluate.report
 THE RULE    L = (sum of LM over all words) / words + lambda (sum of DDPM over all pictures) / pictures           eq. 4

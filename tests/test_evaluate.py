@@ -346,7 +346,7 @@ def test_editing_of_a_perfect_editor(editors, kit):
     found, shown = evaluate.editing(kit, n=24, seed=3, progress=False)
     assert found["edits"] == found["kept"] == found["asked"] == 1.0 and found["chains"] >= 0.95         # 3 passages through the VAE
     assert set(found["kinds"]) == set(edits.KINDS) and set(found["kinds"].values()) == {1.0}
-    assert len(shown) == 24 and all(right and picture.shape == (32, 64, 3) for _, picture, right in shown)
+    assert len(shown) == 24 and all(right and picture.shape == (32, 66, 3) for _, picture, right in shown)
     assert len(set(seeds)) == len(seeds) >= 4
 
 

@@ -555,7 +555,7 @@ def test_edit_is_the_picture_after_the_words(make_kit):
     after = sample.edit(kit, before, said, steps=3, seed=[1, 2])
     assert after.shape == before.shape
     for k in range(2):
-        (document,) = generate(kit, [[before[k], said[k]]], draw_now=True, max_words=0, steps=3, seed=[k + 1])
+        (document,) = generate(kit, [[before[k], said[k]]], draw_now=True, max_words=0, steps=3, over="both", seed=[k + 1])
         assert torch.allclose(document[-1], after[k], atol=1e-2) and not torch.allclose(before[k], after[k], atol=1e-1)
 
 
@@ -656,15 +656,14 @@ def test_command_line(here, tmp_path, capsys):
     capsys.readouterr()
     command("--image", "plain.png", "--page", "said.html")
     assert capsys.readouterr().out.startswith("plain.png: [picture]") and not (tmp_path / "sample.png").exists()
-    command("--image", "plain.png", "--image", "wide.png", "--edit", "the blue square", "--edit", "a red circle", "--page", "edits.html",
-            "--guide-over", "both")
+    command("--image", "plain.png", "--image", "wide.png", "--edit", "the blue square", "--edit", "a red circle", "--page", "edits.html")
     assert "plain.png: [picture] the blue square [picture] a red circle [picture]" in capsys.readouterr().out
     page = Page((tmp_path / "edits.html").read_text()).found
     assert [[part if isinstance(part, str) else "" for part in section] for section in page] == [["", "the blue square", "", "a red circle", ""]] * 2
     sheet = np.asarray(Image.open("sample.png"))[::8, ::8]
     assert (sheet[1: 9, 1: 9] == page[0][4]).all() and (sheet[1: 9, 10: 18] == page[1][4]).all()
     plain = np.asarray(Image.open("plain.png"))[None]
-    (after,) = sample.edit(here, sample.encode_pixels(here, plain), ["the blue square"], steps=2, over="both", seed=[0])
+    (after,) = sample.edit(here, sample.encode_pixels(here, plain), ["the blue square"], steps=2, seed=[0])
     assert np.abs(sample.decode_latents(here, after[None])[0].astype(int) - page[0][2]).max() <= 2
 
 
