@@ -216,8 +216,6 @@ class Pairs:
 
 def load_scenes(n, seed, categories=scenes.WORLDS["six"], size=32, held_out=False, progress=True):
     """Pairs of n rendered scenes. held_out: only captions that name a held-out colour-shape pair (for evaluation)."""
-    if size < 20:
-        raise UserError(f"scenes need pictures of at least 20 pixels, got {size}: smaller cells have no room for a shape")
     rng, world = np.random.default_rng(seed), scenes.World(tuple(categories))
     captions, pixels = [], np.empty((n, size, size, 3), dtype=np.uint8)
     for k in tqdm(range(n), desc="drawing scenes", disable=not progress, leave=False):

@@ -411,9 +411,11 @@ def main(argv=None):
         raise data.UserError(f"--guide-over {args.guide_over} is for --data edits: elsewhere no picture stands before the words")
     kit, categories = load_kit(args.checkpoint, vae_module.DEVICE), scenes.WORLDS[args.world]
     some = dict(size=kit.model.config.latent[1] * kit.vae.f, split="test", n=256, seed=args.seed, progress=False)
-    test = {"mixtures": lambda: None, "edits": lambda: edits.load_edits(args.data_dir, **some)}.get(
-        args.data, lambda: data.load_pairs(args.data, args.data_dir, categories=categories, **some))()
-    over = dict(over=args.guide_over) if args.data == "edits" else {}
+    test, over = None, {}
+    if args.data == "edits":
+        test, over = edits.load_edits(args.data_dir, **some), dict(over=args.guide_over)
+    elif args.data != "mixtures":
+        test = data.load_pairs(args.data, args.data_dir, categories=categories, **some)
     found, lines, _ = report(kit, args.data, categories, test, args.n, args.seed,
                              steps=args.steps, guidance=args.guidance, sampler=args.sampler, **over)
     print("\n".join(lines))

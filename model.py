@@ -153,9 +153,12 @@ class Transfusion(nn.Module):
         size of what it reads: deviation 1/sqrt(D), which is Llama's 0.02 at D = 2500 and more in a toy. What adds to the
         residual stream is smaller by sqrt(2L), so that depth does not make it grow. The outputs start near zero, so that
         the losses start at those of knowing nothing: ln V for words, 1 for saying "no noise"."""
+        std = self.config.width ** -0.5
         for block in self.blocks:                                       # the patch encoder keeps PyTorch's own start
-            for layer, adds in ((block.qkv, 1), (block.gate_up, 1), (block.out, 2 * self.config.layers), (block.down, 2 * self.config.layers)):
-                nn.init.normal_(layer.weight, std=(self.config.width * adds) ** -0.5)
+            for layer in (block.qkv, block.gate_up):
+                nn.init.normal_(layer.weight, std=std)
+            for layer in (block.out, block.down):
+                nn.init.normal_(layer.weight, std=std / math.sqrt(2 * self.config.layers))
         nn.init.normal_(self.words.weight, std=0.5)
         if self.place is not None:
             nn.init.normal_(self.place, std=0.5)

@@ -144,7 +144,9 @@ def vocabulary():
 
 def draw_scene(claim, rng, size=32, allow_held_out=False):
     """A list of Things that is exactly what the Claim says; what it leaves open (colour, place, size) is random.
-    Colours left open never complete a held-out pair, unless `allow_held_out`."""
+    Colours left open never complete a held-out pair, unless `allow_held_out`. Raises ValueError for a size below 20."""
+    if size < 20:
+        raise ValueError(f"scenes need pictures of at least 20 pixels, got {size}: smaller cells have no room for a shape")
     things, cell = [], size / 2
     if claim.relation:                                  # neighbouring cells: A lies towards the relation's arrow from B
         dx, dy = RELATIONS[claim.relation]

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import data
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu" # where one process trains a VAE, samples, measures
 BETA = 0.25                                             # Paper App. C: commitment
 IDLE = 100                                              # our choice: steps without use after which a code moves elsewhere
 
@@ -53,9 +54,6 @@ class VAEConfig:
     def __post_init__(self):
         if self.codes < 0 or self.codes == 1:
             raise data.UserError(f"a VQ-VAE needs at least 2 codes (0 means: a VAE, no codes), got {self.codes}")
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu" # where one process encodes, trains a VAE, samples, measures
 
 
 def paper(codes=0):

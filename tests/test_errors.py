@@ -165,6 +165,8 @@ SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", 
     (["--samples", "2", "--sample-steps", "0"], ["--sample-steps"]),                  # before the training, not after it
     (["--samples", "2", "--sample-steps", "1001"], ["--sample-steps"]),
     (["--image-size", "0"], ["--image-size"]),
+    (["--image-size", "16"], ["at least 20 pixels"]),
+    (["--data", "edits", "--image-size", "16"], ["at least 20 pixels"]),
     (["--image-size", "33"], ["33", "divisible by 4"]),
     (["--vae", "absent.pt"], ["absent.pt"]),
     (["--vae", "MODEL"], ["model.pt", "'vae'"]),

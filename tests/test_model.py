@@ -418,3 +418,18 @@ def test_flex_trains_like_dense(make_model):
         assert torch.allclose(flex, dense, atol=1e-3, rtol=1e-2)
     with pytest.raises(ValueError, match="multiple of 128"):
         model.train()(*[x[:, :192] if x.ndim == 2 else x for x in inputs])
+
+
+@pytest.mark.parametrize("size", ["toy", "small"])
+def test_first_weights_speak_equally_loudly(size):
+    """Words that enter the row faintly beside patches: nothing fails, but the caption is heard late (README "What it took").
+    And branches that add up to a row that grows with depth."""
+    torch.manual_seed(0)
+    net = Transfusion(sized(size, vocabulary=500, patch_position=True))
+    L, D = net.config.layers, net.config.width
+    patches = net.pictures.encode(torch.randn(64, *net.config.latent), torch.full((64,), 500))[0].std().item()
+    for vectors in (net.words.weight, net.place):
+        assert 0.3 < vectors.std().item() / patches < 1
+    for block in net.blocks:
+        for layer, expected in ((block.qkv, D ** -0.5), (block.gate_up, D ** -0.5), (block.out, (2 * L * D) ** -0.5), (block.down, (2 * L * D) ** -0.5)):
+            assert layer.weight.std().item() == pytest.approx(expected, rel=0.05)
