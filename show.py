@@ -53,7 +53,8 @@ def plot_curves(log, path):
 
 def plot_samples(shown, path, columns=6, rows=4):
     """samples.png: pictures under their prompts; a red title marks one that is not what was asked for."""
-    chosen = [shown[k] for k in np.linspace(0, len(shown) - 1, min(len(shown), columns * rows)).astype(int)]
+    # By chance: prompts come in turn, and every ninth of them could be the same three.
+    chosen = [shown[k] for k in sorted(np.random.default_rng(0).permutation(len(shown))[:columns * rows])]
     tall = chosen[0][1].shape[0] / chosen[0][1].shape[1]
     figure, axes = plt.subplots(-(-len(chosen) // columns), columns, figsize=(2 * columns, (2 * tall + 0.4) * -(-len(chosen) // columns)),
                                 squeeze=False, constrained_layout=True)
