@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import data
 import scenes
+import sources
 from scenes import COLOURS, HELD_OUT, RELATIONS, SHAPES, Thing
 
 KINDS = ("recolour", "reshape", "remove", "add", "move")
@@ -176,7 +177,7 @@ def judge_end(first, last, seen, size=32):
 class Edits:
     """Chains of edits: pictures and the instructions between them. A triple is a chain of one; training takes triples.
     pixels: (N, h, w, 3) uint8, all pictures; chains: list of ([indices of n + 1 pictures], [n instructions]).
-    scenes: the true scene of each picture, or None. Has the fields of data.Pairs that training asks for."""
+    scenes: the true scene of each picture, or None. Has the fields of sources.Pairs that training asks for."""
     pixels: np.ndarray
     chains: list
     scenes: list | None = None
@@ -230,7 +231,7 @@ def load_triples(folder, size=32, split="train"):
     """Edits of a folder of your own: edits.jsonl with one {"before": file, "instruction": words, "after": file} per line.
     Every tenth triple is the test split. A triple with a missing or broken picture is counted, named and skipped."""
     path = Path(folder) / "edits.jsonl"
-    lines = data.read_lines(path, '{"before": file name, "instruction": words, "after": file name}')
+    lines = sources.read_lines(path, '{"before": file name, "instruction": words, "after": file name}')
     pixels, chains, bad = [], [], []
     for number, line in tqdm(lines, desc=f"reading {folder}", leave=False):
         try:
@@ -240,7 +241,7 @@ def load_triples(folder, size=32, split="train"):
             raise data.UserError(f"{path} line {number} is not {{\"before\": ..., \"instruction\": ..., \"after\": ...}}: "
                                  f"{line[:60]!r}") from None
         try:
-            two = [data.open_picture(name, size) for name in names]
+            two = [sources.open_picture(name, size) for name in names]
         except data.UserError as problem:
             bad.append(str(problem))
             continue

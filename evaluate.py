@@ -11,6 +11,7 @@ THE TABLE   the paper's                      here
               Llama suite, ranked 0-shot     two-choice deductions, ranked by likelihood                  `deductions`
               (not in the paper)             conditioning gap: does the model use its caption at all?     `conditioning_gap`
               (MNIST)                        digits that a separate classifier reads as asked             `digits`
+              edits, stories (uncounted)     mixtures.py
 PAPER/HERE  same: GenEval's include / exclude / position rule, ranked classification, greedy captions.
             our choice: beside GenEval's rule the stricter `exact`: nothing unnamed may be in the picture.
 READ NEXT   train.py, which ends with this report      TRY IT  python evaluate.py      TEST  tests/test_evaluate.py
@@ -29,19 +30,16 @@ from tqdm import tqdm
 
 import data
 import edits
+import mixtures
 import sample
 import scale
 import scenes
+import sources
 import vae as vae_module
-from sample import OVER, decode_latents, encode_pixels, generate, load_kit
-from sample import edit as sample_edit
+from kit import decode_latents, device_of, encode_pixels, load_kit
+from sample import OVER
 
 CLASSIFIER = data.ASSETS / "mnist_classifier.pt"
-
-
-def device_of(model):
-    """Where a model computes; a model that is a plain function does so on the CPU."""
-    return next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else torch.device("cpu")
 
 
 def draw(kit, captions, **options):
@@ -158,115 +156,6 @@ def conditioning_gap(model, words, diffusion, captions, latents, before=None, se
     return means[1] - means[0]
 
 
-# ------------------------------------------------------------------------------------------------------------------ editing
-def beside(before, after):
-    """(h, 2w + 2, 3) uint8: two pictures of (h, w, 3), a white line between them."""
-    return np.concatenate([before, np.full_like(before[:, :2], 255), after], 1)
-
-
-def editing(kit, n=200, seed=0, size=32, progress=True, **drawing):
-    """Numbers of edits of unseen scenes: {"edits": share of n single edits after which the picture holds exactly what the
-    instruction asks for, "kept": share of untouched objects that stand within 2 pixels of their place, "chains": share of n
-    chains of three edits that end in the right scene, "asked": share of n questions "what changed ?" answered with an
-    instruction that does lead from the one picture to the other, "kinds": {kind: exact}}; and (instruction, before |
-    after, exact) to show. Each edit of a chain starts from the model's own picture. drawing: as `sample.edit`."""
-    found = edits.scene_edits(max(4 * n, 60), [seed, 12], single=0, size=size, progress=False)
-    pixels = lambda index: np.stack([found.pixels[k] for k in index])
-    change = lambda x, said, seed: torch.cat([sample_edit(kit, x[k: k + 100], said[k: k + 100], seed=seed + k, **drawing)
-                                              for k in range(0, len(said), 100)])
-    before, said, after = map(list, zip(*[(pictures[0], texts[0], pictures[1]) for pictures, texts in found.chains[:n]]))
-    drawn = decode_latents(kit, change(encode_pixels(kit, pixels(before)), said, seed))
-    verdicts = [edits.judge(found.scenes[a], text, scenes.parse(picture), size) for a, text, picture in zip(before, said, drawn)]
-    table = {kind: [v[0] for v, text in zip(verdicts, said) if edits.kind_of(text) == kind] for kind in edits.KINDS}
-    shown = [(text, beside(a, b), v[0]) for text, a, b, v in zip(said, pixels(before), drawn, verdicts)]
-
-    two = [encode_pixels(kit, pixels(index)) for index in (before, after)]
-    answers, asked = generate(kit, [[a, b, "what changed ?"] for a, b in zip(*two)], max_pictures=0), []
-    for answer, a, b in zip(answers, before, after):
-        try:
-            asked.append(edits.judge(found.scenes[a], answer[-1].removeprefix("what changed ? "), found.scenes[b], size)[0])
-        except ValueError:                              # no instruction, or one that does not fit the picture
-            asked.append(False)
-
-    threes = [chain for chain in found.chains if len(chain[1]) == 3][:n]
-    latents = encode_pixels(kit, pixels([pictures[0] for pictures, _ in threes]))
-    for step in tqdm(range(3), desc="editing", disable=not progress, leave=False):
-        latents = change(latents, [texts[step] for _, texts in threes], seed + 1000 * (step + 1))
-    ends = [edits.judge_end(found.scenes[pictures[0]], found.scenes[pictures[-1]], scenes.parse(picture), size)
-            for (pictures, _), picture in zip(threes, decode_latents(kit, latents))]
-    return {"edits": float(np.mean([v[0] for v in verdicts])), "kept": sum(v[1] for v in verdicts) / max(1, sum(v[2] for v in verdicts)),
-            "chains": float(np.mean(ends)), "asked": float(np.mean(asked)),
-            "kinds": {kind: float(np.mean(v)) for kind, v in table.items() if v}}, shown
-
-
-# ----------------------------------------------------------------------------------------------------------------- mixtures
-def next_words(texts):
-    """{words so far, a tuple: set of what may follow} over texts; "<boi>" follows a whole text."""
-    table = {}
-    for text in texts:
-        words = (*text.split(), "<boi>")
-        for k, word in enumerate(words):
-            table.setdefault(words[:k], set()).add(word)
-    return table
-
-
-def well_formed(document):
-    """Whether words and pictures alternate, and every stretch of words is a caption; or a deduction is all there is."""
-    kinds = [isinstance(part, str) for part in document]
-    words = document[0].split() if kinds == [True] else []
-    end = words.index(".") if "." in words else 0
-    if end > 4:
-        a, b = words[1:3], words[end - 2: end]          # "a red circle is ... a blue square ."
-        return any(document[0] == scenes.deduction_text((a, b), rel) for rel in scenes.RELATIONS)
-    return len(document) > 1 and all(a != b for a, b in zip(kinds, kinds[1:])) and \
-        all(scenes.read_caption(part) for part in document if isinstance(part, str))
-
-
-@torch.no_grad()
-def mixtures(kit, n=200, seed=0, categories=scenes.WORLDS["six"], **drawing):
-    """Numbers about documents of several parts: {"single", "second": share of n pictures that are exactly what their caption
-    says, alone, and, the same captions, after another caption and its picture; "boi": share of places in unseen captions
-    at which the likeliest token is rightly BOI or rightly not, where the language leaves no choice; "well_formed": share of
-    n open documents at temperature 1; "batch": how many times faster 16 mixed prompts are together than one at a time}."""
-    rng, world = np.random.default_rng([seed, 13]), scenes.World(tuple(categories))
-    texts, claims = zip(*[world.caption(rng) for _ in range(n)])
-    exact = lambda latents: float(np.mean([scenes.holds(claim, scenes.parse(picture))
-                                           for claim, picture in zip(claims, decode_latents(kit, latents))]))
-    run = lambda prompts, seed: torch.stack([parts[-1] for k in range(0, n, 100) for parts in generate(
-        kit, prompts[k: k + 100], draw_now=True, max_words=0, seed=seed + k, **drawing)])
-    single = run([[text] for text in texts], seed)
-    second = run([[texts[k - 1], single[k - 1], texts[k]] for k in range(n)], seed + 1000)
-
-    follow, right = next_words([text for text in scenes.all_claims()] +
-                               [scenes.deduction_text(claim.objects, "left of").split(" is ")[0] + " is" for _, claim in scenes.captions("color_attr")]), []
-    for k in range(0, n, 50):
-        rows = [data.lay_out([text, ("image", j, 0)], kit.words, kit.model.config.patches) for j, text in enumerate(texts[k: k + 50])]
-        batch = data.pack(rows, max(len(row.tokens) for row in rows))
-        batch = replace(batch, latents=single[k: k + 50][batch.images], t=torch.zeros_like(batch.images)).to(device_of(kit.model))
-        logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, batch.latents, batch.t)
-        said = torch.full_like(batch.tokens, -1)
-        said[batch.learn] = logits.argmax(-1)
-        for b, row in zip(said.tolist(), batch.tokens.tolist()):
-            words = tuple(kit.words.words[w] for w in row[1: row.index(data.BOI)])
-            for m in range(len(words) + 1):
-                options = follow[words[:m]]
-                if options == {"<boi>"} or "<boi>" not in options:
-                    right.append((b[m] == data.BOI) == (options == {"<boi>"}))
-
-    opened = [parts for k in range(0, n, 50) for parts in generate(
-        kit, [[]] * min(50, n - k), max_words=kit.model.config.context, max_pictures=4, temperature=1.0, seed=seed + k, **drawing)]
-    mixed = [[[texts[k % n]], [single[k % n]], [texts[k % n], single[k % n]], [texts[k % n], single[k % n], texts[(k + 1) % n]]][k % 4]
-             for k in range(16)]
-    options, times = dict(max_words=20, **drawing), []
-    for groups in ([[k] for k in range(16)], [list(range(16))]):
-        began = time.time()
-        for group in groups:
-            generate(kit, [mixed[k] for k in group], seed=list(group), **options)
-        times.append(time.time() - began)
-    return {"single": exact(single), "second": exact(second), "boi": float(np.mean(right)),
-            "well_formed": float(np.mean([well_formed(parts) for parts in opened])), "batch": times[0] / times[1]}
-
-
 # ------------------------------------------------------------------------------------------------------------------- MNIST
 def digit_network():
     """A small convolutional classifier of 32x32 grey pictures, (M, 1, 32, 32) in [-1, 1] -> (M, 10)."""
@@ -310,7 +199,7 @@ def digits(kit, test, n=200, seed=0, guidance=3.0, **drawing):
     """{"guided", "unguided": share of n drawn digits that the classifier reads as asked, "captions": share of n
     test digits captioned right, "classifier": its accuracy on the test digits}; and the guided pictures."""
     net, asked = load_classifier(), np.arange(n) % 10
-    prompts, found = [f"the digit {data.DIGITS[k]}" for k in asked], {}
+    prompts, found = [f"the digit {sources.DIGITS[k]}" for k in asked], {}
     for name, w in (("guided", guidance), ("unguided", 1.0)):
         pictures = draw(kit, prompts, guidance=w, seed=seed, **drawing)
         right = classify(net, pictures) == asked
@@ -325,20 +214,21 @@ def digits(kit, test, n=200, seed=0, guidance=3.0, **drawing):
 
 
 # ------------------------------------------------------------------------------------------------------------------ report
-def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, held_out=True, **drawing):
-    """(dict of numbers, lines to print, list of (prompt, picture, right) to show). name: "scenes", "mnist" or "folder";
-    categories: those the model was trained on; test: data.Pairs, unseen; n: how many samples; drawing: as `sample.draw`."""
+def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, held_out=True, texts=(), **drawing):
+    """(dict of numbers, lines to print, list of (prompt, picture, right) to show). name: "scenes", "mnist", "edits", "mixtures",
+    "folder" or "shards"; categories: those the model was trained on; test: sources.Pairs, unseen; texts: captions to draw, of
+    shards, which keep no pixels; n: how many samples; drawing: as `sample.draw`."""
     began = time.time()
     if name == "mnist":
         found, shown = digits(kit, test, n, seed, **drawing)
     elif name == "mixtures":
-        found, shown = mixtures(kit, n, seed, categories, **drawing), []
+        found, shown = mixtures.mixing(kit, n, seed, categories, **drawing), []
     elif name == "edits" and test.scenes:
-        found, shown = editing(kit, n, seed, kit.model.config.latent[1] * kit.vae.f, **drawing)
+        found, shown = mixtures.editing(kit, n, seed, kit.model.config.latent[1] * kit.vae.f, **drawing)
     elif name == "edits":
         before, texts, _ = map(list, zip(*test.triples()[:min(n, 24)]))
-        drawn = decode_latents(kit, sample_edit(kit, encode_pixels(kit, test.pixels[before]), texts, seed=seed, **drawing))
-        found, shown = {}, [(t, beside(a, b), True) for t, a, b in zip(texts, test.pixels[before], drawn)]
+        drawn = decode_latents(kit, sample.edit(kit, encode_pixels(kit, test.pixels[before]), texts, seed=seed, **drawing))
+        found, shown = {}, [(t, mixtures.beside(a, b), True) for t, a, b in zip(texts, test.pixels[before], drawn)]
     elif name == "scenes":
         asked = [c for c in categories if c in scenes.CATEGORIES]
         table, shown = geneval(kit, asked, -(-n // len(asked)), seed=seed, **drawing)
@@ -347,12 +237,12 @@ def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, he
         if held_out:
             found["held_out"] = geneval(kit, asked, 50, held_out=True, seed=seed, **drawing)[0]
         found["captions"], _ = captioning(kit, categories, n, seed, kit.model.config.latent[1] * kit.vae.f)
-        documents = data.Documents(data.load_scenes(5000, [seed, 2], categories, progress=False), kit.model.config.patches,
+        documents = data.Documents(sources.load_scenes(5000, [seed, 2], categories, progress=False), kit.model.config.patches,
                                    kit.model.config.context)
         found["excess_nats"], found["entropy"] = excess_nats(kit, documents, 500, seed)
         found["deductions"] = deductions(kit, n, seed)
     else:
-        texts = [test.captions[k] for k in range(min(n, 32, len(test.captions)))]
+        texts = list(texts or test.captions)[:min(n, 32)]
         found, shown = {}, [(t, p, True) for t, p in zip(texts, draw(kit, texts, seed=seed, **drawing))]
     if test is not None:
         found["conditioning_gap"] = conditioning_gap(kit.model, kit.words, kit.diffusion, *gap_probe(test, kit.vae, 256), seed=seed)
@@ -402,7 +292,7 @@ def main(argv=None):
     parser.add_argument("--train-classifier", action="store_true", help="train the judge of MNIST digits anew, then stop")
     args = parser.parse_args(argv)
     if args.train_classifier:
-        return train_classifier(*(data.load_mnist(args.data_dir, split) for split in ("train", "test")))
+        return train_classifier(*(sources.load_mnist(args.data_dir, split) for split in ("train", "test")))
     if args.json and not Path(args.json).parent.is_dir():
         raise data.UserError(f"cannot write {args.json}: its folder does not exist")
     if args.n < 1 or not 0 <= args.guidance < np.inf:
@@ -415,7 +305,7 @@ def main(argv=None):
     if args.data == "edits":
         test, over = edits.load_edits(args.data_dir, **some), dict(over=args.guide_over)
     elif args.data != "mixtures":
-        test = data.load_pairs(args.data, args.data_dir, categories=categories, **some)
+        test = sources.load_pairs(args.data, args.data_dir, categories=categories, **some)
     found, lines, _ = report(kit, args.data, categories, test, args.n, args.seed,
                              steps=args.steps, guidance=args.guidance, sampler=args.sampler, **over)
     print("\n".join(lines))

@@ -206,6 +206,8 @@ def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100",
     without = sum(b for _, b, _ in memory(model, owners, rows, False, ema))
     lines += [row("all, with full checkpointing", f"{sum(b for _, b, _ in used) / GiB:.2f} GiB"),
               row("all, without checkpointing", f"{without / GiB:.2f} GiB"),
+              row("between steps, to measure the gap", f"{((16 if ema else 12) / owners + 2) * count(model) / GiB:.2f} GiB",
+                  "weights, AdamW" + (", average" if ema else "") + "; and a whole copy in bf16 on every GPU"),
               f"TIME on {gpus} {device} at {100 * share:.0f}% MFU (assumed) of {top / 1e12:.0f} TFLOP/s dense bf16",
               row("speed", f"{speed:,.0f} tokens/s", "GPUs x peak x MFU / FLOPs per token"),
               row("days for this run", f"{days(tokens * steps):.3g}", f"{days(1e12):.3g} per 1T tokens"),

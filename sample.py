@@ -29,43 +29,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
+import sources
 import vae as vae_module
 from data import ASSETS, BOI, BOS, DROP, EOI, EOS, PATCH
-from diffusion import SAMPLERS, Diffusion, guide, sample
-from model import Cache, ModelConfig, Transfusion
-from shards import Pieces, dump_tokenizer, load_tokenizer
-
-
-@dataclass
-class Kit:
-    """All that is needed to use a trained model: the network, its words, its VAE, its diffusion."""
-    model: Transfusion
-    words: data.Words | Pieces
-    vae: vae_module.VAE
-    diffusion: Diffusion
-
-
-def load_kit(path, device="cpu"):
-    """The Kit of a model.pt. Raises UserError if the file is missing, damaged, or of another kind or shape."""
-    content = vae_module.load(path, "model")
-    try:
-        model = Transfusion(ModelConfig(**content["config"]))
-        model.load_state_dict({k: v.float() for k, v in content["weights"].items()})
-        return Kit(model.eval().to(device), load_tokenizer(content["words"]), vae_module.unpack_vae(content["vae"]).to(device),
-                   Diffusion(**content["diffusion"]))
-    except (KeyError, TypeError, RuntimeError) as problem:
-        raise data.UserError(f"{path} was written by another version of this program: "
-                             f"{str(problem).splitlines()[0]}") from None
-
-
-def save_kit(path, kit):
-    """Write the Kit as one small file (weights in 16 bits: 2 bytes a parameter)."""
-    half = lambda content: {k: v.half() if v.dtype == torch.float32 else v for k, v in content.items()}   # bfloat16 stays
-    packed = vae_module.pack_vae(kit.vae)
-    packed["weights"] = half(packed["weights"])
-    vae_module.save(path, {"kind": "model", "config": vars(kit.model.config), "weights": half(kit.model.state_dict()),
-                           "words": dump_tokenizer(kit.words), "vae": packed,
-                           "diffusion": {"kind": kit.diffusion.kind, "T": kit.diffusion.T, "shift": kit.diffusion.shift}})
+from diffusion import SAMPLERS, guide, sample
+from kit import decode_latents, encode_pixels, load_kit
+from model import Cache
 
 
 def choose(logits, temperature=0.0, top_p=1.0, generators=None):
@@ -167,8 +136,8 @@ class Decoder:
 
         def network(x, t):
             if guidance == 1:
-                return model.denoise(x, torch.full((n,), t, device=self.device), pos, cache)
-            both = model.denoise(torch.cat([x, x]), torch.full((2 * n,), t, device=self.device), pos2, cache)
+                return model.denoise(x, torch.full((n,), t, device=self.device), pos, cache).float()
+            both = model.denoise(torch.cat([x, x]), torch.full((2 * n,), t, device=self.device), pos2, cache).float()
             return guide(both[:n], both[n:], guidance)
 
         for t, x, x0 in sample(network, noise.to(self.device), self.kit.diffusion, generator=generator,
@@ -261,21 +230,6 @@ def generate(kit, prompts, draw_now=False, max_words=64, max_pictures=1, seed=0,
     return [decoder.document(b) for b in range(len(prompts))]
 
 
-@torch.no_grad()
-def decode_latents(kit, latents):
-    """(M, h, w, 3) uint8 pictures of latents (M, c, h, w)."""
-    pixels = vae_module.to_pixels(kit.vae.decode(latents.to(next(kit.vae.parameters()).device)))
-    return np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels
-
-
-@torch.no_grad()
-def encode_pixels(kit, pixels):
-    """Latents (M, c, h, w) of (M, h, w, 3 or 1) uint8 pictures; grey models read the mean of the channels."""
-    if pixels.shape[-1] != kit.vae.config.image_channels:
-        pixels = pixels.mean(-1, keepdims=True).round().astype(np.uint8)
-    return kit.vae.encode(vae_module.to_float(pixels).to(next(kit.vae.parameters()).device))[0].cpu()
-
-
 def draw(kit, captions, **options):
     """(M, h, w, 3) uint8: one picture per caption. options: steps, sampler, guidance, seed, first, progress, watch."""
     documents = generate(kit, [[caption] for caption in captions], draw_now=True, max_words=0, **options)
@@ -301,7 +255,7 @@ def read_prompt(text, kit):
     size, parts = kit.model.config.latent[1] * kit.vae.f, []
     for k, part in enumerate(re.split(r"\[([^\]]*)\]", text)):
         if k % 2:
-            parts.append(encode_pixels(kit, data.open_picture(part, size, say=True)[None])[0])
+            parts.append(encode_pixels(kit, sources.open_picture(part, size, say=True)[None])[0])
         elif part.strip():
             parts.append(part.strip())
     return parts
@@ -355,7 +309,7 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     """Draw, describe, edit, or let the model decide, as the command line says."""
-    import show                                         # here, because it imports this file
+    import show                                         # here, because it turns matplotlib's windows off
     args = parse_arguments(argv)
     shipped = ASSETS / ("scenes_edit.pt" if args.edit else "scenes.pt")
     kit, began, frames = load_kit(args.checkpoint or shipped, vae_module.DEVICE), time.time(), []

@@ -19,7 +19,7 @@ START       torchrun --standalone --nproc-per-node 8 train.py --preset 1.4b ... 
 OUT         out/<name>/checkpoints/step_000500/: torch.distributed.checkpoint's format, one file per rank and .metadata,
             written last: without it the checkpoint does not count. The last two are kept.
 PAPER/HERE  the paper says how large its batches are, not how they are divided: all of this is our choice.
-            Run here: CPU and gloo, 1 and 2 processes (tests), and 4. Written for CUDA and NCCL, not run: no GPU here.
+            Run here: CPU and gloo, 1, 2 and 2 x 2 processes (tests). Written for CUDA and NCCL, not run: no GPU here.
 READ NEXT   train.py        TRY IT  python scale.py        TEST  tests/test_scale.py (2 processes = 1 process)
 """
 import contextlib
@@ -35,7 +35,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -199,6 +199,12 @@ def prepare_blocks(model, checkpointing, compiled):
             block.forward = torch.compile(block.forward)
 
 
+def last_of_step(model, last):
+    """Whether the coming backward pass is the last of its step: only then do the copies of a 2-D mesh add up their gradients."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)
+
+
 def full(x):
     """The whole of a tensor of which each rank may hold a shard. Every rank must call it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
@@ -303,14 +309,17 @@ def explain_memory(shape, config, ranks):
             raise
         with torch.device("meta"):
             model = Transfusion(shape)
-        use = lambda checkpointing: plan.memory(model, config.shard or size(), config.documents, checkpointing, True, ranks.dtype.itemsize)
+        use = lambda checkpointing: plan.memory(model, config.shard or size(), config.documents, checkpointing, config.ema > 0,
+                                                ranks.dtype.itemsize)
         gb = lambda n: f"{n / 1e9:.1f} GB"
-        advice = [f"--documents {config.documents // 2} --accumulate {2 * config.accumulate} (the same batch in smaller pieces)"
-                  ] if config.documents > 1 else []
+        advice = [f"--documents {config.documents // 2} --accumulate {2 * config.accumulate} (the same batch in smaller pieces"
+                  f"{'' if config.data == 'shards' else ', in a new run'})"] if config.documents > 1 else []
         if not config.checkpointing:
             advice.append(f"--checkpointing (in all {gb(sum(bytes for _, bytes, _ in use(True)))})")
         if config.shard not in (0, size()):
             advice.append(f"--shard {2 * config.shard}")
+        if config.ema:
+            advice.append("--ema 0 (no average, in a new run)")
         raise UserError("out of memory: a process needs about " + ", ".join(f"{gb(bytes)} for {what}" for what, bytes, _ in use(config.checkpointing)) +
                         "; try " + " or ".join(advice or ["more processes"])) from None
 

@@ -22,7 +22,7 @@ THE RULES   Six kinds of caption, the six categories of GenEval:
             Text alone is a short deduction: "a red circle is left of a blue square . the blue square is right of the
             red circle ."  The second sentence follows from the first: that is the toy version of the text suite.
 SHAPES      a picture is (h, w, 3) uint8; a batch of pictures (M, h, w, 3). x grows to the right, y grows downwards.
-READ NEXT   data.py, which turns these captions and pictures into one sequence
+READ NEXT   sources.py, data.py, which turns these captions and pictures into one sequence
 TRY IT      python scenes.py        TEST  tests/test_scenes.py
 """
 import math

@@ -262,6 +262,15 @@ class Shards:
             raise UserError(f"{self.folder} has {self.rows['pairs']} rows of pairs; training needs at least ten, to keep a "
                             f"tenth (16 at most) for the conditioning gap: pack more with --pairs")
 
+    def must_be_of(self, path, words, vae):
+        """Raise UserError if the words or the VAE of a checkpoint, read from `path`, are not those of the shards."""
+        mine, rounded = self.vae(), lambda v: [x.half() if x.is_floating_point() else x for x in v.state_dict().values()]
+        same = mine.config == vae.config and all(map(torch.equal, rounded(mine), rounded(vae)))      # model.pt keeps 16 bits
+        for what, fits in (("tokenizer", fingerprint(words) == self.settings["tokenizer"]), ("VAE", same)):
+            if not fits:
+                raise UserError(f"{path} has learned with another {what} than that of the shards of {self.folder}: pack them "
+                                f"again with its own, or train anew without --init")
+
     def vae(self, path=""):
         """The VAE of the latents, from beside the shards or from the path of one that must be the same."""
         path = path or self.vae_path or self.folder / "vae.pt"

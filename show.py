@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from sample import decode_latents
+from kit import decode_latents
 from vae import grid
 
 matplotlib.use("Agg")                                   # files, no windows

@@ -34,12 +34,13 @@ import evaluate
 import plan
 import scale
 import scenes
+import sources
 import vae as vae_module
 from data import ASSETS
 from diffusion import Diffusion, same_noise
 from model import Transfusion, count, losses, sized
 from presets import AFTERWARDS, Config, parse_arguments
-from sample import Kit, load_kit, save_kit
+from kit import Kit, load_kit, save_kit
 from shards import Shards
 from show import plot_curves, plot_samples
 from train_vae import train_vae
@@ -71,7 +72,8 @@ class Run:
 
     def kit(self):
         """The averaged model, whole on every rank, ready to sample. Every rank must call it."""
-        average = scale.whole(lambda: Transfusion(self.average.config), self.average, self.ranks.dtype)
+        with scale.explain_memory(self.average.config, self.config, self.ranks):
+            average = scale.whole(lambda: Transfusion(self.average.config), self.average, self.ranks.dtype)
         return Kit(average.eval(), self.words, self.vae, self.diffusion)
 
     def devices(self):
@@ -85,7 +87,7 @@ def load_source(config, split="train", n=None):
         return None
     if config.data == "edits":
         return edits.load_edits(config.data_dir or None, config.image_size, split, n or config.pairs, config.seed)
-    return data.load_pairs(config.data, config.data_dir or None, config.image_size, split, n or config.pairs, config.seed,
+    return sources.load_pairs(config.data, config.data_dir or None, config.image_size, split, n or config.pairs, config.seed,
                            scenes.WORLDS[config.world], progress=split == "train" and scale.rank() == 0)
 
 
@@ -100,6 +102,8 @@ def prepare(config, out, ranks=None, resume=False):
     if config.data == "shards":                         # tokens and latents are ready, whatever their number
         documents = Shards(config.data_dir or "packed", **noise)
         documents.must_have(seq_len=config.seq_len, patch=config.patch)
+        if start:
+            documents.must_be_of(config.init, start.words, start.vae)
         words, vae, latent = documents.words, documents.vae(config.vae), tuple(documents.settings["latent"])
         return assemble(config, ranks, shape_of(config, len(words), latent, start), start, words, vae, diffusion, documents, None)
     pairs = load_source(config)
@@ -142,8 +146,10 @@ def assemble(config, ranks, shape, start, words, vae, diffusion, documents, late
     """The Run at step 0: the model with its first weights, or those of the Kit `start`; its average, its optimizer."""
     torch.manual_seed(config.seed)
     make = lambda: Transfusion(shape)
-    model = scale.spread((lambda: start.model.train()) if start else make, ranks, config.checkpointing, config.compile)
-    average = scale.hold(make, {k: v.detach().clone() for k, v in model.state_dict().items()})
+    with scale.explain_memory(shape, config, ranks):
+        model = scale.spread((lambda: start.model.train()) if start else make, ranks, config.checkpointing, config.compile)
+        # --ema 0 keeps no second copy: at 7B on one GPU that is 27 GB
+        average = scale.hold(make, {k: v.detach().clone() for k, v in model.state_dict().items()}) if config.ema else model
     matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) == large] for large in (True, False))
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.decay), dict(params=vectors, weight_decay=0.0)],
                                   lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)          # Paper App. B.1
@@ -185,7 +191,8 @@ def train_step(run):
     mine = sum(int(b.learn.sum()) for b in batches)
     words, pictures = scale.total([mine, sum(len(b.images) for b in batches)])      # TRAP: counted over the whole step, on
     lm_total, per_picture, t = 0.0, [], []                                          # all ranks, before dividing
-    for batch in batches:
+    for k, batch in enumerate(batches, 1):
+        scale.last_of_step(model, k == len(batches))
         lm, _, each = losses(model, batch, run.diffusion)
         loss = lm / words + config.lam * each.sum() / max(1, pictures)  # eq. 4
         (loss * scale.size()).backward()                                # gradients of ranks are averaged, ours must be added
@@ -198,9 +205,10 @@ def train_step(run):
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    keep = min(config.ema, (1 + run.step) / (10 + run.step))            # the average forgets its random start quickly
-    with torch.no_grad():                                               # else the average would remember every step's graph
-        torch._foreach_lerp_(list(run.average.parameters()), list(run.model.parameters()), 1 - keep)
+    if run.average is not run.model:
+        keep = min(config.ema, (1 + run.step) / (10 + run.step))        # the average forgets its random start quickly
+        with torch.no_grad():                                           # else the average would remember every step's graph
+            torch._foreach_lerp_(list(run.average.parameters()), list(run.model.parameters()), 1 - keep)
     return {"lm": lm_total.item(), "words": mine, "each": torch.cat(per_picture), "t": torch.cat(t), "grad_norm": norm.item(),
             "tokens": sum(int((b.tokens != data.PAD).sum()) for b in batches)}
 
@@ -211,11 +219,22 @@ def check_config(config, out):
     try:
         before = json.loads((out / "config.json").read_text())
         changed = [k for k, v in asdict(config).items() if before.get(k, v) != v and k not in AFTERWARDS]
-    except (OSError, ValueError, AttributeError) as problem:
+        if config.data == "shards" and before["documents"] * before["accumulate"] == config.documents * config.accumulate:
+            changed = [k for k in changed if k not in ("documents", "accumulate")]      # the same rows in smaller pieces
+    except (OSError, ValueError, AttributeError, KeyError) as problem:
         raise data.UserError(f"{out}/config.json cannot be read ({problem}): is {out} the folder of a run?") from None
     if changed:
         raise data.UserError(f"{out} was trained with " + ", ".join(f"--{k.replace('_', '-')} {before[k]}" for k in changed) +
                              "; resume with the same options, or start a new run with another --out")
+
+
+def check_shards(run, out):
+    """Raise UserError if the run in `out` has learned from shards of another tokenizer, VAE, or layout."""
+    before = json.loads((out / "config.json").read_text()).get("packed") or {}
+    other = [k for k, v in before.items() if run.documents.settings.get(k) != v]
+    if other:
+        raise data.UserError(f"{out} has learned from shards with another {' and '.join(other)} ({before[other[0]]}, now "
+                             f"{run.documents.settings.get(other[0])}): put those back, or start a new run with another --out")
 
 
 def summarize(window, run, seconds):
@@ -304,6 +323,8 @@ def main(argv=None):
         test = load_source(config, "test", n=256)
     run = prepare(config, out, ranks, resume)
     if resume:
+        if config.data == "shards":
+            check_shards(run, out)
         run.step = complete[-1]
         scale.load(out, run.step, ranks, run.model, run.average, run.optimizer)
         skipped = "".join(f" (step_{step:06d} was not finished: skipped)" for step in incomplete)
@@ -312,7 +333,8 @@ def main(argv=None):
         out.mkdir(parents=True, exist_ok=True)
         for step in complete * (not resume):            # --overwrite
             scale.remove(scale.folder_of(out, step))
-        (out / "config.json").write_text(json.dumps(asdict(config), indent=1))
+        packed = {} if test else {"packed": run.documents.settings}
+        (out / "config.json").write_text(json.dumps(asdict(config) | packed, indent=1))
     pictures = len(run.documents.pairs.pixels) if test else run.documents.pictures
     say(f"{config.data}: {pictures:,} pictures, {len(run.words)} words; model: {count(run.average):,} "
         f"parameters, {run.average.config.patches} patches per picture; {config.steps - run.step} steps to go; "
@@ -324,9 +346,10 @@ def main(argv=None):
         if scale.rank() == 0:
             plot_curves(log, out / "curves.png")
             save_kit(out / "model.pt", kit)
-        if config.samples and test:                     # drawn on all ranks; shards keep no pixels to compare with
+        if config.samples:                              # drawn on all ranks; shards keep no pixels to compare with
+            texts = [] if test else [run.words.decode(ids) for ids in run.documents.held_out(32)[0]]
             found, lines, shown = evaluate.report(kit, config.data, scenes.WORLDS[config.world], test, config.samples,
-                                                  config.seed, steps=config.sample_steps, guidance=config.guidance,
+                                                  config.seed, texts=texts, steps=config.sample_steps, guidance=config.guidance,
                                                   sampler=config.sampler)
             found["train_seconds"] = trained
             if scale.rank() == 0:

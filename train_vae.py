@@ -34,6 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import sources
 import vae_losses
 from vae import (DEVICE, VAE, VAEConfig, batches, codebook_use, encode_all, encode_all_codes, grid, load, pack_vae, paper, save,
                  to_float, to_pixels)
@@ -264,8 +265,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     config, out = paper(args.codes) if args.paper else VAEConfig(codes=args.codes), Path(args.out)
     check(args, config, out)
-    pairs = data.load_pairs(args.data, args.data_dir, args.image_size, n=20000, seed=args.seed)
-    test = data.load_pairs(args.data, args.data_dir, args.image_size, split="test", n=256, seed=args.seed)
+    pairs = sources.load_pairs(args.data, args.data_dir, args.image_size, n=20000, seed=args.seed)
+    test = sources.load_pairs(args.data, args.data_dir, args.image_size, split="test", n=256, seed=args.seed)
     config.image_channels = pairs.pixels.shape[-1]
     judges, said = appoint_judges(args, pairs) if args.loss == "paper" else (None, "the toy's loss")
     print(f"loss: {judges.describe() if judges else 'L1 + L2'} + "

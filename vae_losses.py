@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import sources
 
 WEIGHTS = {"L1": 1.0, "LPIPS": 1.0, "ID": 0.2, "GAN": 0.5}              # Paper App. C
 
@@ -328,7 +329,7 @@ class Judges(nn.Module):
 
 
 if __name__ == "__main__":
-    pairs = data.load_scenes(300, seed=0, progress=False)
+    pairs = sources.load_scenes(300, seed=0, progress=False)
     net, right = train_small_net(pairs.pixels, pairs.captions, steps=60, batch=24)
     lpips, identity = stand_ins(net)
     x = torch.from_numpy(pairs.pixels[:32]).permute(0, 3, 1, 2).float() / 127.5 - 1

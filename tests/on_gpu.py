@@ -10,11 +10,13 @@ Written without a GPU at hand: nothing here has been measured yet.
 """
 import argparse
 import functools
+import gc
 import json
 import math
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from unittest import mock
 
@@ -31,12 +33,13 @@ import data                                             # noqa: E402
 import plan                                             # noqa: E402
 import scale                                            # noqa: E402
 import scenes                                           # noqa: E402
+import sources                                          # noqa: E402
 import train                                            # noqa: E402
 import vae                                              # noqa: E402
 from attention_mask import attend, dense_mask, intervals, tile_mask     # noqa: E402
 from diffusion import Diffusion                         # noqa: E402
-from model import PAPER_LATENT, ModelConfig, Transfusion, losses, sized  # noqa: E402
-from sample import load_kit                              # noqa: E402
+from kit import load_kit                                # noqa: E402
+from model import PAPER_LATENT, ModelConfig, Transfusion, count, losses, sized  # noqa: E402
 
 DIFFUSION = Diffusion()
 GiB = 2 ** 30
@@ -84,9 +87,9 @@ def on_one(config, device, checkpointing=False, compiled=False):
     return model
 
 
-def adamw(model):
+def adamw(model, lr=3e-4):
     """The paper's optimizer."""
-    return torch.optim.AdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
 
 
 def step(model, optimizer, batch):
@@ -103,6 +106,13 @@ def wait(device):
     """Until the device has done all that it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def free(device):
+    """Give the memory back of models that nobody uses: FSDP's are cycles of references, which `del` leaves alive."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def seconds(run, device, times, warmup=3):
@@ -143,6 +153,7 @@ def flex_is_dense(n, device):
 
 def kernel_against_flash(n, device):
     """Forward and backward of one layer's attention: FlexAttention with pictures in the row, against causal flash."""
+    torch._dynamo.reset()                               # else the kernel is the one that fits several shapes, and slower
     T, K = n["T"], n["width"] // n["heads"]
     batch = one_row(wide(n), T, seed=2).to(device)
     mask = tile_mask(*intervals(batch.image_id, batch.doc_id))
@@ -163,7 +174,7 @@ def kernel_against_flash(n, device):
 
 
 def steps_of_width_7b(n, device, dense=False):
-    """(seconds per step, graphs compiled after the warm-up, the model): bf16, compiled, another layout each step."""
+    """(seconds per step, graphs compiled after the warm-up, FLOPs per token): bf16, compiled, another layout each step."""
     torch._dynamo.reset()
     config = wide(n)
     model = on_one(config, device, compiled=True)
@@ -173,14 +184,17 @@ def steps_of_width_7b(n, device, dense=False):
             step(model, optimizer, batches[k])
         before = counters["stats"]["unique_graphs"]
         took = seconds(lambda k: step(model, optimizer, batches[k % 4]), device, n["steps"], warmup=1)
-    return took, counters["stats"]["unique_graphs"] - before, model
+    # The head works only where a word is to be learned, here in an eighth of the places, and six layers are few beside it:
+    # counted at every place, as `flops_per_token` has it, it would flatter the MFU by a twelfth.
+    learned = sum(int(b.learn.sum()) for b in batches) / (len(batches) * n["T"])
+    return took, counters["stats"]["unique_graphs"] - before, plan.flops_per_token(model) - 6 * (1 - learned) * count(model.head)
 
 
 def training_speed(n, device):
     """Three rows of the report from two models: MFU, recompiles, and the step against one with the dense mask."""
-    flex, graphs, model = steps_of_width_7b(n, device)
-    share = plan.mfu(plan.flops_per_token(model), n["T"] / flex, plan.device_name(device))
-    del model
+    flex, graphs, flops = steps_of_width_7b(n, device)
+    share = plan.mfu(flops, n["T"] / flex, plan.device_name(device))
+    free(device)
     dense, _, _ = steps_of_width_7b(n, device, dense=True)
     return {"MFU, 7B's width": (share, 0.46, None if share is None else share >= 0.46, f"{n['layers']} layers, T = {n['T']}; aim at 0.5"),
             "recompiles over new layouts": (graphs, 0, graphs == 0, "graphs compiled after the warm-up"),
@@ -197,7 +211,7 @@ def full_size(n, device):
     torch._dynamo.reset()
     config = sized(n["size"], vocabulary=n["words"] + len(data.SPECIAL), latent=PAPER_LATENT, context=n["T"])
     model = on_one(config, device, checkpointing=True, compiled=True)
-    optimizer, batch = adamw(model), one_row(config, n["T"], seed=5).to(device)
+    optimizer, batch = adamw(model, 1e-5), one_row(config, n["T"], seed=5).to(device)       # no warm-up: 3e-4 could overshoot
     seen = [sum(loss.item() for loss in step(model, optimizer, batch)) for _ in range(4)]
     used = torch.cuda.max_memory_allocated(device) / GiB if device.type == "cuda" else None
     trains = all(map(math.isfinite, seen)) and seen[-1] < seen[0]
@@ -208,7 +222,7 @@ def full_size(n, device):
 
 def toy_in_bf16(n, device):
     """The one-object toy, the same weights, batches and noise, in float32 and as above: do the losses stay together?"""
-    pairs = data.load_pairs("scenes", None, 32, n=512, seed=0, categories=scenes.WORLDS["one"], progress=False)
+    pairs = sources.load_pairs("scenes", None, 32, n=512, seed=0, categories=scenes.WORLDS["one"], progress=False)
     words = data.Words(pairs.vocabulary())
     encoder = vae.load_vae(data.ASSETS / "scenes_vae.pt")
     mean, _ = vae.encode_all(encoder, pairs.pixels, progress=False)
@@ -262,9 +276,12 @@ def measure(n, device):
                            ("toy in bf16 against fp32", toy_in_bf16), ("training speed", training_speed),
                            ("memory of the 7B with AdamW", full_size), ("train.py resumed", a_whole_run)):      # it leaves the group
         began = time.time()
-        answer = function(n, device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        try:
+            answer = function(n, device)
+        except Exception as problem:                    # one row must not cost the others; it counts as not reached
+            traceback.print_exc()
+            answer = None, "runs", False, f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+        free(device)
         for what, (value, aim, reached, meaning) in (answer if isinstance(answer, dict) else {name: answer}).items():
             found[what] = dict(value=value, aim=aim, reached=reached, meaning=meaning)
             number, verdict = "-" if value is None else f"{value:.3f}", {True: "reached", False: "NOT REACHED", None: "skipped"}[reached]

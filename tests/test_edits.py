@@ -14,12 +14,13 @@ from PIL import Image
 import data
 import edits
 import scenes
+import sources
 from edits import KINDS, NEAR, EditDocuments, apply, carry_out, cell_of, find, judge, judge_end, name_of, propose
 from scenes import COLOURS, HELD_OUT, SHAPES, Thing
 
 RED, BLUE = Thing("red", "circle", 8, 8, 5), Thing("blue", "square", 24, 8, 5)        # the circle stands left of the square
 GREEN = Thing("green", "square", 8, 24, 5)
-WORDS = data.Words(data.load_scenes(1, 0, progress=False).vocabulary())
+WORDS = data.Words(sources.load_scenes(1, 0, progress=False).vocabulary())
 
 
 def random_edits(n=600, seed=0, size=32):
@@ -135,7 +136,7 @@ BAD = [("remove the triangle", "0 objects"), ("make the square red", "2 objects"
 @pytest.mark.parametrize("text, words", BAD, ids=[text or "nothing" for text, _ in BAD])
 def test_what_is_no_instruction_here_raises(text, words):
     """Catches nonsense that is carried out: a place beyond the edge or taken, a name that fits none or two, half a sentence.
-    `evaluate.editing` counts what raises as a wrong answer to "what changed ?"."""
+    `mixtures.editing` counts what raises as a wrong answer to "what changed ?"."""
     with pytest.raises(ValueError, match=words):
         apply([RED, BLUE, GREEN], text)
 

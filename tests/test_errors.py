@@ -16,8 +16,9 @@ from PIL import Image
 
 import data
 import evaluate
+import kit as kit_module
 import sample
-import scenes
+import sources
 import train
 import train_vae
 import vae as vae_module
@@ -34,9 +35,9 @@ def shelf(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("shelf")
     vae = vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2)).eval()
-    words = data.Words(data.load_scenes(1, 0, progress=False).vocabulary())
+    words = data.Words(sources.load_scenes(1, 0, progress=False).vocabulary())
     network = Transfusion(sized("toy", vocabulary=len(words), latent=(2, 8, 8), patch=4, context=24)).eval()
-    sample.save_kit(folder / "model.pt", sample.Kit(network, words, vae, Diffusion()))
+    kit_module.save_kit(folder / "model.pt", kit_module.Kit(network, words, vae, Diffusion()))
     vae_module.save(folder / "vae.pt", vae_module.pack_vae(vae))
     whole, content = (folder / "model.pt").read_bytes(), torch.load(folder / "model.pt", weights_only=True)
     (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
@@ -219,8 +220,8 @@ def test_too_few_pictures(capsys, monkeypatch, tmp_path, shelf):
 def test_out_is_a_file(capsys, monkeypatch, tmp_path, shelf, program):
     """Catches a run that fails at its end because it cannot write, and a file of the user's that is overwritten."""
     (tmp_path / "run").write_text("precious")
-    load_pairs = data.load_pairs
-    monkeypatch.setattr(data, "load_pairs", lambda *a, **k: load_pairs(*a, **{**k, "n": 20}))
+    load_pairs = sources.load_pairs
+    monkeypatch.setattr(sources, "load_pairs", lambda *a, **k: load_pairs(*a, **{**k, "n": 20}))
     arguments = [*SMALL, "--vae", shelf / "vae.pt"] if program == "train.py" else ["--steps", "2", "--out", "run"]
     mistake(capsys, monkeypatch, tmp_path, program, arguments, "run")
 
@@ -267,8 +268,8 @@ def test_resume_with_a_changed_option(capsys, monkeypatch, tmp_path, shelf):
 ], ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else v)
 def test_vae_and_evaluate(capsys, monkeypatch, tmp_path, shelf, program, arguments, words):
     """Catches a traceback, or a mistake found out after the work is done."""
-    load_pairs = data.load_pairs
-    monkeypatch.setattr(data, "load_pairs", lambda *a, **k: load_pairs(*a, **{**k, "n": 20}))
+    load_pairs = sources.load_pairs
+    monkeypatch.setattr(sources, "load_pairs", lambda *a, **k: load_pairs(*a, **{**k, "n": 20}))
     monkeypatch.setattr(evaluate, "captioning", lambda *a, **k: pytest.fail("measured before it looked at the options"))
     few = ["--checkpoint", shelf / "model.pt", "--n", "6", "--steps", "2"] if program == "evaluate.py" else []
     mistake(capsys, monkeypatch, tmp_path, program, [*few, *arguments], *words)

@@ -5,7 +5,6 @@ A metric is tested with models whose score is known without measuring: one that 
 nothing, one that ignores its caption, one that obeys it perfectly, and an artist who draws exactly what was asked.
 """
 import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +13,11 @@ import pytest
 import torch
 
 import data
-import edits
 import evaluate
+import kit as kit_module
 import model as model_module
-import sample
 import scenes
+import sources
 import vae as vae_module
 from data import BOI, UserError
 from diffusion import Diffusion
@@ -32,7 +31,7 @@ def documents():
     """Documents about one object, with one pair or two: small enough to list them all."""
     world, rng = scenes.World(scenes.WORLDS["one"]), np.random.default_rng(0)
     captions = [world.caption(rng)[0] for _ in range(500)]
-    return data.Documents(data.Pairs("scenes", captions, np.zeros((500, 1, 1, 3), np.uint8), world), patches=P, context=44)
+    return data.Documents(sources.Pairs("scenes", captions, np.zeros((500, 1, 1, 3), np.uint8), world), patches=P, context=44)
 
 
 def stub(answer, documents, **more):
@@ -248,134 +247,6 @@ def test_captions_are_judged_by_the_picture(monkeypatch):
     assert scores == {"true": 1.0, "vague": 1.0, "nonsense": 0.0, "false": 0.0}
 
 
-# ---------------------------------------------------------------------------------------------------------------- mixtures
-@pytest.mark.parametrize("document, right", [
-    (["a red circle", 0], True), ([0, "a red circle"], True), (["a circle", 0, "two squares", 0], True), (["a circle", 0, "two squares"], True),
-    (["a red circle is left of a blue square . the blue square is right of the red circle ."], True),
-    (["a red circle is left of a blue square . the blue square is left of the red circle ."], False),
-    (["a red circle is left of a blue square . the red circle is left of the blue square ."], False),
-    (["a red circle is left of a blue square ."], False), ([". . . . ."], False), (["a red circle"], False), ([0], False), ([], False),
-    (["a circle", 0, 0], False), (["a circle", "a square", 0], False), (["a a circle", 0], False), (["a circle is", 0], False)])
-def test_well_formed(document, right):
-    """Catches a document called well formed that training never shows, and an error for one that a model may well write."""
-    assert evaluate.well_formed(document) == right
-
-
-@pytest.mark.parametrize("forgets, always", [(False, None), (True, None), (False, True), (False, False)])
-def test_mixtures(monkeypatch, kit, forgets, always):
-    """With stand-ins: an artist who draws the last caption, or (forgets) the first one; a writer who knows where BOI stands,
-    or puts it everywhere, or nowhere. Catches the numbers of one part given for another's, and pictures judged by the
-    caption beside theirs."""
-    rng, words = np.random.default_rng(2), data.Words(scenes.vocabulary())
-    follow = evaluate.next_words(scenes.all_claims())
-
-    def answer(tokens, image_id, doc_id, learn, xt, t):
-        assert (t == 0).all() and len(xt) == len(t)     # finished pictures stand between the words
-        rows = []
-        for b, q in learn.nonzero().tolist():
-            so_far = tuple(words.words[k] for k in tokens[b, 1: q + 1].tolist())
-            after = follow.get(so_far, {"<boi>"})       # a deduction may follow a pair of colour and shape, a BOI as well
-            boi = after == {"<boi>"} if always is None else always
-            rows.append(torch.nn.functional.one_hot(torch.tensor(BOI if boi else words.ids["a"]), len(words)).float())
-        return torch.stack(rows), None
-
-    def generate(kit, prompts, draw_now=False, **options):
-        time.sleep(0.02)
-        if not draw_now:
-            return [["a circle", 0] if k % 4 else ["a circle is", 0] for k in range(len(prompts))]
-        texts = [prompt[0 if forgets else -1] for prompt in prompts]
-        drawn = [scenes.render(scenes.draw_scene(scenes.read_caption(text), rng)) for text in texts]
-        return [[*prompt, x] for prompt, x in zip(prompts, evaluate.encode_pixels(kit, np.stack(drawn)))]
-    answer.config = SimpleNamespace(patches=P, context=128)
-    monkeypatch.setattr(evaluate, "generate", generate)
-    found = evaluate.mixtures(SimpleNamespace(vae=kit.vae, model=answer, words=words), n=40)
-    assert found["single"] == 1 and (found["second"] < 0.5 if forgets else found["second"] == 1)
-    assert found["well_formed"] == 0.75 and found["batch"] > 8
-    assert found["boi"] == 1 if always is None else 0.05 < found["boi"] < 0.95
-
-
-# ----------------------------------------------------------------------------------------------------------------- editing
-@pytest.fixture(scope="module")
-def kit():
-    """Only a VAE, the shipped one: the editors below need no model."""
-    path = Path(evaluate.__file__).parent / "assets/scenes_vae.pt"
-    return SimpleNamespace(vae=vae_module.load_vae(path), model=None)
-
-
-@pytest.fixture
-def editors(monkeypatch, kit):
-    """A function (change, answer): put stand-ins for the model that know the true scenes. change(before, text, after), all
-    scenes, returns the scene that is drawn; answer(text, after) what is said to "what changed ?". Returns the calls' seeds."""
-    def put(change, answer):
-        truth, real, seeds = [], edits.scene_edits, []
-
-        def scene_edits(*a, **k):
-            truth[:] = [real(*a, **k)]
-            return truth[0]
-
-        def nearest(x, candidates, picture):            # which of the candidate pictures a latent shows
-            latents = encode(kit, truth[0].pixels[[c[picture] for c in candidates]])
-            return candidates[int((latents - x).square().flatten(1).sum(1).argmin())]
-
-        encode = evaluate.encode_pixels
-
-        def edit(kit, x, said, seed=None, **drawing):
-            seeds.append(seed)
-            drawn, scene = [], truth[0].scenes
-            for latent, text in zip(x, said):
-                a, _, b = nearest(latent, [c for c in truth[0].triples() if c[1] == text], 0)
-                drawn.append(scenes.render(change(scene[a], text, scene[b])))
-            return encode(kit, np.stack(drawn))
-
-        def generate(kit, prompts, **options):
-            assert options["max_pictures"] == 0 and all(prompt[2:] == ["what changed ?"] for prompt in prompts)
-            found = [nearest(x, truth[0].triples(), 0) for x, _, _ in prompts]
-            assert all(nearest(y, [c for c in truth[0].triples() if c[0] == a], 2)[2] == b for (_, y, _), (a, _, b) in zip(prompts, found))
-            return [[x, y, f"what changed ? {answer(text, truth[0].scenes[b])}"] for (x, y, _), (_, text, b) in zip(prompts, found)]
-        monkeypatch.setattr(edits, "scene_edits", scene_edits)
-        monkeypatch.setattr(evaluate, "sample_edit", edit)
-        monkeypatch.setattr(evaluate, "generate", generate)
-        return seeds
-    return put
-
-
-def test_editing_of_a_perfect_editor(editors, kit):
-    """Catches a judge that fails true edits (of single ones, of chains, of any kind), that compares with another scene's
-    truth, or asks the same noise for every step; through the shipped VAE, as a model's pictures go."""
-    seeds = editors(lambda before, text, after: after, lambda text, after: text)
-    found, shown = evaluate.editing(kit, n=24, seed=3, progress=False)
-    assert found["edits"] == found["kept"] == found["asked"] == 1.0 and found["chains"] >= 0.95         # 3 passages through the VAE
-    assert set(found["kinds"]) == set(edits.KINDS) and set(found["kinds"].values()) == {1.0}
-    assert len(shown) == 24 and all(right and picture.shape == (32, 66, 3) for _, picture, right in shown)
-    assert len(set(seeds)) == len(seeds) >= 4
-
-
-def test_editing_of_one_who_does_nothing(editors, kit):
-    """Catches a judge that does not look at what was asked, and `kept` that drops with the edits: leaving all alone keeps all."""
-    editors(lambda before, text, after: before, lambda text, after: "")
-    found, shown = evaluate.editing(kit, n=24, seed=3, progress=False)
-    assert found["edits"] == found["asked"] == 0.0 and found["kept"] == 1.0 and found["chains"] < 0.1
-    assert not any(right for *_, right in shown)
-
-
-def test_editing_of_one_who_draws_it_anew(editors, kit):
-    """Catches `kept` blind to place: the right objects in the right cells, but each of them 3 pixels off."""
-    def careless(before, text, after):
-        return [t._replace(x=t.x + (3 if t.x % 16 < 8 else -3), r=4.8) if t in before else t for t in after]
-    editors(careless, lambda text, after: "remove the circle" if not text.startswith("remove") else "what a circle")
-    found, _ = evaluate.editing(kit, n=24, seed=3, progress=False)
-    assert found["kept"] < 0.1 and found["edits"] < 0.5 and found["asked"] == 0.0
-
-
-@pytest.mark.parametrize("n, seed", [(1, 18), (1, 6), (2, 0)])
-def test_editing_with_few_samples(editors, kit, n, seed):
-    """Catches a division by nothing: seed 18 begins with a picture of one object, so that none is untouched; seed 6 with two
-    chains shorter than three."""
-    editors(lambda before, text, after: after, lambda text, after: text)
-    found, shown = evaluate.editing(kit, n=n, seed=seed, progress=False)
-    assert found["edits"] == found["asked"] == found["chains"] == 1.0 and found["kept"] in (0.0, 1.0) and len(shown) == n
-
-
 def test_the_gap_of_edits(make_model):
     """The gap of an edit: the wrong instruction beside the same clean picture, the same noise. Catches a picture before that
     is noised, another's, or left out: then the gap would measure the picture."""
@@ -408,7 +279,7 @@ def test_the_command_line_takes_the_models_size(tmp_path, monkeypatch, capsys, w
     vae = vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2)).eval()
     words = data.Words(scenes.vocabulary())
     network = model_module.Transfusion(model_module.sized("toy", vocabulary=len(words), latent=(2, 12, 12), patch=6, context=96)).eval()
-    sample.save_kit(tmp_path / "model.pt", sample.Kit(network, words, vae, Diffusion()))
+    kit_module.save_kit(tmp_path / "model.pt", kit_module.Kit(network, words, vae, Diffusion()))
     monkeypatch.setattr(evaluate, "deductions", lambda *a, **k: 0.5)
     monkeypatch.setattr(evaluate, "excess_nats", lambda *a, **k: (0.0, 1.0))
     monkeypatch.setattr(evaluate, "geneval", lambda *a, **k: ({"colors": {"rule": 0.0, "exact": 0.0, "n": 1}}, []))
@@ -424,8 +295,8 @@ def digits():
         pytest.skip(f"{evaluate.CLASSIFIER} is missing: python evaluate.py --data mnist --train-classifier makes it")
     if not MNIST.exists():
         pytest.skip(f"{MNIST} is not here: the real MNIST files were not given to this checkout")
-    pairs = data.load_mnist(MNIST, "test")
-    return data.Pairs("mnist", pairs.captions[:1000], pairs.pixels[:1000], labels=pairs.labels[:1000])
+    pairs = sources.load_mnist(MNIST, "test")
+    return sources.Pairs("mnist", pairs.captions[:1000], pairs.pixels[:1000], labels=pairs.labels[:1000])
 
 
 def test_the_judge_of_digits(digits):
@@ -437,7 +308,7 @@ def test_the_judge_of_digits(digits):
 
 def test_digits_of_a_perfect_and_of_a_confused_artist(digits, monkeypatch):
     """Catches a score that does not look at what was asked for, and captions compared with another picture's."""
-    by_name = {name: digits.pixels[digits.labels == k] for k, name in enumerate(data.DIGITS)}
+    by_name = {name: digits.pixels[digits.labels == k] for k, name in enumerate(sources.DIGITS)}
     known = {p.tobytes(): text for p, text in zip(digits.pixels, digits.captions)}
 
     def draw(kit, prompts, guidance, seed, **drawing):  # unguided, the artist draws the digits in another order
@@ -456,7 +327,7 @@ def test_train_a_judge(tmp_path, capsys):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 300)
     pixels = (rng.integers(0, 60, (300, 32, 32, 1)) + 190 * labels[:, None, None, None]).astype(np.uint8)
-    pairs = data.Pairs("mnist", ["the digit zero"] * 300, pixels, labels=labels)
+    pairs = sources.Pairs("mnist", ["the digit zero"] * 300, pixels, labels=labels)
     evaluate.train_classifier(pairs, pairs, tmp_path / "judge.pt", epochs=6)
     assert (evaluate.classify(evaluate.load_classifier(tmp_path / "judge.pt"), pixels) == labels).mean() > 0.95
     assert "judge.pt" in capsys.readouterr().out

@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 
 import data
+import kit as kit_module
 import sample
 import show
 from data import BOI, EOI, EOS, PATCH
 from diffusion import SAMPLERS, Diffusion
-from sample import Decoder, Kit, choose, generate
+from kit import Kit
+from sample import Decoder, choose, generate
 from vae import VAE, VAEConfig
 
 WORDS = data.Words("a and blue circle red square the".split())
@@ -564,7 +566,7 @@ def test_edit_is_the_picture_after_the_words(make_kit):
 def here(make_kit, tmp_path, monkeypatch):
     """The kit, saved as model.pt in this test's own folder, with pictures: plain.png is what the kit reads, the others not."""
     kit, rng = make_kit(), np.random.default_rng(0)
-    sample.save_kit(tmp_path / "model.pt", kit)
+    kit_module.save_kit(tmp_path / "model.pt", kit)
     pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "plain.png")
     Image.fromarray(pixels).resize((20, 12)).save(tmp_path / "wide.png")
@@ -573,7 +575,7 @@ def here(make_kit, tmp_path, monkeypatch):
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     monkeypatch.chdir(tmp_path)
-    return sample.load_kit(tmp_path / "model.pt")       # in 16 bits, as the command line loads it
+    return kit_module.load_kit(tmp_path / "model.pt")       # in 16 bits, as the command line loads it
 
 
 def command(*arguments):
@@ -590,7 +592,7 @@ def test_prompts_with_pictures(here, capsys):
     said = capsys.readouterr().out
     assert "turned.png: 8x8 RGB, converted to 8x8 RGB" in said and "plain.png" not in said
     pixels = np.asarray(Image.open("plain.png"))
-    latents = sample.encode_pixels(here, np.stack([pixels, np.rot90(pixels, -1)]))
+    latents = kit_module.encode_pixels(here, np.stack([pixels, np.rot90(pixels, -1)]))
     assert torch.allclose(parts[1], latents[0], atol=1e-5) and torch.allclose(parts[3], latents[1], atol=1e-5)
     assert parts_of(read("[wide.png][clear.png]")) == ["[picture]"] * 2 and read("a circle") == ["a circle"] and read(" ") == []
     said = capsys.readouterr().out
@@ -639,7 +641,7 @@ def test_a_page_shows_the_documents(here, tmp_path):
             if isinstance(part, str):
                 assert shown == part
             else:
-                assert (shown == sample.decode_latents(here, part[None])[0]).all() and shown.shape == (8, 8, 3)
+                assert (shown == kit_module.decode_latents(here, part[None])[0]).all() and shown.shape == (8, 8, 3)
 
 
 def test_command_line(here, tmp_path, capsys):
@@ -663,8 +665,8 @@ def test_command_line(here, tmp_path, capsys):
     sheet = np.asarray(Image.open("sample.png"))[::8, ::8]
     assert (sheet[1: 9, 1: 9] == page[0][4]).all() and (sheet[1: 9, 10: 18] == page[1][4]).all()
     plain = np.asarray(Image.open("plain.png"))[None]
-    (after,) = sample.edit(here, sample.encode_pixels(here, plain), ["the blue square"], steps=2, seed=[0])
-    assert np.abs(sample.decode_latents(here, after[None])[0].astype(int) - page[0][2]).max() <= 2
+    (after,) = sample.edit(here, kit_module.encode_pixels(here, plain), ["the blue square"], steps=2, seed=[0])
+    assert np.abs(kit_module.decode_latents(here, after[None])[0].astype(int) - page[0][2]).max() <= 2
 
 
 def test_open_command_line(here, tmp_path, capsys, monkeypatch):

@@ -5,8 +5,6 @@ One start of two gloo processes (`work`, at the end) trains, is interrupted, res
 alone and compares. Micro-batches are made as unequal as can be: each has another number of documents, one has no picture.
 """
 import contextlib
-import io
-import json
 import os
 import shutil
 import signal
@@ -20,14 +18,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import data
 import evaluate
 import model
 import scale
 import train
 import vae as vae_module
 from data import UserError
-from sample import load_kit
+from kit import load_kit
 from test_train import log, same, small_run, states
 
 CAPTIONS = ["a red circle", "a circle", "a blue square", "a circle", "a white cross"]
@@ -60,11 +57,17 @@ def command(folder, out, *more):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder in which two processes have done all that `work` does: two_linear/, two_unet/, two_stopped/, pictures.npy."""
+    """The folder in which two processes have done all that `work` does: two_linear/, stopped_linear/, ..., pictures.npz."""
     folder = tmp_path_factory.mktemp("scale")
     torch.manual_seed(0)
     vae_module.save(folder / "vae.pt", vae_module.pack_vae(vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2))))
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder)]
+    torchrun(2, folder)
+    return folder
+
+
+def torchrun(processes, folder):
+    """Start `work` in so many processes and wait for them."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), __file__, str(folder)]
     with open(folder / "said", "w") as said:
         started = subprocess.Popen(line, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
         try:
@@ -73,7 +76,6 @@ def folder(tmp_path_factory):
             started.terminate()                         # TRAP: kill() would leave the two processes behind
             status = started.wait()
     assert status == 0, (folder / "said").read_text()[-3000:]
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,15 @@ def test_two_processes_take_the_steps_of_one(folder, alone, encoder):
     assert far(alone(encoder), two) < 1e-3              # AdamW divides small gradients by their own size: 1e-7 becomes 1e-5
 
 
+def test_four_processes_on_a_2d_mesh_take_the_steps_of_one(folder):
+    """Many nodes, in miniature: 2 copies x 2 shards, 8 micro-batches. Catches gradients that are added up between the copies
+    after each micro-batch and again at the end of the step, or never."""
+    torchrun(4, folder)
+    with tiny_and_uneven():
+        train.main(command(folder, "one_of_four", "--accumulate", "8"))
+    assert close(log(folder / "one_of_four"), log(folder / "four"), 1e-5) and far(folder / "one_of_four", folder / "four") < 1e-3
+
+
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_the_small_file_is_whole(folder, encoder):
     """Catches a model.pt that holds rank 0's shard, or the weights of another step."""
@@ -122,24 +133,27 @@ def test_the_small_file_is_whole(folder, encoder):
         assert torch.allclose(v, average[f"average.{k}"], rtol=1e-3, atol=1e-6), k
 
 
-def test_ctrl_c_on_one_rank_stops_both_and_resume_on_two_repeats(folder):
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_ctrl_c_on_one_rank_stops_both_and_resume_on_two_repeats(folder, encoder):
     """Catches ranks that stop at different steps (they would wait for ever), a checkpoint that training went on to change
     while it was being written, and whatever the checkpoint forgets: equal to the bit."""
-    assert same(states(folder / "two_linear"), states(folder / "two_stopped")) == []
-    assert log(folder / "two_linear") == log(folder / "two_stopped")
+    assert same(states(folder / f"two_{encoder}"), states(folder / f"stopped_{encoder}")) == []
+    assert log(folder / f"two_{encoder}") == log(folder / f"stopped_{encoder}")
 
 
-def test_resume_on_one_what_two_have_saved(folder, capsys):
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_resume_on_one_what_two_have_saved(folder, capsys, encoder):
     """Catches state that depends on the number of ranks, and a half-written checkpoint that is taken for a whole one."""
-    shutil.copytree(folder / "two_linear", folder / "resumed")
-    (folder / "resumed/checkpoints/step_000006/.metadata").unlink()     # killed while step 6 was being written
-    assert scale.found(folder / "resumed") == ([3], [6])
+    two, out = folder / f"two_{encoder}", f"resumed_{encoder}"
+    shutil.copytree(two, folder / out)
+    (folder / out / "checkpoints/step_000006/.metadata").unlink()       # killed while step 6 was being written
+    assert scale.found(folder / out) == ([3], [6])
     with tiny_and_uneven():
-        train.main(command(folder, "resumed", "--resume"))
+        train.main(command(folder, out, "--resume", *ENCODERS[encoder][: 2 * (encoder == "unet")]))
     said = capsys.readouterr().out
     assert "resuming from" in said and "step_000003" in said and "step_000006 was not finished" in said
-    assert close(log(folder / "resumed"), log(folder / "two_linear"), 1e-5) and scale.found(folder / "resumed") == ([3, 6], [])
-    assert far(folder / "resumed", folder / "two_linear") < 1e-3
+    assert close(log(folder / out), log(two), 1e-5) and scale.found(folder / out) == ([3, 6], [])
+    assert far(folder / out, two) < 1e-3
 
 
 def test_pictures_do_not_depend_on_who_draws_them(folder):
@@ -203,6 +217,7 @@ def test_sizes_that_do_not_fit(monkeypatch):
 @pytest.mark.parametrize("memory_error", [lambda: torch.empty(10 ** 15), lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA"))])
 def test_out_of_memory(folder, tmp_path, monkeypatch, memory_error):
     """Catches a traceback where a smaller batch would do, and advice that names what is already so."""
+    real = train.train_step
     with tiny_and_uneven():
         monkeypatch.setattr(train, "train_step", lambda run: memory_error())
         with pytest.raises(UserError, match=r"GB for activations.*--documents 3 --accumulate 8.*--checkpointing"):
@@ -210,6 +225,12 @@ def test_out_of_memory(folder, tmp_path, monkeypatch, memory_error):
         with pytest.raises(UserError) as mistake:
             train.main(command(folder, "large", "--checkpointing"))
         assert "--checkpointing" not in str(mistake.value)
+        for name in ("spread", "whole"):                # the first weights; the whole model, to measure
+            with monkeypatch.context() as patch:
+                patch.setattr(train, "train_step", real)
+                patch.setattr(scale, name, lambda *_, **__: memory_error())
+                with pytest.raises(UserError, match="out of memory.*--ema 0"):
+                    train.main(command(folder, f"large_{name}"))
         monkeypatch.setattr(train, "train_step", lambda run: (_ for _ in ()).throw(RuntimeError("a bug")))
         with pytest.raises(RuntimeError, match="a bug"):
             train.main(command(folder, "large"))
@@ -217,8 +238,11 @@ def test_out_of_memory(folder, tmp_path, monkeypatch, memory_error):
 
 # ------------------------------------------------------------------------------------------ what the two processes do
 def work(folder):
-    """Run by torchrun, in each of two processes."""
+    """Run by torchrun, in each of two processes; of four, one run on a mesh of 2 copies x 2 shards."""
     torch.set_num_threads(1)
+    if os.environ["WORLD_SIZE"] == "4":
+        with tiny_and_uneven():
+            return train.main(command(folder, "four", "--shard", "2", "--accumulate", "8"))
     scale.stop = lambda: None                           # several runs, one group
     with tiny_and_uneven() as patch:
         for encoder, options in ENCODERS.items():
@@ -229,11 +253,13 @@ def work(folder):
             if run.step == 3 and scale.rank() == 1:     # Ctrl-C that reaches one of them only
                 signal.raise_signal(signal.SIGINT)
             return real(run)
-        with patch.context() as press:
-            press.setattr(train, "train_step", step)
-            train.main(command(folder, "two_stopped"))
-        assert scale.found(folder / "two_stopped") == ([3, 4], []) and not (folder / "two_stopped/model.pt").exists()
-        train.main(command(folder, "two_stopped", "--resume"))
+        for encoder, options in ENCODERS.items():
+            stopped = folder / f"stopped_{encoder}"
+            with patch.context() as press:
+                press.setattr(train, "train_step", step)
+                train.main(command(folder, stopped.name, *options))
+            assert scale.found(stopped) == ([3, 4], []) and not (stopped / "model.pt").exists()
+            train.main(command(folder, stopped.name, "--resume", *options))
     kit = load_kit(folder / "two_linear/model.pt")
     latents = torch.randn(3, *kit.model.config.latent, generator=torch.Generator().manual_seed(0))
     pictures, said = evaluate.draw(kit, CAPTIONS, steps=3), evaluate.describe(kit, latents)

@@ -23,13 +23,16 @@ import torch
 from PIL import Image
 
 import data
+import evaluate
 import model
 import pack
 import shards
+import sources
+import streams
 import train
 import vae as vae_module
 from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH, UserError
-from sample import load_kit
+from kit import load_kit
 from test_errors import check_sentence, contents
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,10 +92,10 @@ def documents_of(batch):
 def test_every_item_of_the_sources_is_stored_once(packed, vae_path):
     """Catches a lost or doubled document, a caption with another's picture, latents in the wrong order or precision."""
     stream, vae = shards.Shards(packed), vae_module.load_vae(vae_path)
-    said = [read()[0] for _, read in pack.scenes_of("text", "one", 150, 32)]
+    said = [read()[0] for _, read in streams.scenes_of("text", "one", 150, 32)]
     told = [stream.words.decode(part) for documents, _ in all_rows(stream, "text") for parts in documents for part in parts]
     assert sorted(told) == sorted(said) and len(set(said)) > 20
-    items = [(text, pixels()) for _, read in pack.scenes_of("pairs", "one", 150, 32) for text, pixels in [read()]]
+    items = [(text, pixels()) for _, read in streams.scenes_of("pairs", "one", 150, 32) for text, pixels in [read()]]
     with torch.no_grad():
         wanted = vae.encode(vae_module.to_float(np.stack([pixels for _, pixels in items])))[0].numpy()
     found = [(stream.words.decode(part), latent) for documents, latents in all_rows(stream, "pairs")
@@ -460,7 +463,7 @@ def picture(color, kind="PNG", size=(40, 30)):
 
 def test_sources(vae_path, tmp_path, capsys):
     """Folders with captions.jsonl, tars in webdataset's layout, text lines and JSON lines, read as streams; what is bad is
-    counted, named and skipped, and pictures reach the VAE as data.open_picture crops them."""
+    counted, named and skipped, and pictures reach the VAE as sources.open_picture crops them."""
     folder, tars, texts = tmp_path / "folder", tmp_path / "tars", tmp_path / "texts"
     for path in (folder, tars, texts):
         path.mkdir()
@@ -490,7 +493,7 @@ def test_sources(vae_path, tmp_path, capsys):
         assert name in problem and "BytesIO" not in problem
     vae = stream.vae()
     with torch.no_grad():
-        red = vae.encode(vae_module.to_float(np.stack([data.open_picture(folder / "red.png", 32)])))[0][0]
+        red = vae.encode(vae_module.to_float(np.stack([sources.open_picture(folder / "red.png", 32)])))[0][0]
     latents = {stream.words.decode(p): x for ds, xs in all_rows(stream, "pairs") for p, x in zip(itertools.chain(*ds), xs)}
     np.testing.assert_allclose(latents["all red"], red, rtol=2 ** -10, atol=1e-4)
     assert not np.allclose(latents["blue one"], latents["green two"], atol=0.05)
@@ -504,9 +507,9 @@ def test_bad_members_of_a_tar_are_named(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    (_, one), (_, two) = pack.members_of(path, 32)
+    (_, one), (_, two) = streams.members_of(path, 32)
     with tarfile.open(path) as tar:
-        items = pack.members_of(path, 32)
+        items = streams.members_of(path, 32)
         text, pixels = next(items)[1]()
         assert text == "one"
         with pytest.raises(UserError, match="0.tar:1.jpg cannot be read"):
@@ -515,10 +518,10 @@ def test_bad_members_of_a_tar_are_named(tmp_path):
         assert text == "two" and pixels().shape == (32, 32, 3)
     path.write_bytes(path.read_bytes()[:1800])
     with pytest.raises(UserError, match="0.tar is truncated"):
-        list(pack.members_of(path, 32))
+        list(streams.members_of(path, 32))
     path.write_text("no tar at all")
     with pytest.raises(UserError, match="0.tar is truncated or not a tar"):
-        list(pack.members_of(path, 32))
+        list(streams.members_of(path, 32))
 
 
 @pytest.mark.parametrize("options, words", [
@@ -570,7 +573,7 @@ def pieces(tmp_path_factory):
     """Path of a SentencePiece model of 300 pieces, trained here."""
     sentencepiece = pytest.importorskip("sentencepiece", reason="pip install sentencepiece")
     path, rng = tmp_path_factory.mktemp("pieces"), np.random.default_rng(0)
-    lines = [read()[0] for _, read in pack.scenes_of("text", "six", 300, 32)] + ["".join(rng.choice(list("abcdefgh "), 40)) for _ in range(300)]
+    lines = [read()[0] for _, read in streams.scenes_of("text", "six", 300, 32)] + ["".join(rng.choice(list("abcdefgh "), 40)) for _ in range(300)]
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_prefix=str(path / "p"), vocab_size=300,
                                              byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
     return path / "p.model"
@@ -598,7 +601,7 @@ def test_pieces_from_pack_to_checkpoint(pieces, vae_path, tmp_path, monkeypatch)
     assert (tmp_path / "packed/tokenizer.model").read_bytes() == pieces.read_bytes()
     stream = shards.Shards(tmp_path / "packed")
     told = [stream.words.decode(part) for documents, _ in all_rows(stream, "text") for parts in documents for part in parts]
-    assert sorted(told) == sorted(read()[0] for _, read in pack.scenes_of("text", "one", 150, 32))
+    assert sorted(told) == sorted(read()[0] for _, read in streams.scenes_of("text", "one", 150, 32))
     train.main(training(tmp_path / "packed", tmp_path / "run", steps=2, documents=2, seq_len=192))
     words = load_kit(tmp_path / "run/model.pt").words
     assert words.decode(words.encode("a red circle")) == "a red circle" and words.model == pieces.read_bytes()
@@ -608,7 +611,7 @@ def test_pieces_from_pack_to_checkpoint(pieces, vae_path, tmp_path, monkeypatch)
 def training(folder, out, **options):
     """The argument list of a small training on a packed folder."""
     small = dict(data="shards", data_dir=folder, size="toy", patch=2, seq_len=T, documents=6, steps=6, warmup=2, log_every=2,
-                 gap_every=6, save_every=3, out=out)
+                 gap_every=6, save_every=3, samples=0, out=out)
     return [str(word) for k, v in {**small, **options}.items() for word in ("--" + k.replace("_", "-"), v)]
 
 
@@ -632,6 +635,61 @@ def test_training_on_shards(packed, tmp_path, monkeypatch):
     train.main(training(packed, tmp_path / "again", **options) + ["--resume"])
     a, b = (vae_module.load(tmp_path / f"{name}/model.pt", "model")["weights"] for name in ("whole", "again"))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_a_run_on_shards_ends_with_pictures(packed, tmp_path, monkeypatch, capsys):
+    """Catches a run of weeks that shows nothing: the captions that were held out are drawn, in words, though shards keep ids."""
+    monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
+    drawn, draw = [], evaluate.draw
+    monkeypatch.setattr(evaluate, "draw", lambda kit, texts, **more: drawn.extend(texts) or draw(kit, texts, **more))
+    train.main(training(packed, tmp_path / "run", steps=1, samples=3, sample_steps=2))
+    stream = shards.Shards(packed)
+    assert len(drawn) == 3 and drawn == [stream.words.decode(ids) for ids in stream.held_out(3)[0]] and "a" in drawn[0].split()
+    assert (tmp_path / "run/samples.png").stat().st_size > 1000 and "samples.png" in capsys.readouterr().out
+
+
+def test_fine_tuning_on_shards_of_another_tokenizer_or_vae(packed, vae_path, other_vae, tmp_path, monkeypatch):
+    """Catches --init and --resume that go on, without a word, with ids or latents that mean something else: the sizes fit."""
+    monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
+    train.main(training(packed, tmp_path / "run", steps=1))
+    start = dict(init=tmp_path / "run/model.pt", steps=1)
+    train.main(training(packed, tmp_path / "tuned", **start))           # its own: model.pt's 16 bits are no other VAE
+    words = [word[::-1] for word in shards.Shards(packed).words.words[len(data.SPECIAL):]]
+    (tmp_path / "words.json").write_text(json.dumps([*data.SPECIAL, *words]))
+    (tmp_path / "new").mkdir()
+    stream = shards.Shards(packed)
+    for what, options in (("VAE", dict(vae=other_vae)), ("tokenizer", dict(vae=vae_path))):
+        out = tmp_path / "new" / what
+        pack.main(command(**options, out=out))
+        if what == "tokenizer":                         # as many words, spelt otherwise
+            (out / "tokenizer.json").write_text((tmp_path / "words.json").read_text())
+            for header in out.glob("*/header.json"):
+                content = json.loads(header.read_text())
+                content["settings"]["tokenizer"] = shards.fingerprint(data.Words(words))
+                header.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=f"run/model.pt has learned with another {what}"):
+            train.main(training(out, tmp_path / "tuned2", **start))
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(packed, tmp_path / "copy")
+        train.main(training(tmp_path / "copy", tmp_path / "again", steps=1) + ["--overwrite"])
+        shutil.rmtree(tmp_path / "copy")
+        shutil.copytree(out, tmp_path / "copy")
+        with pytest.raises(UserError, match=f"again has learned from shards with another {what.lower()}"):
+            train.main(training(tmp_path / "copy", tmp_path / "again", steps=1) + ["--resume"])
+    assert stream.settings == shards.Shards(packed).settings
+
+
+def test_resume_in_smaller_pieces(packed, tmp_path, monkeypatch):
+    """What "out of memory" advises: half the rows, twice as often, are the same rows. Catches a resume that refuses it."""
+    monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
+    train.main(training(packed, tmp_path / "run", steps=2))
+    one = train.prepare(train.parse_arguments(training(packed, tmp_path / "run"))[0], tmp_path / "run")
+    two = train.prepare(train.parse_arguments(training(packed, tmp_path / "run", documents=3, accumulate=2))[0], tmp_path / "run")
+    pieces = [train.draw_batch(two, 1, micro).latents for micro in range(2)]
+    assert torch.equal(train.draw_batch(one, 1, 0).latents, torch.cat(pieces))
+    train.main(training(packed, tmp_path / "run", steps=2, documents=3, accumulate=2) + ["--resume"])
+    with pytest.raises(UserError, match="--accumulate 2"):
+        train.main(training(packed, tmp_path / "run", steps=2, documents=3) + ["--resume"])
 
 
 def test_draw_batch_takes_rows_and_latents(packed, tmp_path, monkeypatch):

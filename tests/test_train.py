@@ -20,13 +20,14 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import data
 import diffusion
+import kit as kit_module
 import model
-import sample
 import scale
+import sources
 import train
 import vae as vae_module
 from data import UserError
-from sample import load_kit
+from kit import load_kit
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -403,6 +404,22 @@ def test_resume_may_change_what_does_not_change_the_run(command, tmp_path, whole
     assert same(states(whole), states(tmp_path / "run")) == [] and log(whole) == log(tmp_path / "run")
 
 
+def test_without_an_average(command, tmp_path):
+    """Catches --ema 0 that still holds a second copy of the weights, or that ends with other weights than one that does not
+    remember (an average that forgets at once)."""
+    train.main(command("none", ema=0, save_every=3))
+    train.main(command("forgets", ema=1e-9, save_every=3))
+    one, two = (load_kit(tmp_path / name / "model.pt").model.state_dict() for name in ("none", "forgets"))
+    assert same(one, two) == []
+    run = train.prepare(train.parse_arguments(command(ema=0))[0], tmp_path / "run")
+    assert run.average is run.model
+    train.train_step(run)
+    assert not run.kit().model.training
+    scale.remove(scale.folder_of(tmp_path / "none", 6))
+    train.main(command("none", ema=0, save_every=3) + ["--resume"])
+    assert same(states(tmp_path / "none"), states(tmp_path / "forgets")) == []
+
+
 def test_nothing_to_resume(command, tmp_path):
     """Catches --resume with a misspelt --out that quietly starts from nothing."""
     with pytest.raises(UserError, match="nothing to resume"):
@@ -478,7 +495,7 @@ def test_a_run_on_files(tmp_path, source):
     files.mkdir()
     if source == "mnist":
         images, labels = rng.integers(0, 256, (12, 28, 28)).astype(np.uint8), np.arange(12).astype(np.uint8) % 10
-        for name in data.MNIST_FILES:
+        for name in sources.MNIST_FILES:
             array = images if "images" in name else labels
             (files / name).write_bytes(struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes())
     else:
@@ -513,12 +530,12 @@ def test_the_vae_is_trained_when_there_is_none(tmp_path, monkeypatch):
 def pretrained(tiny_vae, tmp_path_factory):
     """Path of a tiny model.pt of 32x32 pixels, rectified flow, context 128: what --init starts from."""
     torch.manual_seed(1)
-    words, path = data.Words(data.load_scenes(1, 0, progress=False).vocabulary()), tmp_path_factory.mktemp("pretrained") / "model.pt"
+    words, path = data.Words(sources.load_scenes(1, 0, progress=False).vocabulary()), tmp_path_factory.mktemp("pretrained") / "model.pt"
     shape = model.sized("toy", vocabulary=len(words), latent=(2, 8, 8), patch=4, patch_position=True, context=128)
     network = model.Transfusion(shape)
     network.pictures.out.weight.data.normal_(0, 0.1)
     vae = vae_module.load_vae(tiny_vae)
-    sample.save_kit(path, sample.Kit(network, words, vae, diffusion.Diffusion("flow", shift=3.0)))
+    kit_module.save_kit(path, kit_module.Kit(network, words, vae, diffusion.Diffusion("flow", shift=3.0)))
     return path
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-import data
+import sources
 import train_vae as training
 import vae_losses
 from data import UserError
@@ -30,7 +30,7 @@ OPTIONS = dict(steps=6, batch=4, lr=2e-3, kl_weight=1e-6, seed=0)
 @pytest.fixture(scope="module")
 def pictures():
     """(100, 32, 32, 3) uint8: small scenes."""
-    return data.load_scenes(100, 0, progress=False).pixels
+    return sources.load_scenes(100, 0, progress=False).pixels
 
 
 def make_judges(gan_start=2):
@@ -223,9 +223,9 @@ def test_ctrl_c_waits_for_the_step():
 @pytest.fixture
 def few(monkeypatch):
     """Little data, whatever is asked for, and a stand-in that has learnt little."""
-    load_pairs, train_small_net = data.load_pairs, vae_losses.train_small_net
+    load_pairs, train_small_net = sources.load_pairs, vae_losses.train_small_net
     monkeypatch.setattr(vae_losses, "train_small_net", lambda *a, seed: train_small_net(*a, steps=2, batch=4, seed=seed))
-    monkeypatch.setattr(data, "load_pairs", lambda *args, n, **more: load_pairs(*args, n=20, **more))
+    monkeypatch.setattr(sources, "load_pairs", lambda *args, n, **more: load_pairs(*args, n=20, **more))
 
 
 def test_main_writes_a_vae_and_reconstructions(tmp_path, capsys, few):
@@ -252,7 +252,7 @@ def test_main_with_the_papers_loss_and_codes(tmp_path, capsys, few):
 
 def test_terms_without_weights_are_off_and_it_is_said():
     """Catches a run at the paper's size that trains without LPIPS or ID in silence, or with our toy network in their place."""
-    pairs = data.load_scenes(3, 0, progress=False)
+    pairs = sources.load_scenes(3, 0, progress=False)
     args = argparse.Namespace(paper=True, lpips_weights=None, moco_weights=None, gan_start=50_000, seed=0)
     judges, said = training.appoint_judges(args, pairs)
     assert judges.lpips is None and judges.identity is None and judges.describe() == "L1 + 0.5 GAN from step 50000"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-import data
+import sources
 import vae as vae_module
 from data import UserError
 from train_vae import train_vae
@@ -24,7 +24,7 @@ TINY = VAEConfig(channels=8, multipliers=(1, 2, 2), z=4)
 @pytest.fixture(scope="module")
 def pictures():
     """(200, 32, 32, 3) uint8: small scenes."""
-    return data.load_scenes(200, 0, progress=False).pixels
+    return sources.load_scenes(200, 0, progress=False).pixels
 
 
 @pytest.fixture(scope="module")
