@@ -271,7 +271,7 @@ class EditDocuments:
     t_limit: int = 100                                  # noise limit of a picture that precedes its text
     T: int = 1000
     drop: float = 0.1                                   # share of documents without instruction, and without first picture
-    asked: float = 0.1                                  # our choice: share that asks "what changed ?" instead (scenes only)
+    asked: float = 0.25                                 # our choice: share that asks "what changed ?" instead (scenes only)
 
     def __post_init__(self):
         self.triples = self.pairs.triples()

@@ -15,6 +15,7 @@ PAPER/HERE  same: `--paper` has App. C's network, loss and 1M steps with the GAN
             our choice: L1 + L2 on the toy. L1 alone is content with the median, and the median of a mostly black picture is
             black (whole objects stay missing for long).
             not run here: CUDA, its bf16, and the paper's size. One GPU; several are not supported, for lack of a way to test.
+            Pictures are held in memory: 5 million of 256 x 256 take a terabyte, so give it a sample of your pictures.
 READ NEXT   patchify.py        TRY IT  python train_vae.py, python train_vae.py --loss paper --codes 512
 TEST        tests/test_train_vae.py
 """
