@@ -60,7 +60,7 @@ class Words:
         return len(self.words)
 
     def encode(self, text):
-        """List of ids. Raises UserError for an unknown word, naming it and the nearest known one, or all, if none is near."""
+        """List of ids. Raises UserError for an unknown word, naming it and the nearest known one, or sixty, if none is near."""
         for word in text.split():
             if word not in self.ids or word in SPECIAL:                 # "<boi>" in a prompt would forge the layout
                 known = self.words[len(SPECIAL):]

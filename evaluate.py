@@ -11,7 +11,7 @@ THE TABLE   the paper's                      here
               Llama suite, ranked 0-shot     two-choice deductions, ranked by likelihood                  `deductions`
               (not in the paper)             conditioning gap: does the model use its caption at all?     `conditioning_gap`
               (MNIST)                        digits that a separate classifier reads as asked             `digits`
-              edits, stories (uncounted)     mixtures.py
+              edits, shown (Figs. 6, 10)     edits, counted; documents of several parts                   mixtures.py
 PAPER/HERE  same: GenEval's include / exclude / position rule, ranked classification, greedy captions.
             our choice: beside GenEval's rule the stricter `exact`: nothing unnamed may be in the picture.
 READ NEXT   train.py, which ends with this report      TRY IT  python evaluate.py      TEST  tests/test_evaluate.py
@@ -226,9 +226,9 @@ def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, he
     elif name == "edits" and test.scenes:
         found, shown = mixtures.editing(kit, n, seed, kit.model.config.latent[1] * kit.vae.f, **drawing)
     elif name == "edits":
-        before, texts, _ = map(list, zip(*test.triples()[:min(n, 24)]))
-        drawn = decode_latents(kit, sample.edit(kit, encode_pixels(kit, test.pixels[before]), texts, seed=seed, **drawing))
-        found, shown = {}, [(t, mixtures.beside(a, b), True) for t, a, b in zip(texts, test.pixels[before], drawn)]
+        before, said, _ = map(list, zip(*test.triples()[:min(n, 24)]))
+        drawn = decode_latents(kit, sample.edit(kit, encode_pixels(kit, test.pixels[before]), said, seed=seed, **drawing))
+        found, shown = {}, [(t, mixtures.beside(a, b), True) for t, a, b in zip(said, test.pixels[before], drawn)]
     elif name == "scenes":
         asked = [c for c in categories if c in scenes.CATEGORIES]
         table, shown = geneval(kit, asked, -(-n // len(asked)), seed=seed, **drawing)

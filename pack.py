@@ -15,7 +15,7 @@ PAPER/HERE  same: 4096 positions, centre-cropped 256x256, the Llama 2 tokenizer 
             our choice: after a pair, another follows in the same document with probability 0.1.
             Many machines pack at once by packing different sources, each into its own folder inside one: shards.py reads
             packed/*/ together, if tokenizer, VAE and sizes are the same. One command runs on one GPU.
-READ NEXT   streams.py, shards.py        TEST  tests/test_shards.py        TRY IT
+READ NEXT   shards.py        TEST  tests/test_shards.py        TRY IT
             python data.py pack --text scenes --pairs scenes --vae assets/scenes_vae.pt --seq-len 128 --image-size 32
             python train.py --data shards --data-dir packed --seq-len 128 --documents 8 --steps 200
 """

@@ -153,6 +153,11 @@ def memory(model, gpus, rows=1, checkpointing=True, ema=False, number=2):
     return lines
 
 
+def at_rest(model, gpus, ema=False):
+    """Bytes on one of `gpus` GPUs between steps: weights and AdamW, and perhaps their average, all in float32."""
+    return (16 if ema else 12) * count(model) / gpus
+
+
 # --------------------------------------------------------------------------------------------------------------- the plan
 def dry_run(config, gpus, share, device):
     """The lines of the plan of a train.Config. Raises UserError for the toys and for what cannot be run."""
@@ -206,8 +211,8 @@ def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100",
     without = sum(b for _, b, _ in memory(model, owners, rows, False, ema))
     lines += [row("all, with full checkpointing", f"{sum(b for _, b, _ in used) / GiB:.2f} GiB"),
               row("all, without checkpointing", f"{without / GiB:.2f} GiB"),
-              row("between steps, to measure the gap", f"{((16 if ema else 12) / owners + 2) * count(model) / GiB:.2f} GiB",
-                  "weights, AdamW" + (", average" if ema else "") + "; and a whole copy in bf16 on every GPU"),
+              row("between steps, to measure the gap", f"{(at_rest(model, owners, ema) + 2 * count(model)) / GiB:.2f} GiB",
+                  "weights, AdamW" + (", average" if ema else "") + "; and a whole copy in bf16; its activations on top"),
               f"TIME on {gpus} {device} at {100 * share:.0f}% MFU (assumed) of {top / 1e12:.0f} TFLOP/s dense bf16",
               row("speed", f"{speed:,.0f} tokens/s", "GPUs x peak x MFU / FLOPs per token"),
               row("days for this run", f"{days(tokens * steps):.3g}", f"{days(1e12):.3g} per 1T tokens"),
@@ -215,7 +220,7 @@ def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100",
               row("text", f"{text * 2 / 1e12:.3g} TB", f"{text / 1e12:.3g}T tokens x 2 bytes (uint16)"),
               row("pictures", f"{pictures * latent / 1e12:.3g} TB", f"{pictures / 1e6:,.0f}M x {latent / 1024:g} KiB (means of "
                   f"the latents, 2 bytes a number); n epochs: 1/n of it"),
-              row("one checkpoint", f"{(16 if ema else 12) * count(model) / 1e9:.3g} GB",
+              row("one checkpoint", f"{at_rest(model, 1, ema) / 1e9:.3g} GB",
                   "weights, AdamW" + (", average" if ema else ""))]
     return lines
 

@@ -54,7 +54,7 @@ class Config:
     warmup: int = option(100, "steps of linear warm-up (the paper: 4000)")
     decay: float = option(0.1, "weight decay")
     clip: float = option(1.0, "gradient clipping, by global norm")
-    ema: float = option(0.998, "decay of the averaged weights")
+    ema: float = option(0.998, "decay of the averaged weights; 0: no average, no second copy")
     seed: int = option(0, "seed of weights, data and noise")
     log_every: int = option(50, "steps between lines of log.jsonl")
     gap_every: int = option(200, "steps between measurements of the conditioning gap")
@@ -88,7 +88,7 @@ PAPER = dict(data="shards", seq_len=4096, documents=1, accumulate=512, steps=250
 PRESETS |= {size: dict(PAPER, size=size) for size in ("0.16b", "0.37b", "0.76b", "1.4b")}
 PRESETS["7b"] = dict(PAPER, size="7b", accumulate=1024, steps=500000, checkpointing=True)       # the flagship: 4M, 500k
 AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_steps", "guidance", "sampler",
-              "checkpointing", "compile", "shard"}      # may change on resume
+              "checkpointing", "compile", "shard"}      # may change on resume; on shards documents and accumulate, too, if their product stays
 
 
 def parse_arguments(argv=None):

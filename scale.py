@@ -41,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 
 import plan
 from data import UserError
-from model import Transfusion
+from model import Transfusion, count
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")          # one process saves, too
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")       # what torchrun tells its processes
@@ -251,7 +251,7 @@ def remove(path):
 def state_of(model, average, optimizer):
     """Everything that a resumed run needs, by the parameters' names: it does not depend on the number of ranks."""
     weights, moments = get_state_dict(model, optimizer)
-    return {"model": weights, "average": average.state_dict(), "optimizer": moments}
+    return {"model": weights, "optimizer": moments} | ({} if average is model else {"average": average.state_dict()})
 
 
 class Saver:
@@ -291,6 +291,8 @@ def load(out, step, ranks, model, average, optimizer):
     path, state = folder_of(out, step), state_of(model, average, optimizer)
     try:
         dcp.load(state, checkpoint_id=path, process_group=ranks.saving, no_dist=not dist.is_initialized())
+    except (torch.OutOfMemoryError, MemoryError):
+        raise                                           # not the checkpoint's fault
     except (Exception, dcp.api.CheckpointException) as problem:
         raise UserError(f"{path} cannot be read ({type(problem).__name__}): truncated, or of another model? Delete this folder "
                         f"to go on from the checkpoint before it") from None
@@ -299,9 +301,10 @@ def load(out, step, ranks, model, average, optimizer):
 
 # ------------------------------------------------------------------------------------------------------------------ memory
 @contextlib.contextmanager
-def explain_memory(shape, config, ranks):
+def explain_memory(shape, config, ranks, beside=None, each=0):
     """Turn "out of memory" into a UserError: what the memory is for (plan.py), and which option to change.
-    shape: ModelConfig; config: presets.Config."""
+    shape: ModelConfig; config: presets.Config. beside: what is done, if it is not a step of training, and `each`: how many
+    bytes per parameter that takes beside weights, AdamW and average."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
@@ -309,19 +312,24 @@ def explain_memory(shape, config, ranks):
             raise
         with torch.device("meta"):
             model = Transfusion(shape)
-        use = lambda checkpointing: plan.memory(model, config.shard or size(), config.documents, checkpointing, config.ema > 0,
-                                                ranks.dtype.itemsize)
-        gb = lambda n: f"{n / 1e9:.1f} GB"
-        advice = [f"--documents {config.documents // 2} --accumulate {2 * config.accumulate} (the same batch in smaller pieces"
-                  f"{'' if config.data == 'shards' else ', in a new run'})"] if config.documents > 1 else []
-        if not config.checkpointing:
+        owners, number, gb = config.shard or size(), ranks.dtype.itemsize, lambda n: f"{n / 1e9:.1f} GB"
+        use = lambda checkpointing: plan.memory(model, owners, config.documents, checkpointing, config.ema > 0, number)
+        needs, advice = [(what, bytes) for what, bytes, _ in use(config.checkpointing)], []
+        if beside:
+            needs = [("weights, AdamW" + " and average" * (config.ema > 0), plan.at_rest(model, owners, config.ema > 0)),
+                     *([(f"what happens now ({beside})", each * count(model))] if each else [])]
+        elif config.documents > 1:
+            p = next(p for p in range(2, config.documents + 1) if config.documents % p == 0)
+            advice.append(f"--documents {config.documents // p} --accumulate {p * config.accumulate} (the same batch in smaller "
+                          f"pieces{'' if config.data == 'shards' else ', in a new run'})")
+        if not (beside or config.checkpointing):
             advice.append(f"--checkpointing (in all {gb(sum(bytes for _, bytes, _ in use(True)))})")
         if config.shard not in (0, size()):
             advice.append(f"--shard {2 * config.shard}")
         if config.ema:
             advice.append("--ema 0 (no average, in a new run)")
-        raise UserError("out of memory: a process needs about " + ", ".join(f"{gb(bytes)} for {what}" for what, bytes, _ in use(config.checkpointing)) +
-                        "; try " + " or ".join(advice or ["more processes"])) from None
+        raise UserError("out of memory: a process needs about " + ", ".join(f"{gb(bytes)} for {what}" for what, bytes in needs) +
+                        "; try " + " or ".join([*advice, "more processes"])) from None
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ PAPER/HERE  same: 4096 positions, 32,000 pieces, 1 : 1, captions first in 80%, t
             deviation would double that. With assets/scenes_vae.pt we measured it at 0.005 of the latents' own, less than
             the noise of the first diffusion step (0.006); float16 rounds by 0.002 at most. Packing prints it for your VAE.
             left out: the up-weighting of beautiful pictures in the last 1%, which would be a third kind with its own s.
-READ NEXT   pack.py (who writes it)      TRY IT  python shards.py; python shards.py packed      TEST  tests/test_shards.py
+READ NEXT   plan.py, scale.py      TRY IT  python shards.py; python shards.py packed      TEST  tests/test_shards.py
 """
 import functools
 import hashlib
@@ -262,9 +262,10 @@ class Shards:
             raise UserError(f"{self.folder} has {self.rows['pairs']} rows of pairs; training needs at least ten, to keep a "
                             f"tenth (16 at most) for the conditioning gap: pack more with --pairs")
 
-    def must_be_of(self, path, words, vae):
-        """Raise UserError if the words or the VAE of a checkpoint, read from `path`, are not those of the shards."""
-        mine, rounded = self.vae(), lambda v: [x.half() if x.is_floating_point() else x for x in v.state_dict().values()]
+    def must_be_of(self, path, words, vae, mine):
+        """Raise UserError if the words or the VAE of a checkpoint, read from `path`, are not those of the shards. mine: the
+        VAE of the shards."""
+        rounded = lambda v: [x.half() if x.is_floating_point() else x for x in v.state_dict().values()]
         same = mine.config == vae.config and all(map(torch.equal, rounded(mine), rounded(vae)))      # model.pt keeps 16 bits
         for what, fits in (("tokenizer", fingerprint(words) == self.settings["tokenizer"]), ("VAE", same)):
             if not fits:

@@ -10,6 +10,7 @@ READ NEXT   sample.py        TRY IT  python sample.py "a red circle" --film film
 import base64
 import html
 import io
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -62,10 +63,11 @@ def plot_samples(shown, path, columns=6, rows=4):
         axis.axis("off")
     for axis, (text, picture, right) in zip(axes.flat, chosen):
         axis.imshow(picture, interpolation="nearest")
+        text = textwrap.shorten(text, 60, placeholder=" ...")           # captions of the web are long ...
         halves = text.split() if len(text) > 18 else [text]
         middle = len(halves) // 2
         axis.set_title(" ".join(halves[:middle]) + "\n" + " ".join(halves[middle:]) if len(halves) > 1 else text,
-                       fontsize=9, color="black" if right else "red")
+                       fontsize=9, color="black" if right else "red", parse_math=False)          # ... and have dollar signs
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -7,7 +7,7 @@ A PICTURE   a.jsonl | b.txt       --> (bytes so far, read), (bytes so far, read)
             folder | c.tar        --> (bytes so far, read), (bytes so far, read), ...       read() -> ("a caption", pixels)
                                                                                             pixels() -> (h, w, 3) uint8
 THE RULE    `read` and `pixels` raise UserError if this one item is no good: packing counts it, names it, and goes on.
-READ NEXT   pack.py        TEST  tests/test_shards.py
+READ NEXT   pack.py        TRY IT  python streams.py        TEST  tests/test_shards.py
 """
 import functools
 import io
@@ -132,3 +132,10 @@ def collect_words(named, args):
             except UserError:                           # it will be counted and named when it is packed
                 continue
     return data.Words(found)
+
+
+if __name__ == "__main__":
+    for kind in ("text", "pairs"):
+        for upto, read in scenes_of(kind, "six", 3, 32):
+            text, pixels = read()
+            print(f"{kind:6s} item {upto}: {text!r}" + (f" and {pixels().shape} pixels" if pixels else ""))

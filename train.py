@@ -38,9 +38,9 @@ import sources
 import vae as vae_module
 from data import ASSETS
 from diffusion import Diffusion, same_noise
+from kit import Kit, load_kit, save_kit
 from model import Transfusion, count, losses, sized
 from presets import AFTERWARDS, Config, parse_arguments
-from kit import Kit, load_kit, save_kit
 from shards import Shards
 from show import plot_curves, plot_samples
 from train_vae import train_vae
@@ -54,10 +54,14 @@ def find_vae(config, kept=None):
     return vae_module.load_vae(path) if path else None
 
 
+WHOLE = "a whole copy of the model is measured", 2      # what for, and bytes per parameter: see scale.explain_memory
+
+
 @dataclass
 class Run:
     """Everything that a step needs. latents: (mean, deviation) of all pictures, each (N, c, h, w); None: in the shards.
-    On several ranks, model and average are divided among them: `average` holds tensors, and only `kit` can be asked."""
+    On several ranks, model and average are divided among them: `average` holds tensors, and only `kit` can be asked. With
+    --ema 0 the average is the model itself."""
     config: Config
     ranks: scale.Ranks
     model: Transfusion
@@ -72,9 +76,12 @@ class Run:
 
     def kit(self):
         """The averaged model, whole on every rank, ready to sample. Every rank must call it."""
-        with scale.explain_memory(self.average.config, self.config, self.ranks):
-            average = scale.whole(lambda: Transfusion(self.average.config), self.average, self.ranks.dtype)
+        average = scale.whole(lambda: Transfusion(self.average.config), self.average, self.ranks.dtype)
         return Kit(average.eval(), self.words, self.vae, self.diffusion)
+
+    def explain_memory(self, *what):
+        """`scale.explain_memory` for this run."""
+        return scale.explain_memory(self.average.config, self.config, self.ranks, *what)
 
     def devices(self):
         """(name of this rank's device, how many of them): what MFU is measured against."""
@@ -88,7 +95,7 @@ def load_source(config, split="train", n=None):
     if config.data == "edits":
         return edits.load_edits(config.data_dir or None, config.image_size, split, n or config.pairs, config.seed)
     return sources.load_pairs(config.data, config.data_dir or None, config.image_size, split, n or config.pairs, config.seed,
-                           scenes.WORLDS[config.world], progress=split == "train" and scale.rank() == 0)
+                              scenes.WORLDS[config.world], progress=split == "train" and scale.rank() == 0)
 
 
 def prepare(config, out, ranks=None, resume=False):
@@ -102,9 +109,12 @@ def prepare(config, out, ranks=None, resume=False):
     if config.data == "shards":                         # tokens and latents are ready, whatever their number
         documents = Shards(config.data_dir or "packed", **noise)
         documents.must_have(seq_len=config.seq_len, patch=config.patch)
-        if start:
-            documents.must_be_of(config.init, start.words, start.vae)
         words, vae, latent = documents.words, documents.vae(config.vae), tuple(documents.settings["latent"])
+        if start:
+            documents.must_be_of(config.init, start.words, start.vae, vae)
+        if resume:
+            check_shards(documents, out)
+        vae.to(ranks.device)
         return assemble(config, ranks, shape_of(config, len(words), latent, start), start, words, vae, diffusion, documents, None)
     pairs = load_source(config)
     words, side, channels = start.words if start else data.Words(pairs.vocabulary()), *pairs.pixels.shape[2:]
@@ -146,7 +156,7 @@ def assemble(config, ranks, shape, start, words, vae, diffusion, documents, late
     """The Run at step 0: the model with its first weights, or those of the Kit `start`; its average, its optimizer."""
     torch.manual_seed(config.seed)
     make = lambda: Transfusion(shape)
-    with scale.explain_memory(shape, config, ranks):
+    with scale.explain_memory(shape, config, ranks, "process 0 draws the first weights in main memory", 4):
         model = scale.spread((lambda: start.model.train()) if start else make, ranks, config.checkpointing, config.compile)
         # --ema 0 keeps no second copy: at 7B on one GPU that is 27 GB
         average = scale.hold(make, {k: v.detach().clone() for k, v in model.state_dict().items()}) if config.ema else model
@@ -228,13 +238,13 @@ def check_config(config, out):
                              "; resume with the same options, or start a new run with another --out")
 
 
-def check_shards(run, out):
-    """Raise UserError if the run in `out` has learned from shards of another tokenizer, VAE, or layout."""
+def check_shards(documents, out):
+    """Raise UserError if the run in `out` has learned from shards of another tokenizer, VAE, or layout than `documents`."""
     before = json.loads((out / "config.json").read_text()).get("packed") or {}
-    other = [k for k, v in before.items() if run.documents.settings.get(k) != v]
+    other = [k for k, v in before.items() if documents.settings.get(k) != v]
     if other:
         raise data.UserError(f"{out} has learned from shards with another {' and '.join(other)} ({before[other[0]]}, now "
-                             f"{run.documents.settings.get(other[0])}): put those back, or start a new run with another --out")
+                             f"{documents.settings.get(other[0])}): put those back, or start a new run with another --out")
 
 
 def summarize(window, run, seconds):
@@ -273,13 +283,14 @@ def fit(run, out, test):
     before = signal.signal(signal.SIGINT, on_ctrl_c) if in_main else None
     try:
         while run.step < config.steps and not any(scale.total([len(stop)])):        # all ranks stop at the same step
-            with scale.explain_memory(run.average.config, config, run.ranks):
+            with run.explain_memory():
                 window.append(train_step(run))
             bar.update()
             if run.step % config.log_every == 0 or run.step == config.steps:
                 row = summarize(window, run, time.time() - began)
                 if run.step % config.gap_every == 0 or run.step == config.steps:
-                    row["gap"] = evaluate.conditioning_gap(run.kit().model, run.words, run.diffusion, *probe)
+                    with run.explain_memory(*WHOLE):
+                        row["gap"] = evaluate.conditioning_gap(run.kit().model, run.words, run.diffusion, *probe)
                 if first:
                     left = bar.format_dict["elapsed"] / (run.step - bar.initial) * (config.steps - run.step)
                     log.append({**row, "seconds_left": round(left)})
@@ -323,10 +334,9 @@ def main(argv=None):
         test = load_source(config, "test", n=256)
     run = prepare(config, out, ranks, resume)
     if resume:
-        if config.data == "shards":
-            check_shards(run, out)
         run.step = complete[-1]
-        scale.load(out, run.step, ranks, run.model, run.average, run.optimizer)
+        with run.explain_memory("the shards are loaded", 0):
+            scale.load(out, run.step, ranks, run.model, run.average, run.optimizer)
         skipped = "".join(f" (step_{step:06d} was not finished: skipped)" for step in incomplete)
         say(f"resuming from {scale.folder_of(out, run.step)}{skipped}")
     if scale.rank() == 0:
@@ -342,19 +352,21 @@ def main(argv=None):
     log, finished = fit(run, out, test)
     found, trained = None, time.time() - began
     if finished:
-        kit = run.kit()
+        with run.explain_memory(*WHOLE):
+            kit = run.kit()
         if scale.rank() == 0:
             plot_curves(log, out / "curves.png")
             save_kit(out / "model.pt", kit)
         if config.samples:                              # drawn on all ranks; shards keep no pixels to compare with
             texts = [] if test else [run.words.decode(ids) for ids in run.documents.held_out(32)[0]]
-            found, lines, shown = evaluate.report(kit, config.data, scenes.WORLDS[config.world], test, config.samples,
-                                                  config.seed, texts=texts, steps=config.sample_steps, guidance=config.guidance,
-                                                  sampler=config.sampler)
+            with run.explain_memory(*WHOLE):
+                found, lines, shown = evaluate.report(kit, config.data, scenes.WORLDS[config.world], test, config.samples,
+                                                      config.seed, texts=texts, steps=config.sample_steps,
+                                                      guidance=config.guidance, sampler=config.sampler)
             found["train_seconds"] = trained
             if scale.rank() == 0:
-                plot_samples(shown, out / "samples.png")
                 (out / "report.json").write_text(json.dumps(found, indent=1))
+                plot_samples(shown, out / "samples.png")
             say(*lines, sep="\n")
             say(f"trained in {trained:.0f} s, all in {time.time() - began:.0f} s; look at {out}/samples.png and {out}/curves.png")
         else:

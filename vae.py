@@ -34,7 +34,6 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-import sources
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu" # where one process trains a VAE, samples, measures
 BETA = 0.25                                             # Paper App. C: commitment
@@ -334,6 +333,7 @@ if __name__ == "__main__":
               f"of 256 x 256 becomes {256 // network.f} x {256 // network.f} "
               + (f"words out of {shown.codes:,}" if shown.codes else f"vectors of {shown.z} numbers"))
     shipped = load_vae(data.ASSETS / "scenes_vae.pt")
+    import sources
     pictures = to_float(sources.load_scenes(3, seed=1, progress=False).pixels)
     with torch.no_grad():
         mean, _ = shipped.encode(pictures)

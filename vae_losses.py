@@ -35,7 +35,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import sources
 
 WEIGHTS = {"L1": 1.0, "LPIPS": 1.0, "ID": 0.2, "GAN": 0.5}              # Paper App. C
 
@@ -329,6 +328,7 @@ class Judges(nn.Module):
 
 
 if __name__ == "__main__":
+    import sources
     pairs = sources.load_scenes(300, seed=0, progress=False)
     net, right = train_small_net(pairs.pixels, pairs.captions, steps=60, batch=24)
     lpips, identity = stand_ins(net)

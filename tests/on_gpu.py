@@ -110,6 +110,7 @@ def wait(device):
 
 def free(device):
     """Give the memory back of models that nobody uses: FSDP's are cycles of references, which `del` leaves alive."""
+    torch._dynamo.reset()                               # compiled code may hold some, too
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

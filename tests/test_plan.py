@@ -200,6 +200,9 @@ def test_weights_divided_among_fewer(capsys):
         train.main(["--preset", "7b", "--dry-run", "--gpus", "512", "--shard", shard])
         found.append({line.split()[0]: float(line.split("GiB")[0].split()[-1]) for line in capsys.readouterr().out.splitlines() if " GiB " in line})
     assert found[1]["AdamW"] == pytest.approx(64 * found[0]["AdamW"], rel=0.05) and found[1]["checkpoints"] == found[0]["checkpoints"]
+    whole = 2 * found[1]["weights"] * 8 / 4             # the copy in bf16 does not get smaller with more owners
+    for row, owners in zip(found, (512, 8)):
+        assert row["between"] == pytest.approx(whole + 16 / 2 * whole / owners, rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------------------- the GPU's script

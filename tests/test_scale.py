@@ -1,8 +1,8 @@
 """
 test_scale.py: two processes are one process                                    (scale.py; DESIGN 6; PAPER §4.10)
 
-One start of two gloo processes (`work`, at the end) trains, is interrupted, resumes and draws; this process does the same
-alone and compares. Micro-batches are made as unequal as can be: each has another number of documents, one has no picture.
+One start of two gloo processes (`work`, at the end) trains, is interrupted, resumes and draws, another of four trains; this
+process does the same alone and compares. Micro-batches are made as unequal as can be: each has another number of documents, one has no picture.
 """
 import contextlib
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -85,7 +86,7 @@ def alone(folder):
         out = folder / f"one_{encoder}"
         if not out.exists():
             with tiny_and_uneven():
-                train.main(command(folder, f"one_{encoder}", *ENCODERS[encoder][: 2 * (encoder == "unet")]))
+                train.main(command(folder, f"one_{encoder}", *ENCODERS[encoder][:2]))
         return out
     return run
 
@@ -117,9 +118,10 @@ def test_two_processes_take_the_steps_of_one(folder, alone, encoder):
 
 
 def test_four_processes_on_a_2d_mesh_take_the_steps_of_one(folder):
-    """Many nodes, in miniature: 2 copies x 2 shards, 8 micro-batches. Catches gradients that are added up between the copies
-    after each micro-batch and again at the end of the step, or never."""
+    """Many nodes, in miniature: 2 copies x 2 shards, 8 micro-batches. Catches gradients that are never added up between the
+    copies, or, at the network's cost, after each micro-batch instead of once per step."""
     torchrun(4, folder)
+    assert np.load(folder / "asked.npy").tolist() == [False, True] * 6  # 2 micro-batches per process and step
     with tiny_and_uneven():
         train.main(command(folder, "one_of_four", "--accumulate", "8"))
     assert close(log(folder / "one_of_four"), log(folder / "four"), 1e-5) and far(folder / "one_of_four", folder / "four") < 1e-3
@@ -131,6 +133,15 @@ def test_the_small_file_is_whole(folder, encoder):
     average, kit = states(folder / f"two_{encoder}"), load_kit(folder / f"two_{encoder}/model.pt")
     for k, v in kit.model.state_dict().items():
         assert torch.allclose(v, average[f"average.{k}"], rtol=1e-3, atol=1e-6), k
+
+
+def test_without_an_average_on_two(folder):
+    """Catches --ema 0 that trains otherwise, saves the weights twice, or ends with other weights than the last ones."""
+    one, two = states(folder / "two_linear"), states(folder / "two_without")
+    weights = {k: v for k, v in two.items() if k.startswith("model.")}
+    assert all(torch.equal(v, one[k]) for k, v in weights.items()) and not any(k.startswith("average.") for k in two)
+    for k, v in load_kit(folder / "two_without/model.pt").model.state_dict().items():
+        assert torch.allclose(v, weights[f"model.{k}"], rtol=1e-3, atol=1e-6), k
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -149,7 +160,7 @@ def test_resume_on_one_what_two_have_saved(folder, capsys, encoder):
     (folder / out / "checkpoints/step_000006/.metadata").unlink()       # killed while step 6 was being written
     assert scale.found(folder / out) == ([3], [6])
     with tiny_and_uneven():
-        train.main(command(folder, out, "--resume", *ENCODERS[encoder][: 2 * (encoder == "unet")]))
+        train.main(command(folder, out, "--resume", *ENCODERS[encoder][:2]))        # --shard and --checkpointing may change
     said = capsys.readouterr().out
     assert "resuming from" in said and "step_000003" in said and "step_000006 was not finished" in said
     assert close(log(folder / out), log(two), 1e-5) and scale.found(folder / out) == ([3, 6], [])
@@ -241,12 +252,18 @@ def work(folder):
     """Run by torchrun, in each of two processes; of four, one run on a mesh of 2 copies x 2 shards."""
     torch.set_num_threads(1)
     if os.environ["WORLD_SIZE"] == "4":
-        with tiny_and_uneven():
-            return train.main(command(folder, "four", "--shard", "2", "--accumulate", "8"))
+        asked, real = [], FSDPModule.set_requires_all_reduce
+        with tiny_and_uneven() as patch:
+            patch.setattr(FSDPModule, "set_requires_all_reduce", lambda self, last: asked.append(last) or real(self, last))
+            train.main(command(folder, "four", "--shard", "2", "--accumulate", "8"))
+        if os.environ["RANK"] == "0":
+            np.save(folder / "asked.npy", np.array(asked))
+        return
     scale.stop = lambda: None                           # several runs, one group
     with tiny_and_uneven() as patch:
         for encoder, options in ENCODERS.items():
             train.main(command(folder, f"two_{encoder}", *options))
+        train.main(command(folder, "two_without", "--ema", "0"))
         real = train.train_step
 
         def step(run):

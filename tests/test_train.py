@@ -417,7 +417,8 @@ def test_without_an_average(command, tmp_path):
     assert not run.kit().model.training
     scale.remove(scale.folder_of(tmp_path / "none", 6))
     train.main(command("none", ema=0, save_every=3) + ["--resume"])
-    assert same(states(tmp_path / "none"), states(tmp_path / "forgets")) == []
+    none, forgets = states(tmp_path / "none"), states(tmp_path / "forgets")
+    assert same(none, {k: v for k, v in forgets.items() if not k.startswith("average.")}) == []
 
 
 def test_nothing_to_resume(command, tmp_path):
