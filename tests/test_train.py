@@ -84,7 +84,7 @@ def states(out):
     saved = torch.load(out.parent / "state.pt", weights_only=False)
     flat = lambda value, name="": {name[1:]: value} if not isinstance(value, dict) else {
         k: v for key in value for k, v in flat(value[key], f"{name}.{key}").items()}
-    return {**flat({k: saved[k] for k in ("model", "average")}), **flat(saved["optimizer"]["state"]), "step": step,
+    return {**flat({k: saved[k] for k in ("model", "average") if k in saved}), **flat(saved["optimizer"]["state"]), "step": step,
             "groups": [{k: v for k, v in group.items() if k != "lr"} for group in saved["optimizer"]["param_groups"]],
             "lr": [group["lr"] for group in saved["optimizer"]["param_groups"]]}
 
