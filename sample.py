@@ -348,8 +348,8 @@ def main(argv=None):
     latents = [part for parts in documents for part in (parts[-1:] if args.edit else parts) if not isinstance(part, str)]
     if args.image and not args.edit:
         return
-    if not frames:                                      # a picture of the prompt does not count
-        return print("the model wrote words only; leave out --open to make it draw")
+    if not frames:                                      # nothing was drawn: an answer about the prompt's pictures, or words alone
+        return None if latents else print("the model wrote words only; leave out --open to make it draw")
     pictures = decode_latents(kit, torch.stack(latents))
     show.save_picture(vae_module.grid(pictures, min(8, len(pictures)), gap=1) if len(pictures) > 1 else pictures[0], args.out)
     print(f"wrote {args.out} ({len(pictures)} pictures, {time.time() - began:.1f} s)")
