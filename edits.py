@@ -272,7 +272,7 @@ class EditDocuments:
     t_limit: int = 100                                  # noise limit of a picture that precedes its text
     T: int = 1000
     drop: float = 0.1                                   # share of edits without instruction, and without first picture
-    asked: float = 0.25                                 # our choice: share that asks "what changed ?" instead (scenes only); 0.1: a third right
+    asked: float = 0.25                                 # our choice: share that asks "what changed ?" instead (scenes only; README, "What it took")
 
     def __post_init__(self):
         self.triples = self.pairs.triples()

@@ -88,7 +88,7 @@ PAPER = dict(data="shards", seq_len=4096, documents=1, accumulate=512, steps=250
 PRESETS |= {size: dict(PAPER, size=size) for size in ("0.16b", "0.37b", "0.76b", "1.4b")}
 PRESETS["7b"] = dict(PAPER, size="7b", accumulate=1024, steps=500000, checkpointing=True)       # the flagship: 4M, 500k
 AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_steps", "guidance", "sampler",
-              "checkpointing", "compile", "shard"}      # may change on resume; on shards documents and accumulate, too, if their product stays
+              "checkpointing", "compile", "shard"}      # may change on resume (and see train.check_config)
 
 
 def parse_arguments(argv=None):

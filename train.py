@@ -335,7 +335,7 @@ def main(argv=None):
     run = prepare(config, out, ranks, resume)
     if resume:
         run.step = complete[-1]
-        with run.explain_memory("the shards are loaded", 0):
+        with run.explain_memory("the checkpoint is read", 0):
             scale.load(out, run.step, ranks, run.model, run.average, run.optimizer)
         skipped = "".join(f" (step_{step:06d} was not finished: skipped)" for step in incomplete)
         say(f"resuming from {scale.folder_of(out, run.step)}{skipped}")

@@ -654,18 +654,15 @@ def test_fine_tuning_on_shards_of_another_tokenizer_or_vae(packed, vae_path, oth
     train.main(training(packed, tmp_path / "run", steps=1))
     start = dict(init=tmp_path / "run/model.pt", steps=1)
     train.main(training(packed, tmp_path / "tuned", **start))           # its own: model.pt's 16 bits are no other VAE
-    words = [word[::-1] for word in shards.Shards(packed).words.words[len(data.SPECIAL):]]
-    (tmp_path / "words.json").write_text(json.dumps([*data.SPECIAL, *words]))
-    (tmp_path / "new").mkdir()
-    stream = shards.Shards(packed)
+    words = data.Words([word[::-1] for word in shards.Shards(packed).words.words[len(data.SPECIAL):]])
     for what, options in (("VAE", dict(vae=other_vae)), ("tokenizer", dict(vae=vae_path))):
         out = tmp_path / "new" / what
         pack.main(command(**options, out=out))
         if what == "tokenizer":                         # as many words, spelt otherwise
-            (out / "tokenizer.json").write_text((tmp_path / "words.json").read_text())
+            (out / "tokenizer.json").write_text(json.dumps(words.words))
             for header in out.glob("*/header.json"):
                 content = json.loads(header.read_text())
-                content["settings"]["tokenizer"] = shards.fingerprint(data.Words(words))
+                content["settings"]["tokenizer"] = shards.fingerprint(words)
                 header.write_text(json.dumps(content))
         with pytest.raises(UserError, match=f"run/model.pt has learned with another {what}"):
             train.main(training(out, tmp_path / "tuned2", **start))
@@ -676,7 +673,6 @@ def test_fine_tuning_on_shards_of_another_tokenizer_or_vae(packed, vae_path, oth
         shutil.copytree(out, tmp_path / "copy")
         with pytest.raises(UserError, match=f"again has learned from shards with another {what.lower()}"):
             train.main(training(tmp_path / "copy", tmp_path / "again", steps=1) + ["--resume"])
-    assert stream.settings == shards.Shards(packed).settings
 
 
 def test_resume_in_smaller_pieces(packed, tmp_path, monkeypatch):
