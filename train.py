@@ -373,7 +373,6 @@ def main(argv=None):
             say(f"trained in {trained:.0f} s; wrote {out}/model.pt")
     else:
         say(f"stopped and saved at step {run.step}; the same command with --resume goes on from there")
-    scale.stop()
     return found
 
 
