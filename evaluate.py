@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import chameleon
 import data
 import edits
 import mixtures
@@ -85,13 +86,14 @@ def captioning(kit, categories, n=200, seed=0, size=32):
 
 
 @torch.no_grad()
-def excess_nats(kit, documents, n=500, seed=0):
+def excess_nats(kit, documents, n=500, seed=0, alone=False):
     """(excess, entropy) in nats per token: the model's loss on n unseen documents minus the loss of a perfect model, on
-    the same documents; and the latter. Text-only and caption-first documents: their words' probability is known exactly."""
+    the same documents; and the latter. Text-only and caption-first documents: their words' probability is known exactly.
+    alone: text-only documents, which Transfusion and its rivals all read alike."""
     rng, chosen = np.random.default_rng([seed, 9]), []
     while len(chosen) < n:
         document = documents.draw(rng)
-        if isinstance(document[0], str):
+        if isinstance(document[0], str) and (len(document) == 1 or not alone):
             chosen.append([part[1] if part[0] == "dropped" else part for part in document])
     sequences = [data.lay_out(document, kit.words, kit.model.config.patches) for document in chosen]
     ideal, total, words = -sum(documents.log_prob(document) for document in chosen), 0.0, 0
@@ -124,7 +126,10 @@ def deductions(kit, n=200, seed=0):
 
 
 def gap_probe(pairs, vae, n):
-    """(captions, latents, latents before or None) of the first n captioned pictures, or edits, for `conditioning_gap`."""
+    """(captions, latents, latents before or None) of the first n captioned pictures, or edits, for `conditioning_gap`. With a
+    VQ-VAE codes in place of latents."""
+    if vae.quantiser:
+        return pairs.captions[:n], vae_module.encode_all_codes(vae, pairs.pixels[:n], progress=False), None
     encode = lambda index: vae_module.encode_all(vae, pairs.pixels[index], progress=False)[0]
     if isinstance(pairs, edits.Edits):
         before, captions, after = map(list, zip(*pairs.triples()[:n]))
@@ -136,7 +141,9 @@ def gap_probe(pairs, vae, n):
 def conditioning_gap(model, words, diffusion, captions, latents, before=None, seed=0):
     """Diffusion loss with a wrong caption minus that with the right one, same noise, same t: 0 means that the model
     ignores its caption, however good the loss looks (PAPER.md §4.12). captions: N str; latents (N, c, h, w); before: the
-    latents of the pictures that stand before the captions, clean, where these are edits."""
+    latents of the pictures that stand before the captions, clean, where these are edits. Of codes (N, h, w) int64: nats."""
+    if latents.dtype == torch.long:
+        return chameleon.code_gap(model, words, captions, latents)
     g, N = torch.Generator().manual_seed(seed), len(captions)
     t = (torch.arange(N) * diffusion.T // N + 1)[torch.randperm(N, generator=g)]      # every noise level alike
     eps, means = torch.randn(latents.shape, generator=g), []
@@ -214,12 +221,14 @@ def digits(kit, test, n=200, seed=0, guidance=3.0, **drawing):
 
 
 # ------------------------------------------------------------------------------------------------------------------ report
-def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, held_out=True, texts=(), **drawing):
+def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, held_out=True, texts=(), draws=True, **drawing):
     """(dict of numbers, lines to print, list of (prompt, picture, right) to show). name: "scenes", "mnist", "edits", "mixtures",
     "folder" or "shards"; categories: those the model was trained on; test: sources.Pairs, unseen; texts: captions to draw, of
-    shards, which keep no pixels; n: how many samples; drawing: as `sample.draw`."""
-    began = time.time()
-    if name == "mnist":
+    shards, which keep no pixels; n: how many samples; draws: False for a Llama; drawing: as `sample.draw`."""
+    began, shown = time.time(), []
+    if not draws:
+        found = {}
+    elif name == "mnist":
         found, shown = digits(kit, test, n, seed, **drawing)
     elif name == "mixtures":
         found, shown = mixtures.mixing(kit, n, seed, categories, **drawing), []
@@ -237,14 +246,18 @@ def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, he
         if held_out:
             found["held_out"] = geneval(kit, asked, 50, held_out=True, seed=seed, **drawing)[0]
         found["captions"], _ = captioning(kit, categories, n, seed, kit.model.config.latent[1] * kit.vae.f)
-        documents = data.Documents(sources.load_scenes(5000, [seed, 2], categories, progress=False), kit.model.config.patches,
-                                   kit.model.config.context)
-        found["excess_nats"], found["entropy"] = excess_nats(kit, documents, 500, seed)
-        found["deductions"] = deductions(kit, n, seed)
     else:
         texts = list(texts or test.captions)[:min(n, 32)]
         found, shown = {}, [(t, p, True) for t, p in zip(texts, draw(kit, texts, seed=seed, **drawing))]
-    if test is not None:
+    if name == "scenes":
+        documents = data.Documents(sources.load_scenes(5000, [seed, 2], categories, progress=False), kit.model.config.patches,
+                                   kit.model.config.context)
+        if draws and not kit.vae.quantiser:
+            found["excess_nats"], found["entropy"] = excess_nats(kit, documents, 500, seed)
+        if documents.text_share:                        # where captions outweigh patches, no text stands alone
+            found["alone"], _ = excess_nats(kit, documents, 500, seed, alone=True)
+        found["deductions"] = deductions(kit, n, seed)
+    if test is not None and draws:
         found["conditioning_gap"] = conditioning_gap(kit.model, kit.words, kit.diffusion, *gap_probe(test, kit.vae, 256), seed=seed)
     found["seconds"] = time.time() - began
     return found, describe_report(found, drawing), shown
@@ -270,6 +283,8 @@ def describe_report(found, drawing):
         lines.append(f"  {'16 mixed prompts, batch against one by one':40s} {found['batch']:6.1f} times faster")
     if "excess_nats" in found:
         lines.append(f"  {'text loss above the language entropy':40s} {found['excess_nats']:6.3f} nats per token (entropy {found['entropy']:.3f})")
+    if "alone" in found:
+        lines.append(f"  {'the same of text-only documents':40s} {found['alone']:6.3f} nats per token")
     if "conditioning_gap" in found:
         lines.append(f"  {'conditioning gap':40s} {found['conditioning_gap']:6.3f} (0 = the caption is ignored)")
     return lines + [f"  measured in {found['seconds']:.0f} s"]

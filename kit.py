@@ -57,19 +57,28 @@ def device_of(model):
     return next((p.device for p in model.parameters()), None) if isinstance(model, nn.Module) else torch.device("cpu")
 
 
+def find_vae(source, given="", kept=None, codes=False):
+    """The VAE, or with `codes` the VQ-VAE, or None: of the file `given`, or `kept` by the run, or shipped for the data `source`."""
+    shipped = data.ASSETS / f"{source}_{'vq' if codes else 'vae'}.pt"
+    path = given or next((p for p in (kept, shipped) if p and p.exists()), None)
+    return vae_module.load_vae(path, "vqvae" if codes else "vae") if path else None
+
+
 @torch.no_grad()
 def decode_latents(kit, latents):
-    """(M, h, w, 3) uint8 pictures of latents (M, c, h, w)."""
-    pixels = vae_module.to_pixels(kit.vae.decode(latents.to(next(kit.vae.parameters()).device)))
+    """(M, h, w, 3) uint8 pictures of latents (M, c, h, w), or of codes (M, h, w)."""
+    decode = kit.vae.decode_codes if kit.vae.quantiser else kit.vae.decode
+    pixels = vae_module.to_pixels(decode(latents.to(next(kit.vae.parameters()).device)))
     return np.repeat(pixels, 3, -1) if pixels.shape[-1] == 1 else pixels
 
 
 @torch.no_grad()
 def encode_pixels(kit, pixels):
-    """Latents (M, c, h, w) of (M, h, w, 3 or 1) uint8 pictures; grey models read the mean of the channels."""
+    """Latents (M, c, h, w), or codes (M, h, w), of (M, h, w, 3 or 1) uint8 pictures; grey models read the mean of the channels."""
     if pixels.shape[-1] != kit.vae.config.image_channels:
         pixels = pixels.mean(-1, keepdims=True).round().astype(np.uint8)
-    return kit.vae.encode(vae_module.to_float(pixels).to(next(kit.vae.parameters()).device))[0].cpu()
+    x = vae_module.to_float(pixels).to(next(kit.vae.parameters()).device)
+    return (kit.vae.encode_codes(x) if kit.vae.quantiser else kit.vae.encode(x)[0]).cpu()
 
 
 if __name__ == "__main__":

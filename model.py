@@ -57,6 +57,7 @@ class ModelConfig:
     patch_position: bool = False                        # add a learned vector per place in the picture
     context: int = 128                                  # T: the longest sequence
     bidirectional: bool = True                          # False: causal attention inside a picture too (Table 3)
+    stable: bool = False                                # Chameleon's stability modifications (§4.1 "Baseline", Table 2)
     T: int = 1000                                       # diffusion steps
 
     def __post_init__(self):
@@ -111,26 +112,41 @@ class Cache:
 
 
 class Block(nn.Module):
-    """One Llama layer. (B, T, D) -> (B, T, D)."""
+    """One Llama layer. (B, T, D) -> (B, T, D). stable: Chameleon's: norms after the layers, not before, and of queries and keys."""
 
-    def __init__(self, D, N, multiple=256):
+    def __init__(self, D, N, multiple=256, stable=False):
         super().__init__()
         hidden = multiple * math.ceil(8 * D / 3 / multiple)     # Llama: 8/3 of the width, rounded up to a multiple of 256
-        self.N = N
+        self.N, self.stable = N, stable
         self.norm1, self.norm2 = nn.RMSNorm(D, eps=1e-5), nn.RMSNorm(D, eps=1e-5)
         self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
         self.gate_up, self.down = nn.Linear(D, 2 * hidden, bias=False), nn.Linear(hidden, D, bias=False)
+        if stable:
+            self.norm_q, self.norm_k = nn.LayerNorm(D // N), nn.LayerNorm(D // N)
 
     def forward(self, x, rope, mask, cache=None, layer=None, pos=None):
+        if self.stable:
+            x = x + self.norm1(self.attention(x, rope, mask, cache, layer, pos))
+            return x + self.norm2(self.swiglu(x))
+        x = x + self.attention(self.norm1(x), rope, mask, cache, layer, pos)
+        return x + self.swiglu(self.norm2(x))
+
+    def attention(self, x, rope, mask, cache, layer, pos):
+        """(B, T, D) -> (B, T, D): who may look at whom is in the mask."""
         B, T, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.N, D // self.N).permute(2, 0, 3, 1, 4)   # each (B, N, T, K)
+        q, k, v = self.qkv(x).view(B, T, 3, self.N, D // self.N).permute(2, 0, 3, 1, 4)               # each (B, N, T, K)
+        if self.stable:
+            q, k = self.norm_q(q), self.norm_k(k)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = (kv[:, :, : mask.shape[-1]] for kv in cache.write(layer, pos, k, v))
         y = attend(q, k, v, mask)                                                                      # (B, N, T, K)
-        x = x + self.out(y.transpose(1, 2).reshape(B, T, D))
-        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        return self.out(y.transpose(1, 2).reshape(B, T, D))
+
+    def swiglu(self, x):
+        """(B, T, D) -> (B, T, D)."""
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
 
 
 class Transfusion(nn.Module):
@@ -143,7 +159,7 @@ class Transfusion(nn.Module):
         body = dict(zip(("channels", "blocks"), config.unet)) if config.encoder == "unet" else {}
         self.pictures = PATCHES[config.encoder](config.latent[0], config.patch, config.width, T=config.T, **body)
         self.place = nn.Parameter(torch.zeros(config.patches, config.width)) if config.patch_position else None
-        self.blocks = nn.ModuleList([Block(config.width, config.heads, config.multiple) for _ in range(config.layers)])
+        self.blocks = nn.ModuleList([Block(config.width, config.heads, config.multiple, config.stable) for _ in range(config.layers)])
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         self.init_weights()
@@ -228,14 +244,16 @@ class Transfusion(nn.Module):
         return self.pictures.decode(h, t, kept)
 
 
-def losses(model, batch, diffusion):
+def losses(model, batch, diffusion, stable=False):
     """Sums, not means, so that micro-batches and ranks can be added before dividing (TRAP: a mean of means weighs words
     in short batches more). batch: data.Batch with latents, t and eps filled in. Returns (LM sum over words, number of
-    words, per-picture losses (M,)). Transfusion eq. 1, 3."""
+    words, per-picture losses (M,)). Transfusion eq. 1, 3. stable: with Chameleon's denominator loss (§4.1 "Baseline")."""
     xt = diffusion.add_noise(batch.latents, batch.eps, batch.t)         # noise first, patches after (§3)
     logits, out = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, xt, batch.t)
     following = batch.tokens.roll(-1, 1)[batch.learn]                   # `learn` is never set on a document's last token
     lm = F.cross_entropy(logits.float(), following, reduction="sum")
+    if stable:                                                          # "denominator loss": keeps the softmax's Z near 1
+        lm = lm + 1e-5 * logits.float().logsumexp(-1).square().sum()
     per_picture = (out.float() - diffusion.target(batch.latents, batch.eps)).square().flatten(1).mean(1)
     return lm, int(batch.learn.sum()), per_picture
 

@@ -11,6 +11,7 @@ import argparse
 import math
 from dataclasses import dataclass, field, fields
 
+import chameleon
 import data
 import plan
 import scenes
@@ -26,6 +27,7 @@ def option(default, help, choices=None):
 @dataclass
 class Config:
     """Every number of a run. The defaults are the paper's process at toy size; PRESETS change numbers, not code."""
+    model: str = option("transfusion", "Transfusion, or a rival: pictures as codes, or no pictures (§4.1, Table 2)", chameleon.MODELS)
     data: str = option("scenes", "what to learn from", ("scenes", "mnist", "folder", "edits", "shards"))
     data_dir: str = option("", "folder of MNIST idx files, of pictures with captions.jsonl, of edits.jsonl, or of shards")
     init: str = option("", "fine-tune this model.pt: its shape, words, VAE and diffusion are kept (§4.5)")
@@ -34,15 +36,18 @@ class Config:
     pairs: int = option(20000, "how many scenes to draw, or triples (scenes, edits)")
     vae: str = option("", "a vae.pt to use; default: assets/<data>_vae.pt if there is one, else one is trained first")
     vae_steps: int = option(400, "training steps of that VAE")
+    codes: int = option(512, "codes of a VQ-VAE that is trained first (--model chameleon; the paper: 16384)")
     size: str = option("toy", "a row of model.SIZES")
     patch: int = option(2, "side of a patch, in latent pixels (§4.3.2)")
     encoder: str = option("linear", "patch encoder (§4.3.3)", tuple(PATCHES))
     patch_position: bool = option(False, "add a learned vector per place in the picture")
     bidirectional: bool = option(True, "patches of a picture see each other; --no-bidirectional is Table 3's ablation")
+    stable: bool = option(False, "Chameleon's query-key norm, post-norm and denominator loss (Table 2)")
     diffusion: str = option("ddpm", "the paper's DDPM, or rectified flow", ("ddpm", "flow"))
     shift: float = option(1.0, "move the noise schedule: noise-to-signal ratio times this (1: the paper's)")
     lam: float = option(5.0, "lambda of eq. 4")
     drop: float = option(0.1, "share of captions dropped, for guidance")
+    t_limit: int = option(500, "noise limit of pictures that precede their captions, as a t of the paper's schedule; 1000: none (Table 11)")
     seq_len: int = option(96, "T, positions per row: documents are packed into rows of this length")
     documents: int = option(64, "documents per micro-batch (shards: rows)")
     accumulate: int = option(1, "micro-batches per step, over all processes together")
@@ -80,6 +85,9 @@ PRESETS = {
     # §4.5: 8,000 triples, from the shipped checkpoint of `six`; two of them fill a row
     "edit": dict(TOY, data="edits", init=str(ASSETS / "scenes.pt"), lam=5.0, pairs=8000, steps=5300, sample_steps=25,
                  sampler="dpm++", guidance=2.0),
+    # the rivals (chameleon.py): as many tokens a step as the first toy's, text and codes 1 : 1; a third of the learning rate (§4.1)
+    "chameleon": dict(TOY, model="chameleon", stable=True, lr=7e-4, documents=25, seq_len=160, steps=3300),
+    "llama": dict(TOY, model="llama", steps=3300),
     "shards": dict(data="shards", documents=8),
 }
 # Paper §4.1, App. B.1: rows of 4096 tokens, 2M tokens a step, 250k steps; Config's ddpm, lambda 5, patch 2 are the paper's.
@@ -123,6 +131,11 @@ def parse_arguments(argv=None):
         if not (name == "sample_steps") <= getattr(config, name) <= top:
             raise data.UserError(f"--{name.replace('_', '-')} must be at most {top} and not below "
                                  f"{int(name == 'sample_steps')}, got {getattr(config, name)}")
+    if config.model != "transfusion" and (config.data in ("edits", "shards") or dry):
+        raise data.UserError(f"--model {config.model} learns from scenes, mnist or a folder; shards, edits and --dry-run are "
+                             f"Transfusion's only")
+    if not 1 <= config.t_limit <= 1000:
+        raise data.UserError(f"--t-limit must be between 1 and 1000, got {config.t_limit}")
     if not (config.shift > 0 and config.clip > 0):
         raise data.UserError("--shift and --clip must be above 0")
     return config, resume, overwrite, planned if dry else None

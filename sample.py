@@ -107,7 +107,7 @@ class Decoder:
     def blind(self, rows, over, noise):
         """The cache of `rows` as the unconditional branch of guidance has it: the same positions, without the words since
         the last picture (each is <drop>), without that picture (it is `noise`, at t = T), or without both. BOI stays.
-        Raises UserError if the picture is to be forgotten and there is none."""
+        Raises UserError if the picture is to be forgotten and there is none. Returns (cache, logits (rows, V) after BOI)."""
         cache, pos, tokens, pictures = self.cache.rows(rows), [], [], []
         for k, b in enumerate(rows):
             row = self.tokens[b]
@@ -118,8 +118,7 @@ class Decoder:
             pos.append(list(range(start, len(row))))
             tokens.append(row[start: words] + (row[words: -1] if over == "picture" else [DROP] * (len(row) - 1 - words)) + [BOI])
             pictures.append([] if over == "words" else [noise[k].cpu()])
-        self.read(pos, tokens, pictures, cache, t=self.kit.diffusion.T)
-        return cache
+        return cache, self.read(pos, tokens, pictures, cache, t=self.kit.diffusion.T)
 
     @torch.no_grad()
     def diffusion_steps(self, rows, noise, guidance=3.0, generator=None, over="words", **options):
@@ -130,7 +129,7 @@ class Decoder:
         cache = self.cache.rows(rows * 2 if guidance != 1 else rows)
         pos = torch.stack([len(self.tokens[b]) + torch.arange(P) for b in rows]).to(self.device)
         if guidance != 1:                               # the second half of the cache forgets the caption, but keeps its length
-            blind = self.blind(rows, over, noise.roll((1, 1), (2, 3)))      # any noise but the new picture's
+            blind, _ = self.blind(rows, over, noise.roll((1, 1), (2, 3)))   # any noise but the new picture's
             cache.k[:, n:], cache.v[:, n:] = blind.k, blind.v
             pos2 = torch.cat([pos, pos])
 
@@ -209,6 +208,12 @@ def grow(decoder, seeds, draw_now=False, max_words=64, max_pictures=1, temperatu
             writing, waiting = [b for b in waiting if max_words > 0], []
 
 
+def decoder_of(kit):
+    """The class that decodes with this kit: `Decoder`, or the rival's, if its pictures are made of codes."""
+    import chameleon                                    # here, because it builds on this file
+    return chameleon.Decoder if kit.vae.quantiser else Decoder
+
+
 def generate(kit, prompts, draw_now=False, max_words=64, max_pictures=1, seed=0, first=0, progress=False, watch=None, **options):
     """Documents that continue the prompts, each a list of str and latents (c, h, w). Transfusion §3 "Inference".
 
@@ -216,7 +221,7 @@ def generate(kit, prompts, draw_now=False, max_words=64, max_pictures=1, seed=0,
     options: temperature, top_p (see `choose`), steps, sampler, guidance, over. watch: called with every Event.
     seed: an int, or one per row. Noise and words of a row come from its own generator, so that a row does not depend on
     its neighbours in the batch. first: the number of the first row, where these are a part of a longer list."""
-    decoder = Decoder(kit, prompts, draw_now)
+    decoder = decoder_of(kit)(kit, prompts, draw_now)
     seeds = seed if isinstance(seed, list) else [seed * 100003 + first + b for b in range(len(prompts))]
     bar = tqdm(total=options.get("steps", 250) + 1, desc="denoising", disable=not progress, leave=False)
     for event in grow(decoder, seeds, draw_now, max_words, max_pictures, **options):
@@ -313,6 +318,9 @@ def main(argv=None):
     args = parse_arguments(argv)
     shipped = ASSETS / ("scenes_edit.pt" if args.edit else "scenes.pt")
     kit, began, frames = load_kit(args.checkpoint or shipped, vae_module.DEVICE), time.time(), []
+
+    if kit.vae.quantiser and (args.edit or args.film):
+        raise data.UserError(f"{args.checkpoint} is a Chameleon: --edit and --film are for Transfusion")
 
     def watch(event):
         if event.mode == "noise":

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import chameleon
 import data
 import edits
 import evaluate
@@ -36,9 +37,8 @@ import scale
 import scenes
 import sources
 import vae as vae_module
-from data import ASSETS
 from diffusion import Diffusion, same_noise
-from kit import Kit, load_kit, save_kit
+from kit import Kit, find_vae, load_kit, save_kit
 from model import Transfusion, count, losses, sized
 from presets import AFTERWARDS, Config, parse_arguments
 from shards import Shards
@@ -47,19 +47,13 @@ from train_vae import train_vae
 
 
 # ------------------------------------------------------------------------------------------------------------ preparation
-def find_vae(config, kept=None):
-    """The VAE or None: given by name, or `kept` in the folder of this very run, or shipped with the repository."""
-    shipped = ASSETS / f"{config.data}_vae.pt"
-    path = Path(config.vae) if config.vae else next((p for p in (kept, shipped) if p and p.exists()), None)
-    return vae_module.load_vae(path) if path else None
-
-
 WHOLE = "a whole copy of the model is measured", 2      # what for, and bytes per parameter: see scale.explain_memory
 
 
 @dataclass
 class Run:
     """Everything that a step needs. latents: (mean, deviation) of all pictures, each (N, c, h, w); None: in the shards.
+    codes: (N, h, w), of all pictures, for a Chameleon.
     On several ranks, model and average are divided among them: `average` holds tensors, and only `kit` can be asked. With
     --ema 0 the average is the model itself."""
     config: Config
@@ -72,6 +66,7 @@ class Run:
     diffusion: Diffusion
     documents: data.Documents | edits.EditDocuments | Shards
     latents: tuple | None
+    codes: torch.Tensor | None = None
     step: int = 0
 
     def kit(self):
@@ -105,7 +100,8 @@ def prepare(config, out, ranks=None, resume=False):
     scale.micro_batches(config.accumulate)              # can they be dealt out?
     start = load_kit(config.init) if config.init else None
     diffusion = start.diffusion if start else Diffusion(config.diffusion, shift=config.shift)
-    noise = dict(drop=config.drop, t_limit=same_noise(diffusion, 100 if config.data == "edits" else 500))
+    noise = dict(drop=config.drop, t_limit=same_noise(diffusion, 100 if config.data == "edits" else config.t_limit))
+    coded = config.model == "chameleon"
     if config.data == "shards":                         # tokens and latents are ready, whatever their number
         documents = Shards(config.data_dir or "packed", **noise)
         documents.must_have(seq_len=config.seq_len, patch=config.patch)
@@ -119,13 +115,15 @@ def prepare(config, out, ranks=None, resume=False):
     pairs = load_source(config)
     words, side, channels = start.words if start else data.Words(pairs.vocabulary()), *pairs.pixels.shape[2:]
     words.encode(" ".join(sorted(pairs.vocabulary())))  # a word that --init does not know: say so now
-    vae = start.vae if start else find_vae(config, out / "vae.pt" if resume else None)
-    vae_config = vae.config if vae else vae_module.VAEConfig(image_channels=channels)
+    vae = start.vae if start else find_vae(config.data, config.vae, out / "vae.pt" if resume else None, coded)
+    vae_config = vae.config if vae else vae_module.VAEConfig(image_channels=channels, codes=config.codes * coded)
     f = 2 ** (len(vae_config.multipliers) - 1)
     if vae_config.image_channels != channels or side % f:
         raise data.UserError(f"the VAE takes pictures of {vae_config.image_channels} channels, with sides divisible by {f}; "
                              f"--data {config.data} has {channels} channels and {side} pixels")
-    shape = shape_of(config, len(words), (vae_config.z, side // f, side // f), start)
+    if bool(vae_config.codes) != coded:
+        raise data.UserError(f"{config.init} is {'not ' * coded}a Chameleon: --model must be what the checkpoint is")
+    shape = shape_of(config, len(words) + vae_config.codes, (vae_config.z, side // f, side // f), start)
     kind = edits.EditDocuments if config.data == "edits" else data.Documents
     documents = kind(pairs, shape.patches, config.seq_len, **noise)
     if documents.longest() > config.seq_len:
@@ -135,16 +133,19 @@ def prepare(config, out, ranks=None, resume=False):
         with scale.rank_0_first():
             if scale.rank() == 0:
                 vae_module.save(out / "vae.pt", vae_module.pack_vae(train_vae(pairs.pixels, vae_config, config.vae_steps, seed=config.seed)))
-            vae = find_vae(config, out / "vae.pt")
-    latents = vae_module.encode_all(vae.to(ranks.device), pairs.pixels, progress=scale.rank() == 0)
-    return assemble(config, ranks, shape, start, words, vae, diffusion, documents, latents)
+            vae = find_vae(config.data, out / "vae.pt", codes=coded)
+    vae, said, none = vae.to(ranks.device), scale.rank() == 0, torch.zeros(0, *shape.latent)
+    latents = (none, none) if coded else vae_module.encode_all(vae, pairs.pixels, progress=said)
+    codes = vae_module.encode_all_codes(vae, pairs.pixels, progress=said) if coded else None
+    return assemble(config, ranks, shape, start, words, vae, diffusion, documents, latents, codes)
 
 
 def shape_of(config, vocabulary, latent, start):
     """The ModelConfig of a run: that of the checkpoint it starts from, if there is one."""
     if start is None:
-        return sized(config.size, vocabulary=vocabulary, latent=latent, patch=config.patch, encoder=config.encoder,
-                     patch_position=config.patch_position, bidirectional=config.bidirectional, context=config.seq_len)
+        return sized(config.size, vocabulary=vocabulary, latent=latent, patch=1 if config.model == "chameleon" else config.patch, encoder=config.encoder,
+                     patch_position=config.patch_position, bidirectional=config.bidirectional, stable=config.stable,
+                     context=config.seq_len)
     shape = start.model.config
     if shape.latent != latent or shape.context < config.seq_len or shape.vocabulary != vocabulary:
         raise data.UserError(f"{config.init} has latents {shape.latent}, {shape.vocabulary} tokens and a context of {shape.context}, "
@@ -152,7 +153,7 @@ def shape_of(config, vocabulary, latent, start):
     return shape
 
 
-def assemble(config, ranks, shape, start, words, vae, diffusion, documents, latents):
+def assemble(config, ranks, shape, start, words, vae, diffusion, documents, latents, codes=None):
     """The Run at step 0: the model with its first weights, or those of the Kit `start`; its average, its optimizer."""
     torch.manual_seed(config.seed)
     make = lambda: Transfusion(shape)
@@ -163,7 +164,7 @@ def assemble(config, ranks, shape, start, words, vae, diffusion, documents, late
     matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) == large] for large in (True, False))
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=config.decay), dict(params=vectors, weight_decay=0.0)],
                                   lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)          # Paper App. B.1
-    return Run(config, ranks, model, average, optimizer, words, vae, diffusion, documents, latents)
+    return Run(config, ranks, model, average, optimizer, words, vae, diffusion, documents, latents, codes)
 
 
 # --------------------------------------------------------------------------------------------------------------- one step
@@ -173,7 +174,8 @@ def draw_batch(run, step, micro):
     if run.latents is None:                             # whole rows, with their latents
         batch = run.documents.batch(run.config.seed, step, micro, run.config.documents, run.config.accumulate)
     else:
-        rows = [data.lay_out(run.documents.draw(rng), run.words, run.documents.patches) for _ in range(run.config.documents)]
+        drawn = [chameleon.seen_by(run.config.model, run.documents.draw(rng), run.codes, len(run.words)) for _ in range(run.config.documents)]
+        rows = [data.lay_out(document, run.words, run.documents.patches) for document in drawn]
         batch = data.pack(rows, run.config.seq_len)
     g = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
     normal = lambda: torch.randn(len(batch.images), *run.average.config.latent, generator=g)
@@ -203,7 +205,7 @@ def train_step(run):
     lm_total, per_picture, t = 0.0, [], []                                          # all ranks, before dividing
     for k, batch in enumerate(batches, 1):
         scale.last_of_step(model, k == len(batches))
-        lm, _, each = losses(model, batch, run.diffusion)
+        lm, _, each = losses(model, batch, run.diffusion, run.average.config.stable)
         loss = lm / words + config.lam * each.sum() / max(1, pictures)  # eq. 4
         (loss * scale.size()).backward()                                # gradients of ranks are averaged, ours must be added
         lm_total += lm.detach()
@@ -272,7 +274,7 @@ def fit(run, out, test):
     scale.wait()                                        # before rank 0 writes what the others read
     if first:
         log_path.write_text("".join(json.dumps(row) + "\n" for row in log))
-    probe = evaluate.gap_probe(test, run.vae, 128) if test else run.documents.held_out(128)
+    probe = None if config.model == "llama" else evaluate.gap_probe(test, run.vae, 128) if test else run.documents.held_out(128)
     bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1, disable=not first)
 
     def on_ctrl_c(*_):                                  # TRAP: an exception here could fall between weights, average and count
@@ -288,7 +290,7 @@ def fit(run, out, test):
             bar.update()
             if run.step % config.log_every == 0 or run.step == config.steps:
                 row = summarize(window, run, time.time() - began)
-                if run.step % config.gap_every == 0 or run.step == config.steps:
+                if probe and (run.step % config.gap_every == 0 or run.step == config.steps):
                     with run.explain_memory(*WHOLE):
                         row["gap"] = evaluate.conditioning_gap(run.kit().model, run.words, run.diffusion, *probe)
                 if first:
@@ -361,14 +363,15 @@ def main(argv=None):
             texts = [] if test else [run.words.decode(ids) for ids in run.documents.held_out(32)[0]]
             with run.explain_memory(*WHOLE):
                 found, lines, shown = evaluate.report(kit, config.data, scenes.WORLDS[config.world], test, config.samples,
-                                                      config.seed, texts=texts, steps=config.sample_steps,
-                                                      guidance=config.guidance, sampler=config.sampler)
+                                                      config.seed, texts=texts, draws=config.model != "llama",
+                                                      steps=config.sample_steps, guidance=config.guidance, sampler=config.sampler)
             found["train_seconds"] = trained
             if scale.rank() == 0:
                 (out / "report.json").write_text(json.dumps(found, indent=1))
-                plot_samples(shown, out / "samples.png")
+                if shown:
+                    plot_samples(shown, out / "samples.png")
             say(*lines, sep="\n")
-            say(f"trained in {trained:.0f} s, all in {time.time() - began:.0f} s; look at {out}/samples.png and {out}/curves.png")
+            say(f"trained in {trained:.0f} s, all in {time.time() - began:.0f} s; look at {f'{out}/samples.png and ' if shown else ''}{out}/curves.png")
         else:
             say(f"trained in {trained:.0f} s; wrote {out}/model.pt")
     else:

@@ -305,10 +305,10 @@ def unpack_vae(content):
     return vae.eval()
 
 
-def load_vae(path):
-    """The VAE of a vae.pt. Raises UserError as `load`, and if the file is another version's."""
+def load_vae(path, kind="vae"):
+    """The VAE of a vae.pt; kind "vqvae": the VQ-VAE. Raises UserError as `load`, and if the file is another version's."""
     try:
-        return unpack_vae(load(path, "vae"))
+        return unpack_vae(load(path, kind))
     except (KeyError, TypeError, RuntimeError) as problem:
         raise data.UserError(f"{path} was written by another version of this program: "
                              f"{str(problem).splitlines()[0]}") from None

@@ -514,7 +514,7 @@ def test_a_run_on_files(tmp_path, source):
 
 def test_the_vae_is_trained_when_there_is_none(tmp_path, monkeypatch):
     """Catches a VAE trained on the spot that is not kept: a resumed run would read other latents than it learned from."""
-    monkeypatch.setattr(train, "ASSETS", tmp_path)      # no VAE is shipped
+    monkeypatch.setattr(data, "ASSETS", tmp_path)      # no VAE is shipped
     options = small_run(out=tmp_path / "run", steps=2, vae_steps=3)
     train.main(options)
     kept = vae_module.load(tmp_path / "run/vae.pt", "vae")["weights"]

@@ -1,0 +1,123 @@
+"""
+chameleon.py: the rivals: pictures as words, and no pictures at all              (Transfusion §4.1 "Baseline", §4.2, Table 2)
+
+THE IDEA    Chameleon: name each place of a latent picture by the nearest of a few learnt codes (vae.py's VQ-VAE). A picture
+            is then a sentence of h x w words, and a plain language model with one softmax over words and codes reads and
+            writes both: no diffusion, no second loss, no mask but the causal one. What the codes do not say is lost.
+            Llama: the same documents without their pictures. What do pictures cost the words?
+A PICTURE   a document    ["a red circle", picture 7]
+            Transfusion   <bos> a red circle <boi> [ 16 noisy vectors, denoised together ] <eoi> <eos>
+            Chameleon     <bos> a red circle <boi> c17 c401 c17 c17 ... c9 (64, one by one) <eoi> <eos>
+            Llama         <bos> a red circle <eos>
+THE RULES   Chameleon  L = mean over words and codes of -ln p(next | before) + 1e-5 (ln Z)^2         Z: the softmax's denominator
+            a block    x + norm(attention(x)); x + norm(swiglu(x)), queries and keys normalised      `model.Block`, stable
+            guidance   logits = uncond + w (cond - uncond), the code drawn from their softmax         §4.1
+SHAPES      codes (N, h, w) int64, 0 .. K-1; as tokens V .. V+K-1, after the V words; the model's vocabulary is V + K
+PAPER/HERE  same: one VQ-VAE of the VAE's own plan and data, query-key norm, post-norm, denominator loss, a third of the
+            learning rate, guidance. Both rivals are rows of train.py's one loop: `--preset chameleon`, `--preset llama`.
+            our choice: LayerNorm for queries and keys, and 1e-5, as the Chameleon Team (2024) have it; after EOI as after
+            a picture of Transfusion's; the loss on the first code, which BOI predicts, and on EOI. Codes are drawn at
+            temperature 1 from the whole softmax.
+            our choice: the patch encoder stays in both rivals, unused: 3,000 parameters of a toy.
+READ NEXT   experiments.py, which compares them        TRY IT  python chameleon.py        TEST  tests/test_chameleon.py
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import sample
+from data import BOI, EOI, PATCH
+
+MODELS = ("transfusion", "chameleon", "llama")
+
+
+def seen_by(model, document, codes=None, first=None):
+    """A document (see data.lay_out) as a model of this kind reads it. "transfusion": as it is. "llama": its words alone.
+    "chameleon": each picture as a list of token ids. codes: (N, h, w) int64 of all pictures; first: V, the first code's id."""
+    if model == "transfusion":
+        return document
+    if model == "llama":                                # nothing to guide: a dropped caption is a caption
+        return [part if isinstance(part, str) else part[1] for part in document if isinstance(part, str) or part[0] == "dropped"]
+    return [[BOI, *(codes[part[1]].flatten() + first).tolist(), EOI] if part[0] == "image" else part for part in document]
+
+
+class Decoder(sample.Decoder):
+    """sample.Decoder for pictures made of codes: the same documents, cache, guidance and loop, another `diffusion_steps`. The
+    pictures in `latents` are codes (h, w) int64."""
+
+    @property
+    def first(self):
+        """V: the id of the first code."""
+        return len(self.kit.words)
+
+    def read(self, pos, tokens, pictures, cache, t=0):
+        """As sample.Decoder's, but a picture's places hold its codes. Returns logits (B, V + K)."""
+        spelled = []
+        for row, own in zip(tokens, pictures):
+            codes = iter((torch.stack(list(own)).flatten() + self.first).tolist() if len(own) else ())
+            spelled.append([next(codes) if token == PATCH else token for token in row])
+        return super().read(pos, spelled, [[] for _ in tokens], cache, t)
+
+    def lm_step(self, active, generators=None, **choice):
+        """LM mode, for words: codes stand inside pictures only."""
+        self.logits = self.logits[:, : self.first]
+        return super().lm_step(active, generators, **choice)
+
+    @torch.no_grad()
+    def diffusion_steps(self, rows, noise, guidance=3.0, generator=None, over="words", **diffusing):
+        """In place of diffusion: write the next picture of each row of `rows`, whose last token is BOI, code by code, in raster
+        order. noise: its shape (len(rows), c, h, w) alone counts; diffusing: steps and sampler, for which there is no use.
+        generator: None, or one per row. Yields (codes to go, None, None); then pictures and EOI stand in the sequences."""
+        if over != "words":
+            raise data.UserError(f"guidance over the {over} is for Transfusion: leave --guide-over out")
+        n, P, guided = len(rows), self.kit.model.config.patches, guidance != 1
+        cache, logits, chosen = self.cache.rows(rows * (1 + guided)), self.logits[rows], []
+        if guided:
+            blind, without = self.blind(rows, over, noise)
+            cache.k[:, n:], cache.v[:, n:], logits = blind.k, blind.v, torch.cat([logits, without])
+        for k in range(P):
+            logits = logits[:, self.first:].float()
+            if guided:
+                logits = logits[n:] + guidance * (logits[:n] - logits[n:])
+            p, generators = logits.softmax(-1).cpu(), generator or [None] * n
+            chosen.append(torch.stack([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators)]))     # (n, 1)
+            yield P - 1 - k, None, None
+            ids = (chosen[-1] + self.first).tolist() * (1 + guided)
+            logits = super().read([[len(self.tokens[b]) + k] for b in rows] * (1 + guided), ids, [[] for _ in ids], cache)
+        self.cache.k[:, rows], self.cache.v[:, rows] = cache.k[:, :n], cache.v[:, :n]
+        for b, codes in zip(rows, torch.cat(chosen, 1).view(n, *noise.shape[2:])):
+            self.latents[b].append(codes)
+            self.tokens[b] += [PATCH] * P + [EOI]
+        self.advance()
+
+
+@torch.no_grad()
+def code_gap(model, words, captions, codes):
+    """The conditioning gap of a Chameleon: nats per code with a wrong caption minus those with the right one.
+    captions: N str; codes: (N, h, w) int64. Compare evaluate.conditioning_gap."""
+    means, first, device = [], len(words), next(model.parameters()).device
+    other = [next((c for c in captions[k + 1:] + captions[:k] if c != own), own) for k, own in enumerate(captions)]
+    for texts in (captions, other):
+        rows = [data.lay_out(seen_by("chameleon", [text, ("image", k, 0)], codes, first), words, 0) for k, text in enumerate(texts)]
+        batch = data.pack(rows, max(len(row.tokens) for row in rows))
+        none = torch.zeros(0, *model.config.latent), torch.zeros(0, dtype=torch.long)
+        logits, _ = model(*(x.to(device) for x in (batch.tokens, batch.image_id, batch.doc_id, batch.learn, *none)))
+        following = batch.tokens.roll(-1, 1)[batch.learn]
+        means.append(F.cross_entropy(logits.float().cpu(), following, reduction="none")[following >= first].mean().item())
+    return means[1] - means[0]
+
+
+if __name__ == "__main__":
+    import sources                                      # here, because only this needs them
+    import vae
+    from kit import find_vae
+    pairs, words = sources.load_scenes(2000, seed=0, progress=False), None
+    words, vq = data.Words(pairs.vocabulary()), find_vae("scenes", codes=True)
+    codes = vae.encode_all_codes(vq, pairs.pixels, progress=False)
+    for kind in MODELS:
+        row = data.lay_out(seen_by(kind, [pairs.captions[0], ("image", 0, 1000)], codes, len(words)), words, 16)
+        names = [words.words[t] if t < len(words) else f"c{t - len(words)}" for t in row.tokens]
+        print(f"{kind:12s} {len(row.tokens):3d} tokens: {' '.join(names[:14])}{' ...' if len(names) > 14 else ''}")
+    error = np.abs(vae.to_pixels(vq.decode_codes(codes[:256])).astype(int) - pairs.pixels[:256]).mean()
+    print(f"{vq.config.codes} codes draw pictures back with an error of {error:.1f} of 255")

@@ -1,0 +1,67 @@
+"""test_experiments.py: a table holds what its runs say                                                    (experiments.py)"""
+import json
+
+import pytest
+
+import experiments
+import presets
+from data import UserError
+
+TINY = "--steps 2 --samples 6 --sample-steps 2 --gap-every 2 --save-every 2 --pairs 60 --documents 6 --warmup 1"
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """One table of two rows, of seconds."""
+    monkeypatch.setattr(experiments, "BASE", TINY)
+    monkeypatch.setattr(experiments, "TABLES", {"9": ("a table", {"this way": "", "that way": "--preset llama --seed 4"})})
+
+
+def test_every_row_is_a_run():
+    """Each row's options are train.py's; within a table no two rows are the same run; and each differs from the base as its
+    name says. Catches a typo that would show only after an hour."""
+    for number, (title, rows) in experiments.TABLES.items():
+        configs = [presets.parse_arguments(experiments.argv_of(options, 0, "x"))[0] for options in rows.values()]
+        assert len({str(config) for config in configs}) == len(rows) and "Table" in title, number
+        assert all(config.seed == 0 and config.samples == 400 for config in configs)
+    find = lambda number, row: presets.parse_arguments(experiments.argv_of(experiments.TABLES[number][1][row], 0, "x"))[0]
+    assert find("2", "Chameleon: + loss on image tokens").model == "chameleon" and find("2", "Chameleon: + loss on image tokens").stable
+    assert find("1", "Transfusion, 750 steps").steps == 750 and find("1", "Chameleon, 1500 steps").steps == 1500
+    assert not find("3", "U-Net, causal").bidirectional and find("4", "U-Net, 8x8").patch == 8 and find("11", "none").t_limit == 1000
+
+
+def test_a_table_from_nothing(tiny, tmp_path, capsys):
+    """Runs are trained once, shared, and read again; the printed means are those of report.json."""
+    experiments.main(["9", "--seeds", "2", "--jobs", "1", "--out", str(tmp_path)])
+    first = capsys.readouterr().out
+    folders = sorted(path.parent for path in tmp_path.glob("*/report.json"))
+    assert [path.name for path in folders] == ["base_seed0", "base_seed1", "preset_llama_seed_4_seed0", "preset_llama_seed_4_seed1"]
+    times = [(path / "report.json").stat().st_mtime_ns for path in folders]
+    experiments.main(["9", "--seeds", "2", "--out", str(tmp_path)])
+    assert [(path / "report.json").stat().st_mtime_ns for path in folders] == times
+    one, two = (json.loads((path / "report.json").read_text())["alone"] for path in folders[:2])
+    assert f"| this way | {(one + two) / 2:.4f} ± {abs(one - two) / 2 ** 0.5:.4f} |" in first
+    llama = next(line for line in first.splitlines() if "that way" in line).split("|")
+    assert llama[4].strip() == llama[5].strip() == "" and (tmp_path / "table_9.md").read_text().strip() in first
+
+
+def test_a_row_that_fails_is_named(tiny, tmp_path, monkeypatch):
+    """Catches a table of the rows that happened to work."""
+    monkeypatch.setitem(experiments.TABLES, "9", ("a table", {"broken": "--data folder --data-dir nowhere"}))
+    with pytest.raises(UserError, match="said.txt"):
+        experiments.main(["9", "--jobs", "1", "--out", str(tmp_path)])
+
+
+def test_parity():
+    """Between 750 and 1500 steps, halfway up, in log compute. Catches a ratio upside down, and for a loss the wrong sign."""
+    cell = lambda text, captions, exact: {"text": (text, None), "captions": (captions, None), "exact": (exact, None)}
+    rows = {"Transfusion, 750 steps": cell(0.04, 50, 40), "Transfusion, 1500 steps": cell(0.02, 90, 80), "Transfusion, 3000 steps": cell(0.01, 95, 90),
+            "Chameleon, 750 steps": cell(0.5, 1, 1), "Chameleon, 1500 steps": cell(0.1, 2, 2), "Chameleon, 3000 steps": cell(0.03, 30, 95)}
+    found = experiments.parity(rows)
+    assert found["text"] == pytest.approx(750 * 2 ** 0.5 / 3000) and found["captions"] is None and found["exact"] is None
+
+
+@pytest.mark.parametrize("line, said", [(["12"], "no table"), (["3", "--seeds", "0"], "--seeds")])
+def test_mistakes(line, said):
+    with pytest.raises(UserError, match=said):
+        experiments.main(line)
