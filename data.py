@@ -205,6 +205,7 @@ class Documents:
     T: int = 1000                                       # diffusion steps
     drop: float = 0.1                                   # our choice: share of captions dropped, for guidance
     another: float = 0.2                                # our choice: after each pair, the chance of one more in the document
+    text_share: float = -1.0                            # documents of text alone; negative: as many as 1 : 1 asks for
 
     def pairs_odds(self):
         """[p(one pair), p(two), ...], each `another` times the one before; the last has the rest."""
@@ -220,15 +221,14 @@ class Documents:
         self.most = max(1, min(4, (self.context - 2) // self.pair))
         # Paper §4.1: text tokens and image patches 1 : 1. A pair brings more patches than words, and text alone evens it
         # out; its share s solves  s * text_len + (1-s) * pair_words = (1-s) * pair_patches.
-        if self.pairs.world:
+        if self.pairs.world and self.text_share < 0:
             words = float(np.mean([len(c.split()) for c in self.pairs.captions[:5000]]))
             n = sum(k * p for k, p in enumerate(self.pairs_odds(), 1))
             pair_words, pair_patches = 2 + n * (words + 2), n * self.patches
             text_len = 2 + self.pairs.world.deduction_words()
             gap = max(pair_patches - pair_words, 0.0)
             self.text_share = gap / (gap + text_len)
-        else:
-            self.text_share = 0.0                       # a source without text alone has only its captions
+        self.text_share = max(self.text_share, 0.0)     # a source without text alone has only its captions
 
     def draw(self, rng):
         """One document, as `lay_out` takes it. rng: numpy Generator."""

@@ -47,6 +47,7 @@ class Config:
     shift: float = option(1.0, "move the noise schedule: noise-to-signal ratio times this (1: the paper's)")
     lam: float = option(5.0, "lambda of eq. 4")
     drop: float = option(0.1, "share of captions dropped, for guidance")
+    text_share: float = option(-1.0, "share of documents of text alone; -1: text tokens and patches 1 : 1 (§4.1)")
     t_limit: int = option(500, "noise limit of pictures that precede their captions, as a t of the paper's schedule; 1000: none (Table 11)")
     seq_len: int = option(96, "T, positions per row: documents are packed into rows of this length")
     documents: int = option(64, "documents per micro-batch (shards: rows)")
@@ -83,10 +84,10 @@ PRESETS = {
     "six": dict(TOY, world="six", size="small", lam=5.0, documents=64, pairs=40000, shift=3.0, steps=11000, seq_len=128,
                 ema=0.998, save_every=1000, gap_every=1000),
     # §4.5: 8,000 triples, from the shipped checkpoint of `six`; two of them fill a row
-    "edit": dict(TOY, data="edits", init=str(ASSETS / "scenes.pt"), lam=5.0, pairs=8000, steps=5300, sample_steps=25,
-                 sampler="dpm++", guidance=2.0),
-    # the rivals (chameleon.py): as many tokens a step as the first toy's, text and codes 1 : 1; a third of the learning rate (§4.1)
-    "chameleon": dict(TOY, model="chameleon", stable=True, lr=7e-4, documents=25, seq_len=160, steps=3300),
+    "edit": dict(TOY, data="edits", init=str(ASSETS / "scenes.pt"), lam=5.0, pairs=8000, steps=5300, gap_every=1000,
+                 save_every=1000, sample_steps=25, sampler="dpm++", guidance=2.0),
+    # the rivals (chameleon.py): as many tokens and as much text a step as the first toy; a third of the learning rate (§4.1)
+    "chameleon": dict(TOY, model="chameleon", stable=True, lr=7e-4, documents=17, text_share=0.595, seq_len=160, steps=3300),
     "llama": dict(TOY, model="llama", steps=3300),
     "shards": dict(data="shards", documents=8),
 }
@@ -134,6 +135,8 @@ def parse_arguments(argv=None):
     if config.model != "transfusion" and (config.data in ("edits", "shards") or dry):
         raise data.UserError(f"--model {config.model} learns from scenes, mnist or a folder; shards, edits and --dry-run are "
                              f"Transfusion's only")
+    if config.text_share > 1 or (config.text_share > 0 and config.data != "scenes"):
+        raise data.UserError(f"--text-share must be at most 1, and is for --data scenes, got {config.text_share}")
     if not 1 <= config.t_limit <= 1000:
         raise data.UserError(f"--t-limit must be between 1 and 1000, got {config.t_limit}")
     if not (config.shift > 0 and config.clip > 0):

@@ -124,8 +124,8 @@ def prepare(config, out, ranks=None, resume=False):
     if bool(vae_config.codes) != coded:
         raise data.UserError(f"{config.init} is {'not ' * coded}a Chameleon: --model must be what the checkpoint is")
     shape = shape_of(config, len(words) + vae_config.codes, (vae_config.z, side // f, side // f), start)
-    kind = edits.EditDocuments if config.data == "edits" else data.Documents
-    documents = kind(pairs, shape.patches, config.seq_len, **noise)
+    kind, more = (edits.EditDocuments, {}) if config.data == "edits" else (data.Documents, dict(text_share=config.text_share))
+    documents = kind(pairs, shape.patches, config.seq_len, **more, **noise)
     if documents.longest() > config.seq_len:
         raise data.UserError(f"the longest document takes {documents.longest()} positions and does not fit in a context of "
                              f"{config.seq_len}: raise --seq-len or --patch")
@@ -363,7 +363,7 @@ def main(argv=None):
             texts = [] if test else [run.words.decode(ids) for ids in run.documents.held_out(32)[0]]
             with run.explain_memory(*WHOLE):
                 found, lines, shown = evaluate.report(kit, config.data, scenes.WORLDS[config.world], test, config.samples,
-                                                      config.seed, texts=texts, draws=config.model != "llama",
+                                                      config.seed, texts=texts, draws=config.model != "llama", text_share=config.text_share,
                                                       steps=config.sample_steps, guidance=config.guidance, sampler=config.sampler)
             found["train_seconds"] = trained
             if scale.rank() == 0:

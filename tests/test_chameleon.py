@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import data
-import evaluate
 import model as model_module
 import sample
-import sources
 import train
 import vae as vae_module
 from chameleon import Decoder, code_gap, seen_by
@@ -233,19 +231,6 @@ def test_a_llama_learns_words_alone(tmp_path):
     assert all(row["diffusion"] is None and "gap" not in row for row in log(run)) and not (run / "samples.png").exists()
 
 
-def test_text_alone_counts_alike(make_model):
-    """evaluate.excess_nats(alone=True) asks text-only documents, and adds up to the loss: ln V for a model that knows nothing."""
-    pairs = sources.load_scenes(300, seed=0, progress=False)
-    documents = data.Documents(pairs, 16, 96)
-    words = data.Words(pairs.vocabulary())
-    uniform = make_model("linear", vocabulary=len(words), latent=(4, 8, 8), patch=2, context=96)
-    uniform.head.weight.data.zero_()
-    kit = Kit(uniform, words, None, Diffusion("ddpm"))
-    excess, entropy = evaluate.excess_nats(kit, documents, n=50, alone=True)
-    deduction = documents.log_prob(["x"]) / -(pairs.world.deduction_words() + 1)            # on average
-    assert entropy == pytest.approx(deduction, rel=0.02) and excess + entropy == pytest.approx(np.log(len(words)), abs=1e-4)
-
-
 def mistakes(tiny_vq):
     return {
         "a VAE without codes": (["--model", "chameleon", "--vae", str(data.ASSETS / "scenes_vae.pt")], "vqvae"),
@@ -256,6 +241,7 @@ def mistakes(tiny_vq):
         "init of another kind": (["--model", "chameleon", "--init", str(data.ASSETS / "scenes.pt")], "--model"),
         "too many codes for the context": (["--model", "chameleon", "--vae", str(tiny_vq), "--seq-len", "40"], "context"),
         "noise limit": (["--t-limit", "0"], "--t-limit"),
+        "text that there is not": (["--text-share", "0.5", "--data", "mnist"], "--text-share"),
     }
 
 
