@@ -13,12 +13,14 @@ THE RULES   Chameleon  L = mean over words and codes of -ln p(next | before) + 1
             a block    x + norm(attention(x)); x + norm(swiglu(x)), queries and keys normalised      `model.Block`, stable
             guidance   logits = uncond + w (cond - uncond), the code drawn from their softmax         §4.1
 SHAPES      codes (N, h, w) int64, 0 .. K-1; as tokens V .. V+K-1, after the V words; the model's vocabulary is V + K
-PAPER/HERE  same: one VQ-VAE of the VAE's own plan and data, query-key norm, post-norm, denominator loss, a third of the
-            learning rate, guidance. Both rivals are rows of train.py's one loop: `--preset chameleon`, `--preset llama`.
+PAPER/HERE  same: a VQ-VAE with the VAE's plan, data and steps (assets/scenes_vq.pt: `train_vae.py --codes 512`), query-key
+            norm, post-norm, denominator loss, a third of the learning rate, guidance; four codes for each of Transfusion's
+            patches, so fewer pictures for as many tokens. Both rivals go through train.py's one loop.
             our choice: LayerNorm for queries and keys, and 1e-5, as the Chameleon Team (2024) have it; after EOI as after
             a picture of Transfusion's; the loss on the first code, which BOI predicts, and on EOI. Codes are drawn at
             temperature 1 from the whole softmax.
-            our choice: the patch encoder stays in both rivals, unused: 3,000 parameters of a toy.
+            our choice: codes have RoPE's positions only. The patch encoder stays in both rivals, unused: 35,000 parameters of
+            the toy's million.
 READ NEXT   experiments.py, which compares them        TRY IT  python chameleon.py        TEST  tests/test_chameleon.py
 """
 import numpy as np
@@ -29,16 +31,14 @@ import data
 import sample
 from data import BOI, EOI, PATCH
 
-MODELS = ("transfusion", "chameleon", "llama")
-
-
 def seen_by(model, document, codes=None, first=None):
     """A document (see data.lay_out) as a model of this kind reads it. "transfusion": as it is. "llama": its words alone.
     "chameleon": each picture as a list of token ids. codes: (N, h, w) int64 of all pictures; first: V, the first code's id."""
     if model == "transfusion":
         return document
-    if model == "llama":                                # nothing to guide: a dropped caption is a caption
-        return [part if isinstance(part, str) else part[1] for part in document if isinstance(part, str) or part[0] == "dropped"]
+    if model == "llama":
+        texts = [part for part in document if isinstance(part, str) or part[0] == "dropped"]
+        return [part if isinstance(part, str) else part[1] for part in texts]       # nothing to guide: no caption is dropped
     return [[BOI, *(codes[part[1]].flatten() + first).tolist(), EOI] if part[0] == "image" else part for part in document]
 
 
@@ -70,9 +70,10 @@ class Decoder(sample.Decoder):
         order. noise: its shape (len(rows), c, h, w) alone counts; diffusing: steps and sampler, for which there is no use.
         generator: None, or one per row. Yields (codes to go, None, None); then pictures and EOI stand in the sequences."""
         if over != "words":
-            raise data.UserError(f"guidance over the {over} is for Transfusion: leave --guide-over out")
-        n, P, guided = len(rows), self.kit.model.config.patches, guidance != 1
-        cache, logits, chosen = self.cache.rows(rows * (1 + guided)), self.logits[rows], []
+            raise data.UserError(f"--guide-over {over} is for Transfusion: a Chameleon's guidance leaves out words")
+        n, P, guided, generators = len(rows), self.kit.model.config.patches, guidance != 1, generator or [None] * len(rows)
+        copies = 2 if guided else 1                     # of each row: with its caption, and without
+        cache, logits, chosen = self.cache.rows(rows * copies), self.logits[rows], []
         if guided:
             blind, without = self.blind(rows, over, noise)
             cache.k[:, n:], cache.v[:, n:], logits = blind.k, blind.v, torch.cat([logits, without])
@@ -80,11 +81,11 @@ class Decoder(sample.Decoder):
             logits = logits[:, self.first:].float()
             if guided:
                 logits = logits[n:] + guidance * (logits[:n] - logits[n:])
-            p, generators = logits.softmax(-1).cpu(), generator or [None] * n
+            p = logits.softmax(-1).cpu()
             chosen.append(torch.stack([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators)]))     # (n, 1)
             yield P - 1 - k, None, None
-            ids = (chosen[-1] + self.first).tolist() * (1 + guided)
-            logits = super().read([[len(self.tokens[b]) + k] for b in rows] * (1 + guided), ids, [[] for _ in ids], cache)
+            ids = (chosen[-1] + self.first).tolist() * copies
+            logits = super().read([[len(self.tokens[b]) + k] for b in rows] * copies, ids, [[] for _ in ids], cache)
         self.cache.k[:, rows], self.cache.v[:, rows] = cache.k[:, :n], cache.v[:, :n]
         for b, codes in zip(rows, torch.cat(chosen, 1).view(n, *noise.shape[2:])):
             self.latents[b].append(codes)
@@ -115,7 +116,7 @@ if __name__ == "__main__":
     pairs, words = sources.load_scenes(2000, seed=0, progress=False), None
     words, vq = data.Words(pairs.vocabulary()), find_vae("scenes", codes=True)
     codes = vae.encode_all_codes(vq, pairs.pixels, progress=False)
-    for kind in MODELS:
+    for kind in ("transfusion", "chameleon", "llama"):
         row = data.lay_out(seen_by(kind, [pairs.captions[0], ("image", 0, 1000)], codes, len(words)), words, 16)
         names = [words.words[t] if t < len(words) else f"c{t - len(words)}" for t in row.tokens]
         print(f"{kind:12s} {len(row.tokens):3d} tokens: {' '.join(names[:14])}{' ...' if len(names) > 14 else ''}")

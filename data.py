@@ -221,14 +221,15 @@ class Documents:
         self.most = max(1, min(4, (self.context - 2) // self.pair))
         # Paper §4.1: text tokens and image patches 1 : 1. A pair brings more patches than words, and text alone evens it
         # out; its share s solves  s * text_len + (1-s) * pair_words = (1-s) * pair_patches.
-        if self.pairs.world and self.text_share < 0:
+        if not self.pairs.world:
+            self.text_share = 0.0                       # a source without text alone has only its captions
+        elif self.text_share < 0:
             words = float(np.mean([len(c.split()) for c in self.pairs.captions[:5000]]))
             n = sum(k * p for k, p in enumerate(self.pairs_odds(), 1))
             pair_words, pair_patches = 2 + n * (words + 2), n * self.patches
             text_len = 2 + self.pairs.world.deduction_words()
             gap = max(pair_patches - pair_words, 0.0)
             self.text_share = gap / (gap + text_len)
-        self.text_share = max(self.text_share, 0.0)     # a source without text alone has only its captions
 
     def draw(self, rng):
         """One document, as `lay_out` takes it. rng: numpy Generator."""

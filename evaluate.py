@@ -241,12 +241,11 @@ def digits(kit, test, n=200, seed=0, guidance=3.0, **drawing):
 
 
 # ------------------------------------------------------------------------------------------------------------------ report
-def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, held_out=True, texts=(), draws=True, text_share=-1.0, **drawing):
+def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, held_out=True, texts=(), **drawing):
     """(dict of numbers, lines to print, list of (prompt, picture, right) to show). name: "scenes", "mnist", "edits", "mixtures",
     "folder" or "shards"; categories: those the model was trained on; test: sources.Pairs, unseen; texts: captions to draw, of
-    shards, which keep no pixels; n: how many samples; draws: False for a Llama;
-    text_share: of the documents it was trained on; drawing: as `sample.draw`."""
-    began, shown = time.time(), []
+    shards, which keep no pixels; n: how many samples; drawing: as `sample.draw`."""
+    began, shown, draws = time.time(), [], kit.kind != "llama"
     if not draws:
         found = {}
     elif name == "mnist":
@@ -271,21 +270,21 @@ def report(kit, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, he
         texts = list(texts or test.captions)[:min(n, 32)]
         found, shown = {}, [(t, p, True) for t, p in zip(texts, draw(kit, texts, seed=seed, **drawing))]
     if name == "scenes":
-        if draws and not kit.vae.quantiser:
+        if kit.kind == "transfusion":
             documents = data.Documents(sources.load_scenes(5000, [seed, 2], categories, progress=False), kit.model.config.patches,
-                                       kit.model.config.context, text_share=text_share)
+                                       kit.model.config.context, text_share=kit.text_share)
             found["excess_nats"], found["entropy"] = excess_nats(kit, documents, 500, seed)
         found["alone"] = deduction_nats(kit, 500, seed)
         found["deductions"] = deductions(kit, n, seed)
     if test is not None and draws:
         found["conditioning_gap"] = conditioning_gap(kit.model, kit.words, kit.diffusion, *gap_probe(test, kit.vae, 256), seed=seed)
     found["seconds"] = time.time() - began
-    return found, describe_report(found, drawing), shown
+    return found, describe_report(found, drawing if draws else None), shown
 
 
 def describe_report(found, drawing):
     """The report as lines of text."""
-    lines = [f"pictures drawn with {drawing}"]
+    lines = [f"pictures drawn with {drawing}" if drawing else "a Llama: words only"]
     for key in ("geneval", "held_out"):
         for category, row in found.get(key, {}).items():
             lines.append(f"  {key:9s} {category:14s} exact {row['exact']:6.1%}   GenEval's rule {row['rule']:6.1%}   (n = {row['n']})")
@@ -335,6 +334,8 @@ def main(argv=None):
     if args.guide_over != "both" and args.data != "edits":
         raise data.UserError(f"--guide-over {args.guide_over} is for --data edits: elsewhere no picture stands before the words")
     kit, categories = load_kit(args.checkpoint, vae_module.DEVICE), scenes.WORLDS[args.world]
+    if kit.kind != "transfusion" and args.data in ("edits", "mixtures") or kit.kind == "llama" and args.data != "scenes":
+        raise data.UserError(f"{args.checkpoint} is a {kit.kind}: it cannot be measured with --data {args.data}")
     some = dict(size=kit.model.config.latent[1] * kit.vae.f, split="test", n=256, seed=args.seed, progress=False)
     test, over = None, {}
     if args.data == "edits":

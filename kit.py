@@ -27,6 +27,8 @@ class Kit:
     words: data.Words | Pieces
     vae: vae_module.VAE
     diffusion: Diffusion
+    kind: str = "transfusion"                           # or a rival's name (chameleon.py)
+    text_share: float = -1.0                            # of its training: see data.Documents
 
 
 def load_kit(path, device="cpu"):
@@ -36,7 +38,7 @@ def load_kit(path, device="cpu"):
         model = Transfusion(ModelConfig(**content["config"]))
         model.load_state_dict({k: v.float() for k, v in content["weights"].items()})
         return Kit(model.eval().to(device), load_tokenizer(content["words"]), vae_module.unpack_vae(content["vae"]).to(device),
-                   Diffusion(**content["diffusion"]))
+                   Diffusion(**content["diffusion"]), **content.get("about", {}))
     except (KeyError, TypeError, RuntimeError) as problem:
         raise data.UserError(f"{path} was written by another version of this program: "
                              f"{str(problem).splitlines()[0]}") from None
@@ -48,7 +50,7 @@ def save_kit(path, kit):
     packed = vae_module.pack_vae(kit.vae)
     packed["weights"] = half(packed["weights"])
     vae_module.save(path, {"kind": "model", "config": vars(kit.model.config), "weights": half(kit.model.state_dict()),
-                           "words": dump_tokenizer(kit.words), "vae": packed,
+                           "words": dump_tokenizer(kit.words), "vae": packed, "about": {"kind": kit.kind, "text_share": kit.text_share},
                            "diffusion": {"kind": kit.diffusion.kind, "T": kit.diffusion.T, "shift": kit.diffusion.shift}})
 
 

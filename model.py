@@ -167,7 +167,7 @@ class Transfusion(nn.Module):
     def init_weights(self):
         """Our choice; the paper is silent. Words, places and patches enter the row about equally loud, and a layer keeps the
         size of what it reads: deviation 1/sqrt(D), which is Llama's 0.02 at D = 2500 and more in a toy. What adds to the
-        residual stream is smaller by sqrt(2L), so that depth does not make it grow. The outputs start near zero, so that
+        residual stream is smaller by sqrt(2L), so that depth does not make it grow (stable blocks norm that away). The outputs start near zero, so that
         the losses start at those of knowing nothing: ln V for words, 1 for saying "no noise"."""
         std = self.config.width ** -0.5
         for block in self.blocks:                                       # the patch encoder keeps PyTorch's own start
@@ -247,7 +247,7 @@ class Transfusion(nn.Module):
 def losses(model, batch, diffusion, stable=False):
     """Sums, not means, so that micro-batches and ranks can be added before dividing (TRAP: a mean of means weighs words
     in short batches more). batch: data.Batch with latents, t and eps filled in. Returns (LM sum over words, number of
-    words, per-picture losses (M,)). Transfusion eq. 1, 3. stable: with Chameleon's denominator loss (§4.1 "Baseline")."""
+    words, per-picture losses (M,)). Transfusion eq. 1, 3. stable: Chameleon's denominator loss is in the first (§4.1 "Baseline")."""
     xt = diffusion.add_noise(batch.latents, batch.eps, batch.t)         # noise first, patches after (§3)
     logits, out = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, xt, batch.t)
     following = batch.tokens.roll(-1, 1)[batch.learn]                   # `learn` is never set on a document's last token

@@ -11,12 +11,14 @@ import argparse
 import math
 from dataclasses import dataclass, field, fields
 
-import chameleon
 import data
 import plan
 import scenes
 from data import ASSETS
 from patchify import PATCHES
+
+
+MODELS = ("transfusion", "chameleon", "llama")
 
 
 def option(default, help, choices=None):
@@ -27,16 +29,16 @@ def option(default, help, choices=None):
 @dataclass
 class Config:
     """Every number of a run. The defaults are the paper's process at toy size; PRESETS change numbers, not code."""
-    model: str = option("transfusion", "Transfusion, or a rival: pictures as codes, or no pictures (§4.1, Table 2)", chameleon.MODELS)
+    model: str = option("transfusion", "Transfusion, or a rival: pictures as codes, or no pictures (§4.1, Table 2)", MODELS)
     data: str = option("scenes", "what to learn from", ("scenes", "mnist", "folder", "edits", "shards"))
     data_dir: str = option("", "folder of MNIST idx files, of pictures with captions.jsonl, of edits.jsonl, or of shards")
     init: str = option("", "fine-tune this model.pt: its shape, words, VAE and diffusion are kept (§4.5)")
     world: str = option("one", "which captions of scenes: one object, or all six categories", tuple(scenes.WORLDS))
     image_size: int = option(32, "pixels per side (scenes, folder, edits)")
     pairs: int = option(20000, "how many scenes to draw, or triples (scenes, edits)")
-    vae: str = option("", "a vae.pt to use; default: assets/<data>_vae.pt if there is one, else one is trained first")
+    vae: str = option("", "a vae.pt to use; default: assets/<data>_vae.pt (_vq.pt) if there is one, else one is trained first")
     vae_steps: int = option(400, "training steps of that VAE")
-    codes: int = option(512, "codes of a VQ-VAE that is trained first (--model chameleon; the paper: 16384)")
+    codes: int = option(0, "codes of a Chameleon's VQ-VAE (the paper: 16384); 0: as its file has, or 512 for a new one")
     size: str = option("toy", "a row of model.SIZES")
     patch: int = option(2, "side of a patch, in latent pixels (§4.3.2)")
     encoder: str = option("linear", "patch encoder (§4.3.3)", tuple(PATCHES))
@@ -87,8 +89,9 @@ PRESETS = {
     "edit": dict(TOY, data="edits", init=str(ASSETS / "scenes.pt"), lam=5.0, pairs=8000, steps=5300, gap_every=1000,
                  save_every=1000, sample_steps=25, sampler="dpm++", guidance=2.0),
     # the rivals (chameleon.py): as many tokens and as much text a step as the first toy; a third of the learning rate (§4.1)
-    "chameleon": dict(TOY, model="chameleon", stable=True, lr=7e-4, documents=17, text_share=0.595, seq_len=160, steps=3300),
-    "llama": dict(TOY, model="llama", steps=3300),
+    "chameleon": dict(TOY, model="chameleon", stable=True, lr=7e-4, documents=18, text_share=0.635, seq_len=160, steps=3300,
+                      patch_position=False),
+    "llama": dict(TOY, model="llama", steps=3300, patch_position=False),
     "shards": dict(data="shards", documents=8),
 }
 # Paper §4.1, App. B.1: rows of 4096 tokens, 2M tokens a step, 250k steps; Config's ddpm, lambda 5, patch 2 are the paper's.
@@ -120,7 +123,9 @@ def parse_arguments(argv=None):
     given = vars(parser.parse_args(argv))
     preset, resume, overwrite, dry = (given.pop(k) for k in ("preset", "resume", "overwrite", "dry_run"))
     planned = tuple(given.pop(k) for k in ("gpus", "mfu", "device"))
-    preset = preset or next(name for name in PRESETS if PRESETS[name].get("data", "scenes") == given.get("data", "scenes"))
+    rival = given.get("model", MODELS[0])
+    preset = preset or (rival if rival != MODELS[0] else
+                        next(name for name in PRESETS if PRESETS[name].get("data", "scenes") == given.get("data", "scenes")))
     config = Config(**{"out": f"out/{preset}", **PRESETS[preset], **given})
     for name in ("steps", "documents", "accumulate", "seq_len", "pairs", "vae_steps", "log_every", "gap_every", "save_every", "patch", "image_size"):
         if getattr(config, name) < 1:
@@ -132,11 +137,13 @@ def parse_arguments(argv=None):
         if not (name == "sample_steps") <= getattr(config, name) <= top:
             raise data.UserError(f"--{name.replace('_', '-')} must be at most {top} and not below "
                                  f"{int(name == 'sample_steps')}, got {getattr(config, name)}")
-    if config.model != "transfusion" and (config.data in ("edits", "shards") or dry):
-        raise data.UserError(f"--model {config.model} learns from scenes, mnist or a folder; shards, edits and --dry-run are "
-                             f"Transfusion's only")
-    if config.text_share > 1 or (config.text_share > 0 and config.data != "scenes"):
+    if config.model != MODELS[0] and (dry or config.data in ("edits", "shards") or (config.model == "llama" and config.data != "scenes")):
+        raise data.UserError(f"--model {config.model} learns from scenes{'' if config.model == 'llama' else ', mnist or a folder'}; "
+                             f"the rest is for Transfusion")
+    if config.text_share > 1 or (given.get("text_share", 0) > 0 and config.data != "scenes"):
         raise data.UserError(f"--text-share must be at most 1, and is for --data scenes, got {config.text_share}")
+    if config.codes == 1 or config.codes < 0 or (config.codes and config.model != "chameleon"):
+        raise data.UserError(f"--codes must be at least 2 and is for --model chameleon, got {config.codes}")
     if not 1 <= config.t_limit <= 1000:
         raise data.UserError(f"--t-limit must be between 1 and 1000, got {config.t_limit}")
     if not (config.shift > 0 and config.clip > 0):

@@ -209,9 +209,9 @@ def grow(decoder, seeds, draw_now=False, max_words=64, max_pictures=1, temperatu
 
 
 def decoder_of(kit):
-    """The class that decodes with this kit: `Decoder`, or the rival's, if its pictures are made of codes."""
+    """The class that decodes with this kit: `Decoder`, or the rival's."""
     import chameleon                                    # here, because it builds on this file
-    return chameleon.Decoder if kit.vae.quantiser else Decoder
+    return chameleon.Decoder if kit.kind == "chameleon" else Decoder
 
 
 def generate(kit, prompts, draw_now=False, max_words=64, max_pictures=1, seed=0, first=0, progress=False, watch=None, **options):
@@ -223,7 +223,8 @@ def generate(kit, prompts, draw_now=False, max_words=64, max_pictures=1, seed=0,
     its neighbours in the batch. first: the number of the first row, where these are a part of a longer list."""
     decoder = decoder_of(kit)(kit, prompts, draw_now)
     seeds = seed if isinstance(seed, list) else [seed * 100003 + first + b for b in range(len(prompts))]
-    bar = tqdm(total=options.get("steps", 250) + 1, desc="denoising", disable=not progress, leave=False)
+    steps = options.get("steps", 250) + 1 if kit.kind == "transfusion" else kit.model.config.patches       # or code by code
+    bar = tqdm(total=steps, desc="drawing", disable=not progress, leave=False)
     for event in grow(decoder, seeds, draw_now, max_words, max_pictures, **options):
         if event.mode == "noise":
             bar.update()
@@ -319,8 +320,9 @@ def main(argv=None):
     shipped = ASSETS / ("scenes_edit.pt" if args.edit else "scenes.pt")
     kit, began, frames = load_kit(args.checkpoint or shipped, vae_module.DEVICE), time.time(), []
 
-    if kit.vae.quantiser and (args.edit or args.film):
-        raise data.UserError(f"{args.checkpoint} is a Chameleon: --edit and --film are for Transfusion")
+    if kit.kind == "llama" or (kit.kind == "chameleon" and (args.edit or args.film or args.trace or args.guide_over)):
+        raise data.UserError(f"{args.checkpoint} is a {kit.kind}: " + ("it knows words only" if kit.kind == "llama" else
+                             "--edit, --film, --trace and --guide-over are for Transfusion"))
 
     def watch(event):
         if event.mode == "noise":

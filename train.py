@@ -72,7 +72,7 @@ class Run:
     def kit(self):
         """The averaged model, whole on every rank, ready to sample. Every rank must call it."""
         average = scale.whole(lambda: Transfusion(self.average.config), self.average, self.ranks.dtype)
-        return Kit(average.eval(), self.words, self.vae, self.diffusion)
+        return Kit(average.eval(), self.words, self.vae, self.diffusion, self.config.model, self.config.text_share)
 
     def explain_memory(self, *what):
         """`scale.explain_memory` for this run."""
@@ -100,8 +100,11 @@ def prepare(config, out, ranks=None, resume=False):
     scale.micro_batches(config.accumulate)              # can they be dealt out?
     start = load_kit(config.init) if config.init else None
     diffusion = start.diffusion if start else Diffusion(config.diffusion, shift=config.shift)
-    noise = dict(drop=config.drop, t_limit=same_noise(diffusion, 100 if config.data == "edits" else config.t_limit))
+    noise = dict(drop=config.drop, t_limit=diffusion.T if config.t_limit == 1000 else
+                 same_noise(diffusion, 100 if config.data == "edits" else config.t_limit))
     coded = config.model == "chameleon"
+    if start and start.kind != config.model:
+        raise data.UserError(f"{config.init} is a {start.kind}, not a {config.model}: --model must be what the checkpoint is")
     if config.data == "shards":                         # tokens and latents are ready, whatever their number
         documents = Shards(config.data_dir or "packed", **noise)
         documents.must_have(seq_len=config.seq_len, patch=config.patch)
@@ -116,19 +119,20 @@ def prepare(config, out, ranks=None, resume=False):
     words, side, channels = start.words if start else data.Words(pairs.vocabulary()), *pairs.pixels.shape[2:]
     words.encode(" ".join(sorted(pairs.vocabulary())))  # a word that --init does not know: say so now
     vae = start.vae if start else find_vae(config.data, config.vae, out / "vae.pt" if resume else None, coded)
-    vae_config = vae.config if vae else vae_module.VAEConfig(image_channels=channels, codes=config.codes * coded)
+    vae_config = vae.config if vae else vae_module.VAEConfig(image_channels=channels, codes=(config.codes or 512) * coded)
     f = 2 ** (len(vae_config.multipliers) - 1)
     if vae_config.image_channels != channels or side % f:
         raise data.UserError(f"the VAE takes pictures of {vae_config.image_channels} channels, with sides divisible by {f}; "
                              f"--data {config.data} has {channels} channels and {side} pixels")
-    if bool(vae_config.codes) != coded:
-        raise data.UserError(f"{config.init} is {'not ' * coded}a Chameleon: --model must be what the checkpoint is")
+    if config.codes not in (0, vae_config.codes):
+        raise data.UserError(f"this VQ-VAE has {vae_config.codes} codes, not {config.codes}: leave --codes out, or train another with "
+                             f"train_vae.py --codes {config.codes} and name it with --vae")
     shape = shape_of(config, len(words) + vae_config.codes, (vae_config.z, side // f, side // f), start)
     kind, more = (edits.EditDocuments, {}) if config.data == "edits" else (data.Documents, dict(text_share=config.text_share))
     documents = kind(pairs, shape.patches, config.seq_len, **more, **noise)
     if documents.longest() > config.seq_len:
         raise data.UserError(f"the longest document takes {documents.longest()} positions and does not fit in a context of "
-                             f"{config.seq_len}: raise --seq-len or --patch")
+                             f"{config.seq_len}: raise --seq-len{'' if coded else ' or --patch'}")
     if vae is None:
         with scale.rank_0_first():
             if scale.rank() == 0:
@@ -230,7 +234,8 @@ def check_config(config, out):
     """Raise UserError if the run in `out` had another configuration, in a way that changes the run."""
     try:
         before = json.loads((out / "config.json").read_text())
-        changed = [k for k, v in asdict(config).items() if before.get(k, v) != v and k not in AFTERWARDS]
+        before = asdict(Config()) | before              # an older run lacks the newest options
+        changed = [k for k, v in asdict(config).items() if before[k] != v and k not in AFTERWARDS]
         if config.data == "shards" and before["documents"] * before["accumulate"] == config.documents * config.accumulate:
             changed = [k for k in changed if k not in ("documents", "accumulate")]      # the same rows in smaller pieces
     except (OSError, ValueError, AttributeError, KeyError) as problem:
@@ -363,8 +368,8 @@ def main(argv=None):
             texts = [] if test else [run.words.decode(ids) for ids in run.documents.held_out(32)[0]]
             with run.explain_memory(*WHOLE):
                 found, lines, shown = evaluate.report(kit, config.data, scenes.WORLDS[config.world], test, config.samples,
-                                                      config.seed, texts=texts, draws=config.model != "llama", text_share=config.text_share,
-                                                      steps=config.sample_steps, guidance=config.guidance, sampler=config.sampler)
+                                                      config.seed, texts=texts, steps=config.sample_steps,
+                                                      guidance=config.guidance, sampler=config.sampler)
             found["train_seconds"] = trained
             if scale.rank() == 0:
                 (out / "report.json").write_text(json.dumps(found, indent=1))

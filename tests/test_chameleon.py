@@ -4,6 +4,7 @@ A tiny random Chameleon: pictures of 8x8 pixels are 4 x 4 codes out of 11. Its d
 one forward of the whole sequence would have it draw.
 """
 import json
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import evaluate
 import model as model_module
 import sample
 import train
@@ -21,6 +23,7 @@ from data import BOI, BOS, DROP, EOI, EOS, UserError
 from diffusion import Diffusion
 from kit import Kit, decode_latents, encode_pixels, load_kit, save_kit
 from sample import generate
+from test_evaluate import MNIST
 from test_train import log, small_run
 from vae import VAE, VAEConfig
 
@@ -34,7 +37,7 @@ def kit(make_model):
     torch.manual_seed(0)
     vae = VAE(VAEConfig(channels=8, multipliers=(1, 2), codes=CODES))
     return Kit(make_model("linear", vocabulary=V + CODES, latent=(4, 4, 4), patch=1, stable=True, context=64).requires_grad_(False),
-               WORDS, vae.eval(), Diffusion("ddpm"))
+               WORDS, vae.eval(), Diffusion("ddpm"), "chameleon")
 
 
 def some_codes(n, seed=0):
@@ -222,6 +225,26 @@ def test_a_chameleon_from_training_to_picture(tiny_vq, tmp_path, capsys):
     assert "wrote" in capsys.readouterr().out
 
 
+def test_a_chameleon_stops_and_goes_on(tiny_vq, tmp_path):
+    """A run that was stopped after two steps ends as one that was not. Catches codes or their order drawn anew."""
+    train.main(rival("chameleon", tiny_vq, tmp_path / "one", samples=0))
+    with pytest.MonkeyPatch.context() as patch:
+        real = train.train_step
+        patch.setattr(train, "train_step", lambda run: (run.step == 1 and signal.raise_signal(signal.SIGINT), real(run))[1])
+        train.main(rival("chameleon", tiny_vq, tmp_path / "two", samples=0))
+    assert not (tmp_path / "two/model.pt").exists()
+    train.main(rival("chameleon", tiny_vq, tmp_path / "two", "--resume", samples=0))
+    one, two = (load_kit(tmp_path / name / "model.pt").model.state_dict() for name in ("one", "two"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_chameleon_of_digits(tmp_path):
+    """The preset serves other data, without a VQ-VAE at hand: one is trained, with as many codes as asked."""
+    found = train.main(["--preset", "chameleon", "--data", "mnist", "--data-dir", str(MNIST), "--size", "toy", "--steps", "2", "--pairs", "60",
+                        "--samples", "10", "--codes", "30", "--vae-steps", "2", "--out", str(tmp_path / "run")])
+    assert load_kit(tmp_path / "run/model.pt").vae.config.codes == 30 and {"guided", "captions"} <= found.keys()
+
+
 def test_a_llama_learns_words_alone(tmp_path):
     """Catches a picture in its documents, and a report that would ask it to draw."""
     run = tmp_path / "run"
@@ -236,9 +259,12 @@ def mistakes(tiny_vq):
         "a VAE without codes": (["--model", "chameleon", "--vae", str(data.ASSETS / "scenes_vae.pt")], "vqvae"),
         "a VQ-VAE for Transfusion": (["--vae", str(tiny_vq)], "'vae'"),
         "shards": (["--model", "chameleon", "--data", "shards"], "scenes, mnist or a folder"),
-        "edits": (["--model", "llama", "--preset", "edit"], "scenes, mnist or a folder"),
+        "edits": (["--model", "llama", "--preset", "edit"], "learns from scenes"),
         "a plan": (["--preset", "7b", "--model", "chameleon", "--dry-run"], "scenes, mnist or a folder"),
-        "init of another kind": (["--model", "chameleon", "--init", str(data.ASSETS / "scenes.pt")], "--model"),
+        "init of another kind": (["--model", "chameleon", "--init", str(data.ASSETS / "scenes.pt")], "is a transfusion"),
+        "codes that the file has not": (["--model", "chameleon", "--vae", str(tiny_vq), "--codes", "20"], "19 codes, not 20"),
+        "codes for no one": (["--codes", "20"], "--model chameleon"),
+        "a Llama of digits": (["--model", "llama", "--data", "mnist"], "learns from scenes"),
         "too many codes for the context": (["--model", "chameleon", "--vae", str(tiny_vq), "--seq-len", "40"], "context"),
         "noise limit": (["--t-limit", "0"], "--t-limit"),
         "text that there is not": (["--text-share", "0.5", "--data", "mnist"], "--text-share"),
@@ -251,11 +277,11 @@ def test_mistakes(tiny_vq, tmp_path, what):
     line, said = mistakes(tiny_vq)[what]
     with pytest.raises(ValueError, match=said):
         train.main([*line, "--out", str(tmp_path / "run")])
-    assert not (tmp_path / "run/model.pt").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_a_chameleon_cannot_do(kit, tmp_path):
-    """Guidance over pictures and films of the noise belong to diffusion."""
+    """Edits and films of the noise belong to Transfusion, pictures not to a Llama; said before anything is drawn."""
     kit.vae = VAE(VAEConfig(channels=4, multipliers=(1, 2), codes=CODES)).eval()
     save_kit(tmp_path / "model.pt", kit)
     from PIL import Image
@@ -264,3 +290,10 @@ def test_what_a_chameleon_cannot_do(kit, tmp_path):
     for line in (["a circle", "--film", str(tmp_path / "f.png")], ["--image", str(tmp_path / "x.png"), "--edit", "the circle"]):
         with pytest.raises(UserError, match="Transfusion"):
             sample.main(line + picture)
+    for what in ("edits", "mixtures"):
+        with pytest.raises(UserError, match="cannot be measured"):
+            evaluate.main(["--checkpoint", str(tmp_path / "model.pt"), "--data", what])
+    kit.kind = "llama"
+    save_kit(tmp_path / "model.pt", kit)
+    with pytest.raises(UserError, match="words only"):
+        sample.main(["a circle", *picture])
