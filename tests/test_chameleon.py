@@ -161,6 +161,33 @@ def test_stable_block(make_model):
     assert torch.allclose(block(x, rope, mask), h + norm(block.down(F.silu(gate) * up), block.norm2), atol=1e-5)
 
 
+def test_stable_block_is_chameleons():
+    """The published model's own layer (its 34B's, with norms after), random weights, norms included. transformers keeps a norm
+    for each head; ours share one, so theirs get copies."""
+    chameleon = pytest.importorskip("transformers.models.chameleon.modeling_chameleon", reason="the second opinion needs `transformers`")
+    from transformers import ChameleonConfig
+    block, (D, N, K) = model_module.Block(32, 2, stable=True), (32, 2, 16)
+    config = ChameleonConfig(hidden_size=D, intermediate_size=block.down.in_features, num_attention_heads=N, num_key_value_heads=N,
+                             rms_norm_eps=1e-5, swin_norm=True, attn_implementation="eager")
+    theirs = chameleon.ChameleonSwinDecoderLayer(config, 0).eval()
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    a, m = theirs.self_attn, theirs.mlp
+    gate, up = block.gate_up.weight.chunk(2)
+    for layer, weight in [*zip((a.q_proj, a.k_proj, a.v_proj), block.qkv.weight.chunk(3)), (a.o_proj, block.out.weight),
+                          (m.gate_proj, gate), (m.up_proj, up), (m.down_proj, block.down.weight),
+                          (theirs.input_layernorm, block.norm1.weight), (theirs.post_attention_layernorm, block.norm2.weight)]:
+        layer.weight.data.copy_(weight)
+    for layer, ours in ((a.q_norm, block.norm_q), (a.k_norm, block.norm_k)):
+        layer.weight.data.copy_(ours.weight.expand(N, K))
+        layer.bias.data.copy_(ours.bias.expand(N, K))
+    x, pos, mask = torch.randn(2, 10, D), torch.arange(10).expand(2, 10), torch.ones(10, 10).tril().bool()
+    wanted = theirs(x, attention_mask=torch.where(mask, 0.0, -torch.inf)[None, None], position_ids=pos,
+                    position_embeddings=chameleon.ChameleonRotaryEmbedding(config)(x, pos))
+    wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+    assert torch.allclose(block(x, model_module.rope_tables(pos, K), mask[None, None]), wanted, atol=1e-4)
+
+
 def test_denominator_loss(kit):
     """1e-5 (ln Z)^2 per token, and only for the stable model. Catches Z without its logarithm, a mean in place of the sum."""
     row = data.lay_out(seen_by("chameleon", ["a red circle", ("image", 0, 0)], some_codes(1), V), WORDS, 0)
