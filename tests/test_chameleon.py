@@ -249,7 +249,9 @@ def test_a_chameleon_from_training_to_picture(tiny_vq, tmp_path, capsys):
     assert kit.model.config.stable and kit.model.config.vocabulary == len(kit.words) + 19 and kit.vae.config.codes == 19
     sample.main(["a red circle", "--checkpoint", str(run / "model.pt"), "-o", str(tmp_path / "x.png")])
     sample.main(["--image", str(tmp_path / "x.png"), "--checkpoint", str(run / "model.pt")])
-    assert "wrote" in capsys.readouterr().out
+    evaluate.main(["--checkpoint", str(run / "model.pt"), "--n", "3", "--world", "one"])
+    said = capsys.readouterr().out
+    assert "wrote" in said and "mean over categories, exact" in said and "language entropy" not in said
 
 
 def test_a_chameleon_stops_and_goes_on(tiny_vq, tmp_path):

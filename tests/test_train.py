@@ -397,6 +397,16 @@ def test_resume_with_another_configuration_is_refused(command, tmp_path, whole, 
     assert folder(tmp_path / "run") == folder(whole)
 
 
+def test_an_option_that_an_old_run_did_not_know(command, tmp_path, whole):
+    """Its config.json says nothing of the newest options: they had their defaults. Catches a Transfusion that goes on as a Llama."""
+    shutil.copytree(whole, tmp_path / "run")
+    kept = json.loads((tmp_path / "run/config.json").read_text())
+    (tmp_path / "run/config.json").write_text(json.dumps({k: v for k, v in kept.items() if k not in ("t_limit", "stable")}))
+    with pytest.raises(UserError, match="--t-limit 500"):
+        train.main(command(t_limit=900) + ["--resume"])
+    train.main(command() + ["--resume"])
+
+
 def test_resume_may_change_what_does_not_change_the_run(command, tmp_path, whole):
     """Catches a resume that refuses another --save-every; a finished run resumed only writes its results again."""
     shutil.copytree(whole, tmp_path / "run")
