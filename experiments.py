@@ -9,7 +9,7 @@ A PICTURE   TABLES["3"]   row "linear, causal"         = train.py BASE --no-bidi
             A run that is there is not run again, so tables share rows, and Ctrl-C loses nothing.
 COLUMNS     the paper's                     here, of the one-object world
               C4, Wikipedia perplexity      text: nats per token of deductions, above their entropy
-              Llama accuracy                deduced: two-choice deductions, ranked
+              Llama accuracy                (none: ranked deductions are all right in every row)
               CIDEr                         captions: share that is true of an unseen picture
               FID, CLIP                     exact: share of pictures that are exactly what was asked for
 PAPER/HERE  same: what is compared; as many tokens per step in all rows, as much text among them; one set of seeds.
@@ -60,7 +60,7 @@ TABLES = {                                              # number: (title, {row: 
         "t <= 500": "", "none": "--t-limit 1000", "U-Net, t <= 500": UNET, "U-Net, none": f"{UNET} --t-limit 1000"}),
 }
 COLUMNS = {                                             # heading: (how to find it in report.json, how to print it)
-    "text": (lambda found: found["alone"], "{:.4f}"), "deduced": (lambda found: 100 * found["deductions"], "{:.1f}%"),
+    "text": (lambda found: found["alone"], "{:.4f}"),
     "captions": (lambda found: 100 * found["captions"], "{:.1f}%"), "exact": (lambda found: 100 * found["exact"], "{:.1f}%"),
 }
 

@@ -28,26 +28,30 @@ matplotlib.use("Agg")                                   # files, no windows
 
 # --------------------------------------------------------------------------------------------------------- of a training run
 def plot_curves(log, path):
-    """curves.png: both losses, the loss by noise level, the conditioning gap."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
-    steps = [row["step"] for row in log]
-    axes[0].plot(steps, [row["lm"] for row in log], label="LM (nats per word)")
-    axes[0].plot(steps, [row["diffusion"] for row in log], label="diffusion (mean square)")
-    axes[0].set_title("the two losses")
-    for k in range(5):
-        axes[1].plot(steps, [row["by_t"][k] for row in log], label=f"t in {200 * k + 1}..{200 * k + 200}", color=plt.cm.viridis(k / 5))
-    axes[1].set_title("diffusion loss by noise level")
-    gaps = [(row["step"], row["gap"]) for row in log if "gap" in row]
-    axes[2].plot(*zip(*gaps) if gaps else ([], []), marker=".")
-    axes[2].axhline(0, color="grey", linewidth=0.8)
-    axes[2].set_title("conditioning gap (0: caption ignored)")
-    for axis in axes:
+    """curves.png: both losses, the loss by noise level, the conditioning gap; of a rival what it has of them."""
+    steps, gaps = [row["step"] for row in log], [(row["step"], row["gap"]) for row in log if "gap" in row]
+    diffuses = any(row["diffusion"] is not None for row in log)
+    panels = ["losses"] + ["noise"] * diffuses + ["gap"] * bool(gaps)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), constrained_layout=True, squeeze=False)
+    axes = dict(zip(panels, axes[0]))
+    axes["losses"].plot(steps, [row["lm"] for row in log], label="LM (nats per word)")
+    axes["losses"].set_title("the two losses" if diffuses else "the loss")
+    axes["losses"].set_yscale("log")
+    if diffuses:
+        axes["losses"].plot(steps, [row["diffusion"] for row in log], label="diffusion (mean square)")
+        for k in range(5):
+            axes["noise"].plot(steps, [row["by_t"][k] for row in log], label=f"t in {200 * k + 1}..{200 * k + 200}", color=plt.cm.viridis(k / 5))
+        axes["noise"].set_title("diffusion loss by noise level")
+        axes["noise"].set_yscale("log")
+        axes["noise"].legend(frameon=False, fontsize=8)
+    if gaps:
+        axes["gap"].plot(*zip(*gaps), marker=".")
+        axes["gap"].axhline(0, color="grey", linewidth=0.8)
+        axes["gap"].set_title("conditioning gap (0: caption ignored)")
+    for axis in axes.values():
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False)
-    axes[1].legend(frameon=False, fontsize=8)
-    axes[0].set_yscale("log")
-    axes[1].set_yscale("log")
+    axes["losses"].legend(frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
