@@ -303,7 +303,7 @@ def describe_report(found, drawing):
     if "excess_nats" in found:
         lines.append(f"  {'text loss above the language entropy':40s} {found['excess_nats']:6.3f} nats per token (entropy {found['entropy']:.3f})")
     if "alone" in found:
-        lines.append(f"  {'the same, of deductions alone':40s} {found['alone']:6.4f} nats per token")
+        lines.append(f"  {'text loss of deductions, likewise':40s} {found['alone']:6.4f} nats per token")
     if "conditioning_gap" in found:
         lines.append(f"  {'conditioning gap':40s} {found['conditioning_gap']:6.3f} (0 = the caption is ignored)")
     return lines + [f"  measured in {found['seconds']:.0f} s"]

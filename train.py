@@ -147,9 +147,9 @@ def prepare(config, out, ranks=None, resume=False):
 def shape_of(config, vocabulary, latent, start):
     """The ModelConfig of a run: that of the checkpoint it starts from, if there is one."""
     if start is None:
-        return sized(config.size, vocabulary=vocabulary, latent=latent, patch=1 if config.model == "chameleon" else config.patch, encoder=config.encoder,
-                     patch_position=config.patch_position, bidirectional=config.bidirectional, stable=config.stable,
-                     context=config.seq_len)
+        patch = 1 if config.model == "chameleon" else config.patch      # a code for every place
+        return sized(config.size, vocabulary=vocabulary, latent=latent, patch=patch, encoder=config.encoder, stable=config.stable,
+                     patch_position=config.patch_position, bidirectional=config.bidirectional, context=config.seq_len)
     shape = start.model.config
     if shape.latent != latent or shape.context < config.seq_len or shape.vocabulary != vocabulary:
         raise data.UserError(f"{config.init} has latents {shape.latent}, {shape.vocabulary} tokens and a context of {shape.context}, "
@@ -238,7 +238,7 @@ def check_config(config, out):
         changed = [k for k, v in asdict(config).items() if before[k] != v and k not in AFTERWARDS]
         if config.data == "shards" and before["documents"] * before["accumulate"] == config.documents * config.accumulate:
             changed = [k for k in changed if k not in ("documents", "accumulate")]      # the same rows in smaller pieces
-    except (OSError, ValueError, AttributeError, KeyError) as problem:
+    except (OSError, ValueError, TypeError, KeyError) as problem:
         raise data.UserError(f"{out}/config.json cannot be read ({problem}): is {out} the folder of a run?") from None
     if changed:
         raise data.UserError(f"{out} was trained with " + ", ".join(f"--{k.replace('_', '-')} {before[k]}" for k in changed) +
