@@ -23,8 +23,7 @@ from data import BOI, BOS, DROP, EOI, EOS, UserError
 from diffusion import Diffusion
 from kit import Kit, decode_latents, encode_pixels, load_kit, save_kit
 from sample import generate
-from test_evaluate import MNIST
-from test_train import log, small_run
+from test_train import log, small_run, write_files
 from vae import VAE, VAEConfig
 
 WORDS, CODES = data.Words("a and blue circle red square the".split()), 11
@@ -269,8 +268,9 @@ def test_a_chameleon_stops_and_goes_on(tiny_vq, tmp_path):
 
 def test_a_chameleon_of_digits(tmp_path):
     """The preset serves other data, without a VQ-VAE at hand: one is trained, with as many codes as asked."""
-    found = train.main(["--preset", "chameleon", "--data", "mnist", "--data-dir", str(MNIST), "--size", "toy", "--steps", "2", "--pairs", "60",
-                        "--samples", "10", "--codes", "30", "--vae-steps", "2", "--out", str(tmp_path / "run")])
+    write_files("mnist", tmp_path / "files")
+    found = train.main(["--preset", "chameleon", "--data", "mnist", "--data-dir", str(tmp_path / "files"), "--documents", "6", "--steps", "2",
+                        "--samples", "2", "--codes", "30", "--vae-steps", "2", "--out", str(tmp_path / "run")])
     assert load_kit(tmp_path / "run/model.pt").vae.config.codes == 30 and {"guided", "captions"} <= found.keys()
 
 

@@ -499,10 +499,9 @@ def test_a_run_ends_with_its_report(command, tmp_path, size):
     assert (tmp_path / "run/samples.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("source", ["mnist", "folder"])
-def test_a_run_on_files(tmp_path, source):
-    """Catches a grey picture, or a world without grammar, that train.py, its report or its VAE did not think of."""
-    rng, files = np.random.default_rng(0), tmp_path / "files"
+def write_files(source, files):
+    """Make a folder of twelve pictures of noise, as `source` has them: "mnist" or "folder"."""
+    rng = np.random.default_rng(0)
     files.mkdir()
     if source == "mnist":
         images, labels = rng.integers(0, 256, (12, 28, 28)).astype(np.uint8), np.arange(12).astype(np.uint8) % 10
@@ -514,6 +513,13 @@ def test_a_run_on_files(tmp_path, source):
             Image.fromarray(rng.integers(0, 256, (40, 30, 3)).astype(np.uint8)).save(files / f"{k}.png")
         lines = [json.dumps({"image": f"{k}.png", "caption": f"picture {k}"}) for k in range(12)]
         (files / "captions.jsonl").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("source", ["mnist", "folder"])
+def test_a_run_on_files(tmp_path, source):
+    """Catches a grey picture, or a world without grammar, that train.py, its report or its VAE did not think of."""
+    files = tmp_path / "files"
+    write_files(source, files)
     grey = vae_module.VAEConfig(image_channels=1 if source == "mnist" else 3, channels=4, multipliers=(1, 1, 1), z=2)
     vae_module.save(tmp_path / "vae.pt", vae_module.pack_vae(vae_module.VAE(grey)))
     found = train.main(small_run(data=source, data_dir=files, vae=tmp_path / "vae.pt", out=tmp_path / "run", steps=2,
