@@ -16,9 +16,8 @@ SHAPES      codes (N, h, w) int64, 0 .. K-1; as tokens V .. V+K-1, after the V w
 PAPER/HERE  same: a VQ-VAE with the VAE's plan, data and steps (assets/scenes_vq.pt: `train_vae.py --codes 512`), query-key
             norm, post-norm, denominator loss, a third of the learning rate, guidance; four codes for each of Transfusion's
             patches, so fewer pictures for as many tokens. Both rivals go through train.py's one loop.
-            our choice: LayerNorm for queries and keys, and 1e-5, as the Chameleon Team (2024) have it; after EOI as after
-            a picture of Transfusion's; the loss on the first code, which BOI predicts, and on EOI. Codes are drawn at
-            temperature 1 from the whole softmax.
+            our choice: LayerNorm for queries and keys, and 1e-5, as the Chameleon Team (2024) have it; BOI predicts the first
+            code, and the last code EOI, with loss. Codes are drawn at temperature 1 from the whole softmax.
             our choice: codes have RoPE's positions only. The patch encoder stays in both rivals, unused: 35,000 parameters of
             the toy's million.
 READ NEXT   experiments.py, which compares them        TRY IT  python chameleon.py        TEST  tests/test_chameleon.py
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 import data
 import sample
 from data import BOI, EOI, PATCH
+
 
 def seen_by(model, document, codes=None, first=None):
     """A document (see data.lay_out) as a model of this kind reads it. "transfusion": as it is. "llama": its words alone.

@@ -41,7 +41,7 @@ BASE = "--steps 1500 --samples 400 --gap-every 500 --save-every 500"
 PATCHES = {1: "--patch 1 --seq-len 160 --documents 18 --text-share 0.635", 2: "", 4: "--patch 4 --documents 56 --text-share 0.212",
            8: "--patch 8 --documents 75 --text-share 0.158"}
 UNET = "--encoder unet"
-TABLES = {                                              # number: (title, {row: options of train.py}); later options win
+TABLES = {                                              # number: (title, {row: options of train.py, which win over BASE's})
     "1": ("Transfusion and Chameleon, by compute (Table 1, Fig. 5)", {
         f"{name}, {steps} steps": f"{options} {more}".strip() for name, options in (("Transfusion", ""), ("Chameleon", "--preset chameleon"))
         for steps, more in ((750, "--steps 750"), (1500, ""), (3000, "--steps 3000"))}),
