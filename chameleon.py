@@ -113,7 +113,7 @@ if __name__ == "__main__":
     import sources                                      # here, because only this needs them
     import vae
     from kit import find_vae
-    pairs, words = sources.load_scenes(2000, seed=0, progress=False), None
+    pairs = sources.load_scenes(2000, seed=0, progress=False)
     words, vq = data.Words(pairs.vocabulary()), find_vae("scenes", codes=True)
     codes = vae.encode_all_codes(vq, pairs.pixels, progress=False)
     for kind in ("transfusion", "chameleon", "llama"):
