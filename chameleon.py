@@ -98,8 +98,7 @@ def code_gap(model, words, captions, codes):
     """The conditioning gap of a Chameleon: nats per code with a wrong caption minus those with the right one.
     captions: N str; codes: (N, h, w) int64. Compare evaluate.conditioning_gap."""
     means, first, device = [], len(words), next(model.parameters()).device
-    other = [next((c for c in captions[k + 1:] + captions[:k] if c != own), own) for k, own in enumerate(captions)]
-    for texts in (captions, other):
+    for texts in (captions, data.wrong_captions(captions)):
         rows = [data.lay_out(seen_by("chameleon", [text, ("image", k, 0)], codes, first), words, 0) for k, text in enumerate(texts)]
         batch = data.pack(rows, max(len(row.tokens) for row in rows))
         none = torch.zeros(0, *model.config.latent), torch.zeros(0, dtype=torch.long)

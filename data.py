@@ -186,6 +186,11 @@ def to_batch(rows, T):
 
 
 # ------------------------------------------------------------------------------------------------- the stream of documents
+def wrong_captions(captions):
+    """For each of N captions the next one that is different, for the conditioning gap (PAPER.md §4.12)."""
+    return [next((c for c in captions[k + 1:] + captions[:k] if c != own), own) for k, own in enumerate(captions)]
+
+
 def one_pair(caption, k, caption_first, rng, drop, t_limit, T):
     """The parts of a caption and its picture k, in their order: the rules of §4.1 and App. B.2. Either order, dropped or
     not, takes the same number of positions. rng: decides whether the caption is dropped, with probability `drop`."""

@@ -167,10 +167,8 @@ def conditioning_gap(model, words, diffusion, captions, latents, before=None, se
     g, N = torch.Generator().manual_seed(seed), len(captions)
     t = (torch.arange(N) * diffusion.T // N + 1)[torch.randperm(N, generator=g)]      # every noise level alike
     eps, means = torch.randn(latents.shape, generator=g), []
-    other = [next((c for c in captions[k + 1:] + captions[:k] if c != own), own)          # the next different caption
-             for k, own in enumerate(captions)]
     noisy = diffusion.add_noise(latents, eps, t)
-    for texts in (captions, other):
+    for texts in (captions, data.wrong_captions(captions)):
         rows = [data.lay_out([*([("image", N + k, 0)] if before is not None else []), text, ("image", k, diffusion.T)],
                              words, model.config.patches) for k, text in enumerate(texts)]
         batch = data.pack(rows, model.config.context)

@@ -167,8 +167,8 @@ class Transfusion(nn.Module):
     def init_weights(self):
         """Our choice; the paper is silent. Words, places and patches enter the row about equally loud, and a layer keeps the
         size of what it reads: deviation 1/sqrt(D), which is Llama's 0.02 at D = 2500 and more in a toy. What adds to the
-        residual stream is smaller by sqrt(2L), so that depth does not make it grow (stable blocks norm that away). The outputs start near zero, so that
-        the losses start at those of knowing nothing: ln V for words, 1 for saying "no noise"."""
+        residual stream is smaller by sqrt(2L), so that depth does not make it grow (stable blocks norm that away). The outputs
+        start near zero, so that the losses start at those of knowing nothing: ln V for words, 1 for saying "no noise"."""
         std = self.config.width ** -0.5
         for block in self.blocks:                                       # the patch encoder keeps PyTorch's own start
             for layer in (block.qkv, block.gate_up):
