@@ -32,6 +32,7 @@ from tqdm import tqdm
 import chameleon
 import data
 import edits
+import likelihood
 import mixtures
 import sample
 import scale
@@ -107,42 +108,21 @@ def excess_nats(kit, documents, n=500, seed=0):
     return (total - ideal) / words, ideal / words
 
 
-@torch.no_grad()
 def deduction_nats(kit, n=500, seed=0):
     """Nats per token above the entropy, of n text-only documents ("a red circle is ..."), from what follows the first "is" to
     the end: there no caption can be meant, so models that were trained on another share of them can be compared."""
     rng, world, pairs = np.random.default_rng([seed, 14]), scenes.World(), scenes.captions("color_attr")
     seconds = Counter(claim.objects[0] for _, claim in pairs)           # how many objects may stand second
-    texts, total, words = [world.deduction(rng) for _ in range(n)], 0.0, 0
-    for k in range(0, n, 100):
-        rows = [data.lay_out([text], kit.words, kit.model.config.patches) for text in texts[k: k + 100]]
-        batch = data.to_batch([[row] for row in rows], max(len(row.tokens) for row in rows))
-        batch.learn[:, :4] = False                                      # <bos> a red circle
-        none = dict(latents=torch.zeros(0, *kit.model.config.latent), t=torch.zeros(0, dtype=torch.long))
-        batch = replace(batch, **none).to(device_of(kit.model))
-        logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, batch.latents, batch.t)
-        total += F.cross_entropy(logits.float(), batch.tokens.roll(-1, 1)[batch.learn], reduction="sum").item()
-        words += int(batch.learn.sum())
+    texts = [world.deduction(rng) for _ in range(n)]
+    ids = [kit.words.encode(text) + [data.EOS] for text in texts]
+    total = -sum(found for found, _ in likelihood.log_likelihood(kit, [(row[:4], row[4:]) for row in ids]))       # "a red circle is"
     entropy = sum(np.log(len(scenes.RELATIONS) * seconds[tuple(text.split()[1:3])]) for text in texts)
-    return (total - entropy) / words
+    return (total - entropy) / sum(len(row) - 4 for row in ids)
 
 
-@torch.no_grad()
 def deductions(kit, n=200, seed=0):
     """Share of two-choice deductions in which the right relation is likelier than the wrong one. Chance: 0.5."""
-    rng, right = np.random.default_rng([seed, 10]), 0
-    pairs = scenes.captions("color_attr")
-    for _ in range(n):
-        (_, claim), rel = pairs[rng.integers(len(pairs))], list(scenes.RELATIONS)[rng.integers(4)]
-        scores = []
-        for wrong in (False, True):
-            sequence = data.lay_out([scenes.deduction_text(claim.objects, rel, wrong)], kit.words, kit.model.config.patches)
-            none = dict(latents=torch.zeros(0, *kit.model.config.latent), t=torch.zeros(0, dtype=torch.long))
-            batch = replace(data.pack([sequence], len(sequence.tokens)), **none).to(device_of(kit.model))
-            logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, batch.latents, batch.t)
-            scores.append(-F.cross_entropy(logits.float(), batch.tokens[0, 1:]).item())
-        right += scores[0] > scores[1]
-    return right / n
+    return likelihood.ranked(kit, likelihood.read_questions("scenes", n, seed))["accuracy"]
 
 
 def gap_probe(pairs, vae, n):

@@ -1,0 +1,262 @@
+"""
+coco.py: pictures and captions, judged by the field's yardsticks              (Transfusion §4.1 "Evaluation", Table 7, App. B.1)
+
+THE IDEA    A caption is good if it says what people say of the same picture: CIDEr counts the phrases that they share, rare ones
+            most. Drawn pictures are good if, as a crowd, they cannot be told from real ones, and each fits its prompt: FID
+            compares what a network sees in the two crowds, CLIP score what another one sees in a picture and in its prompt.
+A PICTURE   photo --model--> "a cat on a mat"  --+-- CIDEr          prompt --model--> picture --+-- CLIP score
+            five people's captions of it       --+                         real photos          --+-- FID
+THE RULE    CIDEr-D   100 * mean over pictures, references, n = 1..4 of  10 exp(-(l - l')^2 / 72) min(g, g') g' / (|g| |g'|),
+                      g, g' the counts of n-grams in the answer and a reference, each times ln(pictures / pictures that use it);
+                      l, l' their lengths                                                          Vedantam et al. 2015
+            FID       |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)),  m, S: mean and covariance of the features    Heusel et al. 2017
+            CLIP      100 * mean cosine of a picture's and its prompt's vectors                     Radford et al. 2021
+SHAPES      pictures (n, h, w, 3) uint8; features (n, d) float
+PAPER/HERE  same: greedy captions; n pictures drawn from one random caption each (the paper: 30,000 of COCO's validation set, 5,000
+            in the ablations; captions of Karpathy's test split); 250 steps, guidance as asked for.
+            our choice: FID's real pictures are those whose captions are drawn. Words are runs of letters and digits, in lower
+            case (COCO's tokenizer, in Java, makes "do n't" of "don't", we "don t").
+            Two networks of others are needed, as files: Inception (inception-2015-12-05.pt, TorchScript, published with
+            StyleGAN2-ADA) and CLIP (a folder of transformers'). Not run with them here: no network; the tests have stand-ins.
+            Without Inception the distance is that of a VAE's latents, which toys need and nobody should call FID.
+            GenEval judges with a detector of its own: `geneval` draws its prompts into the folders that its script reads.
+READ NEXT   evaluate.py, where the scenes world needs no judge      TEST  tests/test_coco.py (ours = pycocoevalcap, scipy)
+TRY IT      python coco.py scenes --limit 200 --steps 25 --sampler dpm++
+"""
+import argparse
+import functools
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import data
+import evaluate
+import scale
+import scenes
+import sources
+import streams
+import vae as vae_module
+from data import UserError
+from diffusion import SAMPLERS
+from kit import encode_pixels, load_kit
+
+
+# ------------------------------------------------------------------------------------------------------------ the yardsticks
+def phrases(text):
+    """[Counter of the text's n-grams, for n = 1, 2, 3, 4]."""
+    words = re.findall(r"\w+", text.lower())
+    return [Counter(tuple(words[k: k + n]) for k in range(len(words) - n + 1)) for n in (1, 2, 3, 4)]
+
+
+def cider(answers, references):
+    """CIDEr-D, times 100 as papers print it (1000 at most: each answer word by word all of its references). answers: a text per
+    picture; references: a list of texts per picture. An n-gram's weight depends on how many of *these* pictures it is said of:
+    numbers of different sets of pictures cannot be compared. Vedantam et al. 2015."""
+    answers, references = [phrases(text) for text in answers], [[phrases(text) for text in texts] for texts in references]
+    used = Counter(gram for texts in references for gram in {gram for text in texts for grams in text for gram in grams})
+    weigh = lambda grams: {gram: count * np.log(len(references) / max(1, used[gram])) for gram, count in grams.items()}
+    size = lambda weights: np.sqrt(sum(w * w for w in weights.values()))
+    total = 0.0
+    for answer, texts in zip(answers, references):
+        for text in texts:
+            apart = sum(answer[0].values()) - sum(text[0].values())     # in words
+            for mine, theirs in zip(map(weigh, answer), map(weigh, text)):
+                if (sizes := size(mine) * size(theirs)) > 0:
+                    shared = sum(min(w, theirs[gram]) * theirs[gram] for gram, w in mine.items() if gram in theirs)
+                    total += 10 * np.exp(-apart ** 2 / 72) * shared / sizes / 4 / len(texts)          # sigma = 6
+    return 100 * total / len(answers)
+
+
+def frechet(real, drawn):
+    """The Fréchet distance of two crowds of features (n, d), (m, d), as if both were Gaussian. FID, where Inception made them.
+    It falls with n: compare crowds of one size. Heusel et al. 2017, eq. 6."""
+    (m, S), (m2, S2) = ((x.double().mean(0), torch.cov(x.double().T)) for x in (real, drawn))
+    values, vectors = torch.linalg.eigh(S)
+    half = vectors * values.clamp(min=0).sqrt() @ vectors.T             # S^(1/2): (S S2)^(1/2) has the eigenvalues of this
+    root = torch.linalg.eigvalsh(half @ S2 @ half).clamp(min=0).sqrt().sum()           # symmetric one, which is found faster
+    return float((m - m2).square().sum() + S.trace() + S2.trace() - 2 * root)
+
+
+def load_inception(path, device):
+    """pictures (n, h, w, 3) uint8 -> (n, 2048) features, by the TorchScript file that StyleGAN2-ADA published; it resizes by itself.
+    Raises UserError if there is no such file, or it is no TorchScript."""
+    try:
+        net = torch.jit.load(str(path), map_location=device).eval()
+    except (RuntimeError, ValueError):
+        raise UserError(f"{path} is missing or not TorchScript: --inception must name inception-2015-12-05.pt, as published with "
+                        f"StyleGAN2-ADA") from None
+    return lambda pixels: net(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device), return_features=True).float().cpu()
+
+
+def load_clip(folder, device):
+    """(pictures (n, h, w, 3) uint8, n texts) -> (n,) cosines, by a CLIP model of transformers. Raises UserError if the library or the
+    model is not there."""
+    try:
+        from transformers import CLIPModel, CLIPProcessor
+    except ImportError:
+        raise UserError("CLIP score needs transformers: pip install transformers==5.23.0") from None
+    try:
+        net, prepare = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device), CLIPProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError):
+        raise UserError(f"{folder} has no CLIP model: --clip must name a folder that transformers' save_pretrained wrote, such as "
+                        f"a download of openai/clip-vit-base-patch32") from None
+
+    def cosines(pixels, texts):
+        out = net(**prepare(text=texts, images=[Image.fromarray(p) for p in pixels], return_tensors="pt", padding=True, truncation=True,
+                            max_length=net.config.text_config.max_position_embeddings).to(device))
+        return torch.cosine_similarity(out.image_embeds, out.text_embeds).cpu()
+    return cosines
+
+
+# -------------------------------------------------------------------------------------------------------------- the pictures
+def read_folder(folder, size, n, seed=0):
+    """[(picture: () -> (h, w, 3) uint8, its captions)] of n random pictures of a folder with captions.jsonl, in which several lines may
+    speak of one picture."""
+    path, found = Path(folder) / "captions.jsonl", {}
+    for number, line in sources.read_lines(path, '{"image": file name, "caption": words}'):
+        caption, picture = streams.read_line(line.encode(), f"{path} line {number}", ["caption", "image"], path.parent, size)
+        found.setdefault(picture.args, (picture, []))[1].append(caption)
+    order = np.random.default_rng([seed, 15]).permutation(len(found))[:n]
+    return [list(found.values())[k] for k in sorted(order)]
+
+
+def draw_scenes(categories, size, n, seed=0):
+    """The same of n unseen scenes, each with up to five of the captions that are true of it and leave nothing unnamed."""
+    rng, world, items = np.random.default_rng([seed, 16]), scenes.World(tuple(categories)), []
+    claims = [item for category in categories for item in scenes.captions(category)]
+    for _ in range(n):
+        things = scenes.draw_scene(world.caption(rng)[1], rng, size)
+        true = [text for text, claim in claims if scenes.holds(claim, things)]
+        items.append((functools.partial(scenes.render, things, size), [true[k] for k in rng.permutation(len(true))[:5]]))
+    return items
+
+
+def vae_features(path, device):
+    """pictures (n, h, w, 3) uint8 -> (n, c h w): the latents of a vae.pt. For toys: the same file for all models to be compared."""
+    vae = vae_module.load_vae(path).to(device)
+    return lambda pixels: vae.encode(vae_module.to_float(pixels).to(device))[0].flatten(1).cpu()
+
+
+@torch.no_grad()
+def judge(kit, items, see, clip=None, seed=0, progress=True, **drawing):
+    """({"cider"; "distance" of the drawn and the real pictures; "halves": that of the halves of the real ones; "clip", if there is
+    one; "n"; "references" per picture}, [(caption, references)]) of n items, as `read_folder` has them. see: pictures -> features;
+    clip: pictures, texts -> cosines. Pictures that cannot be read are named and skipped. drawing: as `sample.draw`. Divided among
+    the ranks: every one must call it. Raises UserError, before anything is drawn, for a prompt that the model cannot take."""
+    words, rng = kit.words, np.random.default_rng([seed, 17])
+    prompts = [texts[rng.integers(len(texts))] for _, texts in items]
+    lower = (lambda text: text.lower()) if isinstance(words, data.Words) else (lambda text: text)
+    for text in prompts:                                # what cannot be drawn is said before the first hour, not after it
+        if (need := len(words.encode(lower(text))) + kit.model.config.patches + 3) > kit.model.config.context:
+            raise UserError(f"the caption {text[:40]!r}... and its picture need {need} positions, but this model's context is "
+                            f"{kit.model.config.context}")
+    said, references, real, drawn, cosines, bad = [], [], [], [], [], []
+    for k in tqdm(range(0, len(items), 64), desc="drawing and describing", disable=not progress or scale.rank() > 0):
+        there = []
+        for (picture, texts), prompt in zip(items[k: k + 64], prompts[k: k + 64]):
+            try:
+                there.append((picture(), texts, lower(prompt)))
+            except UserError as problem:
+                bad.append(str(problem))
+        if not there:
+            continue
+        photos, texts, asked = map(list, zip(*there))
+        made = evaluate.draw(kit, asked, seed=seed + k, **drawing)
+        said += evaluate.describe(kit, encode_pixels(kit, np.stack(photos)))
+        references += texts
+        real.append(see(np.stack(photos)))
+        drawn.append(see(made))
+        if clip:
+            cosines.append(clip(made, asked))
+    if len(said) < 4:
+        raise UserError(f"{len(said)} pictures could be read: the halves of at least four are compared" + "".join(f"; {b}" for b in bad[:3]))
+    if bad and scale.rank() == 0:
+        print(f"skipped {len(bad)} of {len(items)} pictures: {'; '.join(bad[:5])}")
+    real, drawn = torch.cat(real), torch.cat(drawn)
+    found = {"cider": float(cider(said, references)), "distance": frechet(real, drawn), "halves": frechet(real[::2], real[1::2]),
+             "n": len(said), "references": float(np.mean([len(texts) for texts in references]))}
+    return found | ({"clip": 100 * float(torch.cat(cosines).mean())} if clip else {}), list(zip(said, references))
+
+
+def geneval(kit, path, out, each=4, seed=0, **drawing):
+    """Draw GenEval's prompts as its own script wants them judged: out/00000/metadata.jsonl and samples/0000.png to 0003.png, for
+    each line {"prompt": ..., ...} of its evaluation_metadata.jsonl. Finished folders are passed over, so that a stopped
+    command goes on. Returns how many prompts there are. App. B.1."""
+    lines = sources.read_lines(Path(path), 'prompt of GenEval, {"tag": ..., "include": ..., "prompt": ...}')
+    try:
+        prompts = [" ".join(json.loads(line)["prompt"].split()) for _, line in lines]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f'{path} is not GenEval\'s evaluation_metadata.jsonl: every line must be {{"prompt": ..., ...}}') from None
+    for text in prompts:
+        kit.words.encode(text)
+    for k, text in enumerate(tqdm(prompts, desc="drawing for GenEval", disable=scale.rank() > 0)):
+        folder = Path(out) / f"{k:05d}"
+        if (folder / "metadata.jsonl").exists():
+            continue
+        pictures = evaluate.draw(kit, [text] * each, seed=seed + 100 * k, **drawing)
+        if scale.rank() == 0:
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            for j, picture in enumerate(pictures):
+                Image.fromarray(picture).save(folder / "samples" / f"{j:04d}.png")
+            (folder / "metadata.jsonl").write_text(lines[k][1])         # last: it says that the folder is whole
+        scale.wait()
+    return len(prompts)
+
+
+# -------------------------------------------------------------------------------------------------------------- command line
+def main(argv=None):
+    """Judge a model as the command line says and print the numbers."""
+    parser = argparse.ArgumentParser(description="CIDEr, FID and CLIP score on captioned pictures; pictures for GenEval's own judge.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("pictures", help="a folder of pictures with captions.jsonl, where several lines may speak of one picture; the word "
+                                         "scenes; or GenEval's evaluation_metadata.jsonl")
+    parser.add_argument("--checkpoint", default=str(data.ASSETS / "scenes.pt"), help="a model.pt of train.py")
+    parser.add_argument("--inception", help="inception-2015-12-05.pt (TorchScript): the distance is FID")
+    parser.add_argument("--vae", default=str(data.ASSETS / "scenes_vae.pt"), help="without it: the vae.pt whose latents are compared")
+    parser.add_argument("--clip", help="folder of a CLIP model of transformers: CLIP score, too")
+    parser.add_argument("--world", choices=tuple(scenes.WORLDS), default="six", help="of scenes: which captions")
+    parser.add_argument("--limit", type=int, default=30000, help="pictures (the paper: 30000, in its ablations 5000)")
+    parser.add_argument("--steps", type=int, default=250, help="diffusion steps")
+    parser.add_argument("--guidance", type=float, default=3.0, help="guidance weight")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="ddpm is the paper's")
+    parser.add_argument("--seed", type=int, default=0, help="seed of pictures, prompts and noise")
+    parser.add_argument("--out", default="out/geneval", help="of GenEval: folder of the pictures")
+    parser.add_argument("--json", help="also write the numbers here")
+    args = parser.parse_args(argv)
+    if args.limit < 4 or not 0 <= args.guidance < np.inf or not 1 <= args.steps <= 1000:
+        raise UserError("--limit must be at least 4, --guidance 0 or more, --steps between 1 and 1000")
+    if args.json and not Path(args.json).parent.is_dir():
+        raise UserError(f"cannot write {args.json}: its folder does not exist")
+    drawing = dict(seed=args.seed, steps=args.steps, guidance=args.guidance, sampler=args.sampler)
+    device = scale.start().device
+    kit = load_kit(args.checkpoint, device)
+    if kit.kind == "llama":
+        raise UserError(f"{args.checkpoint} is a llama: it knows words only")
+    if Path(args.pictures).suffix == ".jsonl":
+        count = geneval(kit, args.pictures, args.out, **drawing)
+        print(f"{count} prompts in {args.out}: judge them with GenEval's evaluation/evaluate_images.py")
+        return count
+    size = kit.model.config.latent[1] * kit.vae.f
+    items = (draw_scenes(scenes.WORLDS[args.world], size, args.limit, args.seed) if args.pictures == "scenes" else
+             read_folder(args.pictures, size, args.limit, args.seed))
+    see = load_inception(args.inception, device) if args.inception else vae_features(args.vae, device)
+    found, said = judge(kit, items, see, load_clip(args.clip, device) if args.clip else None, **drawing)
+    if scale.rank() == 0:
+        for answer, texts in said[:3]:
+            print(f"  it says: {answer}\n  people say: {'; '.join(texts)}")
+        print(f"CIDEr {found['cider']:.1f} (n = {found['n']}, {found['references']:.1f} references each), "
+              f"{'FID' if args.inception else 'Fréchet distance of latents'} {found['distance']:.2f} (the halves of the real ones: {found['halves']:.2f})"
+              + (f", CLIP score {found['clip']:.1f}" if "clip" in found else ""))
+        if args.json:
+            Path(args.json).write_text(json.dumps(found, indent=1))
+    return found
+
+
+if __name__ == "__main__":
+    data.run_command(main)

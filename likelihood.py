@@ -1,0 +1,203 @@
+"""
+likelihood.py: text, judged by how probable a model finds it                  (Transfusion §4.1 "Evaluation", Table 7, App. B.1)
+
+THE IDEA    A language model gives every text a probability. How probable it finds text that it has never seen is its perplexity;
+            which of a question's answers it finds likeliest is its choice. Nothing is generated, nobody has to judge.
+A PICTURE   <bos> a red circle is left of a blue square . the blue square is | right of the red circle .       ln p = -0.01
+                  '------------------- context ------------------------------' '---- continuation ----'
+                                                                             | left of the red circle .        ln p = -9.2
+THE RULE    perplexity = exp( - sum of ln p(token | all before it) / number of tokens )                           eq. 1
+            ranked classification: the answer of the highest ln p, or of the highest ln p per character (`normed`)
+SHAPES      a request is (context, continuation), two lists of ids; its answer (ln p in nats, is it what greedy decoding says?)
+PAPER/HERE  same: perplexity on held-out text (the paper: 20M tokens of C4, and of Wikipedia), answers by ranked classification,
+            0-shot. The Llama suite's seven tasks come from lm-evaluation-harness (`suite`), which asks `log_likelihood`.
+            our choice: text longer than the context is cut; each piece begins with <bos>, as in training; EOS does not count.
+            Run here: shipped models, texts and tasks of the scenes world. Not run: C4, Wikipedia, the suite (no network).
+READ NEXT   coco.py, evaluate.py        TEST  tests/test_likelihood.py (ours = lm-evaluation-harness)
+TRY IT      python likelihood.py perplexity scenes
+"""
+import argparse
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import scale
+import scenes
+import sources
+import streams
+from data import BOS, UserError
+from kit import device_of, load_kit
+from shards import Pieces
+
+SUITE = ("hellaswag", "piqa", "social_iqa", "winogrande", "arc_easy", "arc_challenge", "boolq")    # Paper App. B.1, note 4
+TOGETHER = 8192                                         # tokens of one forward: at V = 32,000 their logits take a gigabyte
+
+
+def ids_of(words, text):
+    """The ids of a text, in lower case where the tokens are whole words (as they were packed)."""
+    return words.encode(text if isinstance(words, Pieces) else text.lower())
+
+
+def split(words, context, continuation):
+    """(ids of the context, ids of the continuation, one at least). TRAP: a tokenizer of pieces may join the last letters of the one
+    and the first of the other, so both are encoded together and cut where the context alone, without spaces at its end, ends."""
+    whole, first = ids_of(words, context + continuation), len(ids_of(words, context.rstrip()))
+    return whole[: min(first, len(whole) - 1)], whole[min(first, len(whole) - 1):]
+
+
+@torch.no_grad()
+def log_likelihood(kit, requests, progress=False):
+    """[(ln p(continuation | <bos> context) in nats, whether every token of it is the likeliest)] of a list of requests, each two
+    lists of ids. Text only. Divided among the ranks: every one must call it. A context that is too long loses its beginning.
+    Raises UserError for a continuation that does not fit in the model's context. eq. 1."""
+    room = kit.model.config.context - 1                 # beside <bos>
+    if long := [len(answer) for _, answer in requests if len(answer) > room]:
+        raise UserError(f"a continuation of {max(long)} tokens does not fit in this model's context of {room + 1}, with <bos>")
+
+    def work(part, _):
+        rows = [(([BOS] + context[max(0, len(context) + len(answer) - room):] + answer), len(answer)) for context, answer in part]
+        order, found = sorted(range(len(rows)), key=lambda k: -len(rows[k][0])), [None] * len(rows)
+        bar = tqdm(total=len(rows), desc="reading", disable=not progress or scale.rank() > 0, leave=False)
+        while order:                                    # rows of like length together: little padding
+            longest = len(rows[order[0]][0])
+            now, order = order[: max(1, TOGETHER // longest)], order[max(1, TOGETHER // longest):]
+            packed = [data.Sequence(tokens, [-1] * len(tokens), [k >= len(tokens) - n - 1 for k in range(len(tokens) - 1)] + [False])
+                      for tokens, n in (rows[k] for k in now)]
+            batch = data.to_batch([[row] for row in packed], longest).to(device_of(kit.model))
+            none = torch.zeros(0, *kit.model.config.latent, device=batch.tokens.device)          # pictures: there are none
+            logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, none, batch.images)
+            right = batch.tokens.roll(-1, 1)[batch.learn]
+            nats = F.cross_entropy(logits.float(), right, reduction="none").split([rows[k][1] for k in now])
+            greedy = (logits.argmax(-1) == right).split([rows[k][1] for k in now])
+            for k, loss, same in zip(now, nats, greedy):
+                found[k] = (-loss.double().sum().item(), bool(same.all()))
+            bar.update(len(now))
+        bar.close()
+        return found
+    return sum(scale.divided(work, requests), [])
+
+
+def perplexity(kit, texts, progress=False):
+    """{"perplexity", per token; "bits_per_byte", which does not depend on the tokenizer; "tokens"} of a list of texts."""
+    room, ids = kit.model.config.context - 1, [ids_of(kit.words, text) for text in texts]
+    pieces = [([], row[k: k + room]) for row in ids for k in range(0, len(row), room)]
+    if not pieces:
+        raise UserError("there is no text to read: all documents are empty")
+    nats, tokens = -sum(found for found, _ in log_likelihood(kit, pieces, progress)), sum(map(len, ids))
+    return {"perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / sum(len(t.encode()) for t in texts),
+            "tokens": tokens}
+
+
+def ranked(kit, questions, progress=False):
+    """{"accuracy", "normed": share of questions whose right answer has the highest ln p, and the highest ln p per character; "n",
+    "chance"}. questions: list of (context, answers, number of the right one); an answer follows its context after a space."""
+    requests = [split(kit.words, context, " " + answer) for context, answers, _ in questions for answer in answers]
+    scores, right, normed = [score for score, _ in log_likelihood(kit, requests, progress)], 0, 0
+    for _, answers, truth in questions:
+        these, scores = np.array(scores[: len(answers)]), scores[len(answers):]
+        right += these.argmax() == truth
+        normed += (these / [len(answer) for answer in answers]).argmax() == truth
+    return {"accuracy": right / len(questions), "normed": normed / len(questions), "n": len(questions),
+            "chance": float(np.mean([1 / len(answers) for _, answers, _ in questions]))}
+
+
+def suite(kit, tasks=SUITE, **options):
+    """lm-evaluation-harness' own results {task: its numbers}, 0-shot, of tasks that it knows by name; it downloads their questions.
+    options: as its simple_evaluate, e.g. limit, task_manager. Raises UserError if the library is not there."""
+    try:
+        import lm_eval
+        from lm_eval.api.model import LM
+    except ImportError:
+        raise UserError("the suite's tasks are lm-evaluation-harness': pip install lm-eval==0.4.13") from None
+
+    class Judge(LM):                                    # here, because its base class is optional
+        def loglikelihood(self, requests):
+            return log_likelihood(kit, [split(kit.words, *request.args) for request in requests], progress=True)
+
+        def loglikelihood_rolling(self, requests):
+            raise UserError("for perplexity use `python likelihood.py perplexity`")
+
+        def generate_until(self, requests):
+            raise UserError("only tasks of ranked classification (multiple choice) can be asked here")
+    return lm_eval.simple_evaluate(Judge(), tasks=list(tasks), num_fewshot=0, **options)["results"]
+
+
+# ------------------------------------------------------------------------------------------------------------ command line
+def read_texts(names, n):
+    """Up to n texts of .txt, .jsonl with {"text": ...}, folders of them, or of the word scenes, as `data.py pack` takes them."""
+    texts, options = [], SimpleNamespace(world="one", scenes=n, image_size=32)
+    for name in streams.find_sources("text", names, n):
+        for _, read in streams.items_of("text", name, options):
+            if len(texts) == n:
+                return texts
+            texts.append(read()[0])
+    return texts
+
+
+def read_questions(name, n, seed=0):
+    """Up to n questions of a .jsonl, or, of the word scenes, two-choice deductions."""
+    if name == "scenes":
+        rng, found = np.random.default_rng([seed, 10]), []
+        pairs = scenes.captions("color_attr")
+        for k in range(n):
+            (_, claim), rel = pairs[rng.integers(len(pairs))], list(scenes.RELATIONS)[rng.integers(4)]
+            (context, right), (_, wrong) = (scenes.deduction_text(claim.objects, rel, turned).rsplit(" is ", 1) for turned in (False, True))
+            found.append((f"{context} is", [[right, wrong], [wrong, right]][k % 2], k % 2))         # a tie wins every other time
+        return found
+    wanted, questions = '{"context": ..., "choices": [at least two], "answer": number of the right one, from 0}', []
+    for number, line in sources.read_lines(Path(name), wanted)[:n]:
+        try:
+            entry = json.loads(line)
+            context, choices, answer = entry["context"], entry["choices"], entry["answer"]
+            assert isinstance(context, str) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices) and \
+                type(answer) is int and 0 <= answer < len(choices)
+            questions.append((context, choices, answer))
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise UserError(f"{name} line {number} is not {wanted}: {line[:60]!r}") from None
+    if not questions:
+        raise UserError(f"{name} is empty: it must hold one {wanted} per line")
+    return questions
+
+
+def main(argv=None):
+    """Judge a model by the texts that the command line names, and print the numbers."""
+    parser = argparse.ArgumentParser(description="Text, judged by likelihood: perplexity; choices; the Llama suite of lm-evaluation-harness.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("what", choices=("perplexity", "choices", "suite"), help="how to judge")
+    parser.add_argument("names", nargs="*", help='perplexity: .txt, .jsonl with {"text": ...}, folders of them, or the word scenes; choices: '
+                                                 'one .jsonl, or the word scenes; suite: tasks of lm-evaluation-harness, default: the paper\'s')
+    parser.add_argument("--checkpoint", default=str(data.ASSETS / "scenes.pt"), help="a model.pt of train.py")
+    parser.add_argument("--limit", type=int, default=1000, help="at most so many texts, or questions (of a task)")
+    parser.add_argument("--json", help="also write the numbers here")
+    args = parser.parse_args(argv)
+    if args.limit < 1:
+        raise UserError(f"--limit must be at least 1, got {args.limit}")
+    if args.what != "suite" and (not args.names or (args.what == "choices" and len(args.names) > 1)):
+        raise UserError(f"say what to read: python likelihood.py {args.what} " + ("a.jsonl b.txt" if args.what == "perplexity" else "questions.jsonl"))
+    if args.json and not Path(args.json).parent.is_dir():
+        raise UserError(f"cannot write {args.json}: its folder does not exist")
+    kit = load_kit(args.checkpoint, scale.start().device)
+    if args.what == "perplexity":
+        found = perplexity(kit, read_texts(args.names, args.limit), progress=True)
+    elif args.what == "choices":
+        found = ranked(kit, read_questions(args.names[0], args.limit), progress=True)
+    else:
+        found = suite(kit, args.names or SUITE, limit=args.limit)
+    if scale.rank() == 0:
+        rows = found if args.what == "suite" else {" ".join(args.names): found}
+        for name, row in rows.items():
+            print(f"{name}: " + ", ".join(f"{k} {v:,}" if type(v) is int else f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, (int, float))))
+        if args.json:
+            Path(args.json).write_text(json.dumps(found, indent=1, default=str))
+    return found
+
+
+if __name__ == "__main__":
+    data.run_command(main)

@@ -1,0 +1,221 @@
+"""
+test_coco.py: do CIDEr, FID and CLIP score say what the field's own programs say?                  (coco.py; Transfusion App. B.1)
+
+The references are pycocoevalcap, scipy and transformers, where they are installed, and cases whose answer is known: the same
+crowd, a crowd moved by a known way, an artist who hands in the photo itself.
+"""
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import coco
+import data
+import evaluate
+import scenes
+import sources
+from data import UserError
+
+
+def some_texts(n, seed=0, most=9):
+    """n texts of 0 to `most` - 1 words out of seven."""
+    rng = np.random.default_rng(seed)
+    return [" ".join(rng.choice(list("abcdefg"), rng.integers(most))) for _ in range(n)]
+
+
+def test_cider_is_pycocoevalcap():
+    """Random captions, some empty or of one word, with 1 to 4 references each."""
+    scorer = pytest.importorskip("pycocoevalcap.cider.cider_scorer")
+    answers, rng = some_texts(40), np.random.default_rng(1)
+    references = [some_texts(rng.integers(1, 5), seed=k + 10, most=12) for k in range(40)]
+    references[0] = ["a b c d e f g a b c d e f g"] * 2 # much longer than its answer
+    theirs = scorer.CiderScorer(n=4, sigma=6.0)
+    for answer, texts in zip(answers, references):
+        theirs += (answer, texts)
+    assert coco.cider(answers, references) == pytest.approx(100 * theirs.compute_score()[0], rel=1e-9)
+
+
+def test_cider_of_known_captions():
+    """The same words: 1000; nothing shared, or only what is said of every picture: 0. Capitals and full stops do not count."""
+    texts = ["a b c d e", "f g h i j", "k l m n o"]
+    assert coco.cider(texts, [[t] for t in texts]) == pytest.approx(1000)
+    assert coco.cider([t.upper() + "." for t in texts], [[t] for t in texts]) == pytest.approx(1000)
+    assert coco.cider(texts[1:] + texts[:1], [[t] for t in texts]) == 0
+    assert coco.cider(["the", "the"], [["the cat sat on it"], ["the dog ran to him"]]) == 0
+    one, two = coco.cider(["a b c d e", "x"], [["a b c d e"], ["f g h i j"]]), coco.cider(["a b c d e", "x"], [["a b c d e", "p q r s"], ["f g h i j"]])
+    assert one == pytest.approx(500) and 0 < two < one                  # the mean over references, not the best
+
+
+def test_frechet_of_known_crowds():
+    """Catches a variance for a deviation, a missing cross term, a mean that is not squared, and features counted by rows."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 5, generator=g, dtype=torch.float64)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T          # mean 0, covariance 1, exactly
+    assert coco.frechet(x, x) == pytest.approx(0, abs=1e-8)
+    assert coco.frechet(x, x + 2) == pytest.approx(5 * 4)
+    assert coco.frechet(x, 3 * x) == pytest.approx(5 * (3 - 1) ** 2)    # of Gaussians on a line: difference of deviations, squared
+    assert coco.frechet(x[:3], x[3:6]) > 0                              # fewer pictures than features: no NaN
+
+
+def test_frechet_is_scipys():
+    """Two crowds with covariances of full rank that do not commute: (S S')^(1/2) by scipy's general matrix root."""
+    linalg = pytest.importorskip("scipy.linalg")
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(50, 8, generator=g) @ torch.randn(8, 8, generator=g) + k for k in (0, 1))
+    S, S2 = np.cov(x.numpy().T), np.cov(y.numpy().T)
+    wanted = ((x.mean(0) - y.mean(0)) ** 2).sum().item() + np.trace(S + S2 - 2 * linalg.sqrtm(S @ S2).real)
+    assert coco.frechet(x, y) == pytest.approx(wanted, rel=1e-5) == coco.frechet(y, x)
+
+
+class Stand_in(torch.nn.Module):
+    """The interface of the published Inception: uint8 (n, 3, h, w) of any size -> features."""
+
+    def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        assert img.dtype == torch.uint8 and return_features and img.shape[1] == 3
+        return img.double().mean(dim=(2, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_inception_is_a_torchscript_file(tmp_path):
+    """Catches channels last, floats, or logits where features are wanted; and a traceback for another file."""
+    torch.jit.save(torch.jit.script(Stand_in()), tmp_path / "inception.pt")
+    pixels = np.random.default_rng(0).integers(256, size=(3, 20, 30, 3), dtype=np.uint8)
+    assert np.allclose(coco.load_inception(tmp_path / "inception.pt", "cpu")(pixels).numpy(), pixels.mean((1, 2)))
+    (tmp_path / "text.pt").write_text("no network")
+    for name in ("absent.pt", "text.pt"):
+        with pytest.raises(UserError, match=f"{name} is missing or not TorchScript"):
+            coco.load_inception(tmp_path / name, "cpu")
+
+
+def test_clip_is_transformers(tmp_path):
+    """A CLIP model of random weights, saved as transformers does: our cosines are its logits. Catches pictures in another order
+    than their texts, and vectors that are not of unit length."""
+    transformers = pytest.importorskip("transformers")
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    words = ["<|startoftext|>", "<|endoftext|>", *"abcdefg", *(f"{c}</w>" for c in "abcdefg")]
+    (tmp_path / "vocab.json").write_text(json.dumps({word: k for k, word in enumerate(words)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = transformers.CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=dict(small, vocab_size=16, max_position_embeddings=12, bos_token_id=0, eos_token_id=1),
+        vision_config=dict(small, image_size=32, patch_size=16), projection_dim=8))
+    prepare = transformers.CLIPProcessor(transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32), tokenizer)
+    model.save_pretrained(tmp_path / "clip")
+    prepare.save_pretrained(tmp_path / "clip")
+    pixels, texts = np.random.default_rng(0).integers(256, size=(4, 32, 32, 3), dtype=np.uint8), ["a b", "c", "d e f g " * 9, "g"]
+    with torch.no_grad():
+        out = model.eval()(**prepare(text=texts, images=list(pixels), return_tensors="pt", padding=True, truncation=True, max_length=12))
+    found = coco.load_clip(tmp_path / "clip", "cpu")(pixels, texts).detach()
+    assert torch.allclose(found, out.logits_per_image.diagonal() / model.logit_scale.exp(), atol=1e-5) and found.std() > 1e-4
+    with pytest.raises(UserError, match="absent has no CLIP model"):
+        coco.load_clip(tmp_path / "absent", "cpu")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Nine pictures of one colour each with two captions, a tenth that cannot be read."""
+    lines = []
+    for k in range(10):
+        Image.new("RGB", (40, 30), (25 * k, 0, 0)).save(tmp_path / f"{k}.png")
+        lines += [{"image": f"{k}.png", "caption": "a circle"}, {"image": f"{k}.png", "caption": "A red circle"}]
+    (tmp_path / "9.png").write_text("no picture")
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines[::2] + lines[1::2])))
+    return tmp_path
+
+
+def test_folders(folder):
+    """Catches a picture listed once per caption, a caption that goes to another picture, and the first n instead of any n."""
+    items = coco.read_folder(folder, 32, 9, seed=0)
+    assert all(texts == ["a circle", "A red circle"] for _, texts in items) and len(items) == 9
+    chosen = [coco.read_folder(folder, 32, 4, seed) for seed in (0, 0, 1, 2)]
+    names = [[picture.args[0].name for picture, _ in items] for items in chosen]
+    assert names[0] == names[1] and len({tuple(row) for row in names}) > 1 and all(row == sorted(set(row)) for row in names)
+    picture, _ = coco.read_folder(folder, 32, 10)[3]
+    assert picture().shape == (32, 32, 3) and picture()[0, 0].tolist() == [75, 0, 0]
+
+
+def test_scenes_have_true_captions_of_their_own():
+    """Catches captions that leave an object out, and the one that the scene was drawn for given as the only one."""
+    items = coco.draw_scenes(scenes.WORLDS["six"], 32, 60)
+    for picture, texts in items:
+        things = scenes.parse(picture())
+        assert 1 <= len(texts) == len(set(texts)) <= 5 and all(scenes.holds(scenes.read_caption(text), things) for text in texts)
+    assert max(len(texts) for _, texts in items) == 5
+
+
+@pytest.fixture
+def kit():
+    """No model, but what `judge` asks of one: words, and how long its context is."""
+    return SimpleNamespace(words=data.Words(scenes.vocabulary()), vae=None, model=SimpleNamespace(config=SimpleNamespace(context=30, patches=16)))
+
+
+def play(monkeypatch, items, draws, says):
+    """Stand-ins: draws(text) -> picture; says(number of the picture) -> caption. Pictures carry their number."""
+    monkeypatch.setattr(coco, "encode_pixels", lambda kit, pixels: pixels[:, 0, 0, 0])
+    monkeypatch.setattr(evaluate, "draw", lambda kit, texts, seed, **_: np.stack([draws(text) for text in texts]))
+    monkeypatch.setattr(evaluate, "describe", lambda kit, numbers: [says(int(k)) for k in numbers])
+
+
+def test_judge(monkeypatch, kit, folder, capsys):
+    """An artist who hands in the photo, and a writer who knows a caption of it; then ones who mix them up. Catches captions
+    beside another picture's references, also after one that cannot be read; and prompts judged with another's picture."""
+    words = "circle square triangle cross circles squares triangles crosses red".split()
+    photo = lambda k: np.full((32, 32, 3), 25 * k, np.uint8)
+    items = [((lambda k=k: photo(k)) if k != 4 else (lambda: sources.open_picture(folder / "9.png", 32)), [f"a {w}", f"A {w} above"])
+             for k, w in enumerate(words)]
+    number = lambda text: words.index(text.split()[1])
+    see, clip = lambda pixels: torch.from_numpy(pixels[:, 0, 0, :2] / 25.0), lambda pixels, texts: torch.tensor([
+        float(p[0, 0, 0] == 25 * number(t)) for p, t in zip(pixels, texts)])
+    play(monkeypatch, items, lambda text: photo(number(text)), lambda k: f"a {words[k // 25]} above")
+    found, said = coco.judge(kit, items, see, clip, steps=3)
+    assert found["distance"] == pytest.approx(0, abs=1e-9) and found["clip"] == 100 and (found["n"], found["references"]) == (8, 2)
+    assert all(answer == texts[1].lower() for answer, texts in said) and "skipped 1 of 9" in capsys.readouterr().out
+    play(monkeypatch, items, lambda text: photo(8 - number(text)), lambda k: f"a {words[8 - k // 25]} above")
+    mixed, _ = coco.judge(kit, items, see, clip, steps=3)
+    assert mixed["cider"] < 0.2 * found["cider"] and mixed["clip"] == 0
+    assert mixed["distance"] == pytest.approx(0, abs=1e-9)              # a crowd is a crowd: FID cannot see it
+    play(monkeypatch, items, lambda text: photo(1), lambda k: "a circle")
+    assert coco.judge(kit, items, see, steps=3)[0]["distance"] > 1
+
+
+def test_judge_looks_before_it_draws(monkeypatch, kit):
+    """Catches a mistake that is found after hours: an unknown word, a caption that is too long, and nothing that can be read."""
+    monkeypatch.setattr(evaluate, "draw", lambda *_, **__: pytest.fail("drawn"))
+    absent = lambda: sources.open_picture("absent.png", 32)
+    for text, message in (("a purple circle", "'purple'"), ("a red circle " * 4, "31 positions"), ("a circle", "absent.png")):
+        with pytest.raises(UserError, match=message):
+            coco.judge(kit, [(absent, [text])] * 5, None)
+
+
+def test_geneval_folders(monkeypatch, kit, tmp_path):
+    """The folders that GenEval's script reads. Catches a prompt's pictures in the next one's folder, finished work done again, and
+    a folder that a stop left half full taken for whole."""
+    lines = [json.dumps({"tag": "colors", "include": [], "prompt": text}) for text in ("a red circle", "a square")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    drawn = []
+    monkeypatch.setattr(evaluate, "draw", lambda kit, texts, seed, **_: drawn.append(texts) or np.full((len(texts), 8, 8, 3), len(texts[0]), np.uint8))
+    assert coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out") == 2
+    assert drawn == [["a red circle"] * 4, ["a square"] * 4]
+    for k, text in enumerate(("a red circle", "a square")):
+        folder = tmp_path / f"out/0000{k}"
+        assert json.loads((folder / "metadata.jsonl").read_text())["prompt"] == text
+        assert [np.array(Image.open(folder / f"samples/000{j}.png"))[0, 0, 0] for j in range(4)] == [len(text)] * 4
+    (tmp_path / "out/00001/metadata.jsonl").unlink()
+    coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out")
+    assert drawn[2:] == [["a square"] * 4]
+    (tmp_path / "metadata.jsonl").write_text('{"tag": "colors"}')
+    with pytest.raises(UserError, match="metadata.jsonl is not GenEval's"):
+        coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out")
+
+
+def test_the_command_line(tmp_path, folder, capsys):
+    """The shipped model from end to end, on a folder and on scenes: the numbers that are printed are those in the file."""
+    few = ["--limit", "8", "--steps", "4", "--sampler", "dpm++", "--json", str(tmp_path / "numbers.json")]
+    for pictures in (str(folder), "scenes"):
+        found = coco.main([pictures, *few])
+        said = capsys.readouterr().out
+        assert json.loads((tmp_path / "numbers.json").read_text()) == found and f"CIDEr {found['cider']:.1f} (n = " in said
+        assert "it says: " in said and "FID" not in said and found["distance"] > 0

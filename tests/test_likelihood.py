@@ -1,0 +1,190 @@
+"""
+test_likelihood.py: is text judged by its probability, and by nothing else?               (likelihood.py; Transfusion App. B.1)
+
+The slow way is one forward per request and a softmax; the reference is lm-evaluation-harness, where it is installed.
+"""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import likelihood
+import scenes
+from data import BOS, UserError
+from shards import Pieces
+
+WORDS = data.Words("a b c d e f g h i".split())         # V = 16, as make_model has it
+HOME = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def kit(make_model):
+    """A random model whose context is 20 tokens."""
+    return SimpleNamespace(model=make_model(context=20).requires_grad_(False), words=WORDS)
+
+
+def some_requests(n, longest, seed=0):
+    """n requests of random ids, of many lengths."""
+    g = torch.Generator().manual_seed(seed)
+    ids = lambda least: torch.randint(len(data.SPECIAL), 16, (int(torch.randint(least, longest, (1,), generator=g)),), generator=g).tolist()
+    return [(ids(0), ids(1)) for _ in range(n)]
+
+
+def slowly(kit, context, answer):
+    """ln p of an answer, token by token, each by a forward of its own."""
+    nats, tokens = 0.0, [BOS] + context
+    for token in answer:
+        row = torch.tensor([tokens])
+        learn = torch.zeros_like(row, dtype=torch.bool)
+        learn[0, -1] = True
+        logits, _ = kit.model(row, torch.full_like(row, -1), torch.zeros_like(row), learn, torch.zeros(0, 4, 4, 4), torch.zeros(0, dtype=torch.long))
+        nats, tokens = nats + float(logits[0].log_softmax(-1)[token]), tokens + [token]
+    return nats
+
+
+@pytest.mark.parametrize("together", [1, 40, 8192])
+def test_log_likelihood_is_the_slow_one(kit, monkeypatch, together):
+    """Catches scores one position off, of a neighbour in the batch, in the order of their lengths, or with padding counted."""
+    monkeypatch.setattr(likelihood, "TOGETHER", together)
+    requests = some_requests(13, 9)
+    found = likelihood.log_likelihood(kit, requests)
+    assert [nats for nats, _ in found] == pytest.approx([slowly(kit, *request) for request in requests], abs=1e-4)
+
+
+def test_the_next_token_is_one_of_all(kit):
+    """Catches a softmax over anything but the vocabulary: the probabilities of all continuations of one token add up to 1."""
+    found = likelihood.log_likelihood(kit, [([8, 9], [token]) for token in range(16)])
+    assert sum(math.exp(nats) for nats, _ in found) == pytest.approx(1, abs=1e-5)
+    assert sum(greedy for _, greedy in found) == 1 and max(found)[1]    # the likeliest is the greedy one
+
+
+def test_a_long_context_loses_its_beginning(kit):
+    """Catches one that loses its end, or pushes <bos> out; and an answer that is cut instead of refused."""
+    context, answer = (some_requests(1, 99, seed=3)[0][0] * 9)[:40], [7, 8, 9]
+    assert likelihood.log_likelihood(kit, [(context, answer)])[0][0] == pytest.approx(slowly(kit, context[-16:], answer), abs=1e-4)
+    assert likelihood.log_likelihood(kit, [([], [7] * 19)])[0][0] == pytest.approx(slowly(kit, [], [7] * 19), abs=1e-4)
+    with pytest.raises(UserError, match="continuation of 20 tokens.*context of 20"):
+        likelihood.log_likelihood(kit, [([], [7] * 20)])
+
+
+def test_perplexity(kit):
+    """Of a model that knows nothing: V, whatever the text. Of any: the mean over all tokens, each predicted once, also those of
+    a text longer than the context. Catches a mean of means, a token between two pieces that is lost, bytes counted as letters."""
+    texts = ["a b c", "", "a " * 50 + "b", "d"]
+    found = likelihood.perplexity(kit, texts)
+    ids = [WORDS.encode(text) for text in texts]
+    nats = -sum(slowly(kit, [], row[k: k + 19]) for row in ids for k in range(0, len(row), 19))
+    assert found["tokens"] == 55 and math.log(found["perplexity"]) == pytest.approx(nats / 55, abs=1e-4)
+    kit.model.head.weight.zero_()
+    found = likelihood.perplexity(kit, texts)
+    assert found["perplexity"] == pytest.approx(16, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(55 * 4 / sum(map(len, texts)), rel=1e-5)
+    kit.words = data.Words(["é"])
+    assert likelihood.perplexity(kit, ["é"])["bits_per_byte"] == pytest.approx(4 / 2, rel=1e-5)
+    with pytest.raises(UserError, match="empty"):
+        likelihood.perplexity(kit, ["", " "])
+
+
+class Joining:
+    """A tokenizer of pieces that joins a space and the letter after it, and "b c" to one."""
+
+    def encode(self, text):
+        ids, k = [], 0
+        while k < len(text):
+            piece = next(p for p in (" b c", " b", " c", "b", "c", "a", " ") if text.startswith(p, k))
+            ids, k = ids + [[" b c", " b", " c", "b", "c", "a", " "].index(piece)], k + len(piece)
+        return ids
+
+
+def test_split_where_the_context_ends():
+    """Catches a continuation that is encoded alone: its first piece would be one that never follows its context."""
+    assert likelihood.split(Joining(), "a", " b c") == ([5], [0])
+    assert likelihood.split(Joining(), "a ", "b") == ([5], [1])         # the space belongs to what follows
+    assert likelihood.split(Joining(), "a b", " c") == ([5], [0])       # nothing left to score: the joined piece
+    assert likelihood.split(Joining(), "a c", " b") == ([5, 2], [1])
+    assert likelihood.split(WORDS, "A b", " C") == (WORDS.encode("a b"), WORDS.encode("c"))          # whole words: lower case
+
+
+def test_ranked(kit, monkeypatch):
+    """Catches answers ranked across questions, the lowest taken, or the sum and the mean per character given for one another."""
+    scores = {" a": -1.0, " b": -2.0, " a a a": -2.4, " c": -0.5, " d d": -1.4}
+    monkeypatch.setattr(likelihood, "split", lambda words, context, answer: (context, answer))
+    monkeypatch.setattr(likelihood, "log_likelihood", lambda kit, requests, progress: [(scores[a], False) for _, a in requests])
+    questions = [("x", ["a", "b"], 0), ("y", ["b", "a a a", "a"], 2), ("z", ["c", "d d"], 1)]
+    # sums: a; a; c (wrong). Per character: a; "a a a" (-0.48 against -2 and -1: wrong); "d d" (-0.47 against -0.5)
+    assert likelihood.ranked(kit, questions) == {"accuracy": pytest.approx(2 / 3), "normed": pytest.approx(2 / 3), "n": 3,
+                                                 "chance": pytest.approx((1 / 2 + 1 / 3 + 1 / 2) / 3)}
+    assert likelihood.ranked(kit, questions[1:2])["normed"] == 0 and likelihood.ranked(kit, questions[2:])["accuracy"] == 0
+
+
+def test_the_worlds_questions_have_one_right_answer():
+    """Catches a right answer that always stands first (a model that cannot tell would win every tie), or two that are the same."""
+    questions = likelihood.read_questions("scenes", 40)
+    for context, answers, truth in questions:
+        texts = [f"{context} {answer}" for answer in answers]
+        claim = scenes.read_caption(texts[truth].split(" .")[0].replace(" is ", " "))
+        assert texts[truth] == scenes.deduction_text(claim.objects, claim.relation) and len(set(texts)) == 2
+        assert texts[1 - truth] == scenes.deduction_text(claim.objects, claim.relation, wrong=True)
+    assert {truth for *_, truth in questions} == {0, 1} and questions == likelihood.read_questions("scenes", 40)
+
+
+def test_ours_is_lm_evaluation_harness(kit, tmp_path):
+    """The same questions, asked by the library through `suite` and by `ranked`: accuracy, and that per character."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+    g = torch.Generator().manual_seed(1)
+    text = lambda n: " ".join(WORDS.words[7 + int(k)] for k in torch.randint(9, (int(torch.randint(1, n, (1,), generator=g)),), generator=g))
+    rows = [{"context": text(8), "choices": [text(5) for _ in range(4)], "answer": int(torch.randint(4, (1,), generator=g))} for _ in range(30)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "ours.yaml").write_text(
+        f"task: ours\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/questions.jsonl}}, cache_dir: {tmp_path}/cache}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{context}}'\ndoc_to_choice: choices\ndoc_to_target: answer\n"
+        "metric_list: [{metric: acc}, {metric: acc_norm}]\n")
+    theirs = likelihood.suite(kit, ["ours"], task_manager=TaskManager(include_path=str(tmp_path)), bootstrap_iters=0)["ours"]
+    ours = likelihood.ranked(kit, likelihood.read_questions(str(tmp_path / "questions.jsonl"), 30))
+    assert (theirs["acc,none"], theirs["acc_norm,none"]) == (ours["accuracy"], ours["normed"])
+    assert 0.05 < ours["accuracy"] < 0.9 and ours["accuracy"] != ours["normed"]     # or the questions tell nothing
+
+
+def test_two_processes_are_one(tmp_path):
+    """The command line, alone and on two ranks. Catches requests that only one of them answers, or in another order."""
+    line = ["likelihood.py", "choices", "scenes", "--limit", "9", "--json"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *line, tmp_path / "one.json"], cwd=HOME, env=env, check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *line, tmp_path / "two.json"],
+                   cwd=HOME, env=env, check=True, timeout=300)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one == two and one["accuracy"] == 1 and one["n"] == 9        # the shipped model knows them
+
+
+def test_texts_of_files(tmp_path):
+    """Catches empty lines counted, and a file read to its end where n texts were wanted."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a b"}\n\n{"text": "c"}\n')
+    (tmp_path / "b.txt").write_text("d e\nbad \xff", encoding="latin-1")
+    assert likelihood.read_texts([str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")], 3) == ["a b", "c", "d e"]
+    assert likelihood.read_texts(["scenes"], 5) == likelihood.read_texts(["scenes"], 9)[:5]
+    with pytest.raises(UserError, match="b.txt line 2"):
+        likelihood.read_texts([str(tmp_path / "b.txt")], 3)
+
+
+@pytest.mark.parametrize("line", ["", "{}", '{"context": "a", "choices": ["b"], "answer": 0}', '{"context": "a", "choices": ["b", "c"], "answer": 2}',
+                                  '{"context": "a", "choices": ["b", "c"], "answer": true}', '{"context": "a", "choices": ["b", ""], "answer": 0}'])
+def test_questions_that_are_none(tmp_path, line):
+    """Catches a traceback, or an answer that does not exist taken for a wrong one."""
+    (tmp_path / "q.jsonl").write_text(line)
+    with pytest.raises(UserError, match="q.jsonl.*answer"):
+        likelihood.read_questions(str(tmp_path / "q.jsonl"), 9)
+
+
+def test_pieces_are_not_lowered(monkeypatch):
+    """Catches "Paris" read as "paris" where the tokenizer knows capitals."""
+    pieces = object.__new__(Pieces)
+    monkeypatch.setattr(Pieces, "encode", lambda self, text: [text])
+    assert likelihood.ids_of(pieces, "Paris") == ["Paris"]
