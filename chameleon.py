@@ -18,6 +18,7 @@ PAPER/HERE  same: a VQ-VAE with the VAE's plan, data and steps (assets/scenes_vq
             patches, so fewer pictures for as many tokens. Both rivals go through train.py's one loop.
             our choice: LayerNorm for queries and keys, and 1e-5, as the Chameleon Team (2024) have it; BOI predicts the first
             code, and the last code EOI, with loss. Codes are drawn at temperature 1 from the whole softmax.
+            Of packed shards (data.py pack --vae vq.pt) the Chameleon reads codes, the Llama the rows of text alone.
             our choice: codes have RoPE's positions only. The patch encoder stays in both rivals, unused: 35,000 parameters of
             the toy's million.
 READ NEXT   experiments.py, which compares them        TRY IT  python chameleon.py        TEST  tests/test_chameleon.py
@@ -37,8 +38,8 @@ def seen_by(model, document, codes=None, first=None):
     if model == "transfusion":
         return document
     if model == "llama":
-        texts = [part for part in document if isinstance(part, str) or part[0] == "dropped"]
-        return [part if isinstance(part, str) else part[1] for part in texts]       # nothing to guide: no caption is dropped
+        texts = [part for part in document if isinstance(part, (str, list)) or part[0] == "dropped"]
+        return [part[1] if isinstance(part, tuple) else part for part in texts]     # nothing to guide: no caption is dropped
     return [[BOI, *(codes[part[1]].flatten() + first).tolist(), EOI] if part[0] == "image" else part for part in document]
 
 
@@ -99,12 +100,14 @@ def code_gap(model, words, captions, codes):
     captions: N str; codes: (N, h, w) int64. Compare evaluate.conditioning_gap."""
     means, first, device = [], len(words), next(model.parameters()).device
     for texts in (captions, data.wrong_captions(captions)):
-        rows = [data.lay_out(seen_by("chameleon", [text, ("image", k, 0)], codes, first), words, 0) for k, text in enumerate(texts)]
-        batch = data.pack(rows, max(len(row.tokens) for row in rows))
-        none = torch.zeros(0, *model.config.latent), torch.zeros(0, dtype=torch.long)
-        logits, _ = model(*(x.to(device) for x in (batch.tokens, batch.image_id, batch.doc_id, batch.learn, *none)))
-        following = batch.tokens.roll(-1, 1)[batch.learn]
-        means.append(F.cross_entropy(logits.float().cpu(), following, reduction="none")[following >= first].mean().item())
+        rows, nats = [data.lay_out(seen_by("chameleon", [text, ("image", k, 0)], codes, first), words, 0) for k, text in enumerate(texts)], []
+        for k in range(0, len(rows), 8):                # at full size the logits of eight take 1.6 GB
+            batch = data.pack(rows[k: k + 8], max(len(row.tokens) for row in rows[k: k + 8])).to(device)
+            none = torch.zeros(0, *model.config.latent, device=device)
+            logits, _ = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, none, batch.images)
+            following = batch.tokens.roll(-1, 1)[batch.learn]
+            nats.append(F.cross_entropy(logits.float(), following, reduction="none")[following >= first])
+        means.append(torch.cat(nats).mean().item())
     return means[1] - means[0]
 
 

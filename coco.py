@@ -36,7 +36,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import data
-import evaluate
+import sample
 import scale
 import scenes
 import sources
@@ -149,63 +149,62 @@ def judge(kit, items, see, clip=None, seed=0, progress=True, **drawing):
     one; "n"; "references" per picture}, [(caption, references)]) of n items, as `read_folder` has them. see: pictures -> features;
     clip: pictures, texts -> cosines. Pictures that cannot be read are named and skipped. drawing: as `sample.draw`. Divided among
     the ranks: every one must call it. Raises UserError, before anything is drawn, for a prompt that the model cannot take."""
-    words, rng = kit.words, np.random.default_rng([seed, 17])
+    config, rng = kit.model.config, np.random.default_rng([seed, 17])
     prompts = [texts[rng.integers(len(texts))] for _, texts in items]
-    lower = (lambda text: text.lower()) if isinstance(words, data.Words) else (lambda text: text)
-    for text in prompts:                                # what cannot be drawn is said before the first hour, not after it
-        if (need := len(words.encode(lower(text))) + kit.model.config.patches + 3) > kit.model.config.context:
-            raise UserError(f"the caption {text[:40]!r}... and its picture need {need} positions, but this model's context is "
-                            f"{kit.model.config.context}")
-    said, references, real, drawn, cosines, bad = [], [], [], [], [], []
-    for k in tqdm(range(0, len(items), 64), desc="drawing and describing", disable=not progress or scale.rank() > 0):
-        there = []
-        for (picture, texts), prompt in zip(items[k: k + 64], prompts[k: k + 64]):
-            try:
-                there.append((picture(), texts, lower(prompt)))
-            except UserError as problem:
-                bad.append(str(problem))
-        if not there:
-            continue
-        photos, texts, asked = map(list, zip(*there))
-        made = evaluate.draw(kit, asked, seed=seed + k, **drawing)
-        said += evaluate.describe(kit, encode_pixels(kit, np.stack(photos)))
-        references += texts
-        real.append(see(np.stack(photos)))
-        drawn.append(see(made))
-        if clip:
-            cosines.append(clip(made, asked))
-    if len(said) < 4:
-        raise UserError(f"{len(said)} pictures could be read: the halves of at least four are compared" + "".join(f"; {b}" for b in bad[:3]))
+    for text in prompts:
+        if (need := len(kit.words.encode(text)) + config.patches + 3) > config.context:
+            raise UserError(f"the caption {text[:40]!r} and its picture need {need} positions, but this model's context is {config.context}")
+
+    def work(part, first):
+        rows, bad = [], []                              # per picture: what the model says; its captions; features of it, and of what is
+        for k in tqdm(range(0, len(part), 64), desc="drawing and describing", disable=not progress or scale.rank() > 0):     # drawn
+            there = []
+            for (picture, texts), prompt in part[k: k + 64]:
+                try:
+                    there.append((picture(), texts, prompt))
+                except UserError as problem:
+                    bad.append(str(problem))
+            if there:
+                photos, texts, asked = (np.stack([row[0] for row in there]), *map(list, list(zip(*there))[1:]))
+                drawn = sample.draw(kit, asked, seed=seed, first=first + k, **drawing)
+                fits = clip(drawn, asked) if clip else [0.0] * len(asked)
+                rows += zip(sample.describe(kit, encode_pixels(kit, photos)), texts, see(photos), see(drawn), fits)
+        return rows, bad
+
+    parts = scale.divided(work, list(zip(items, prompts)))
+    rows, bad = (sum((part[k] for part in parts), []) for k in (0, 1))
+    if len(rows) < 4:
+        raise UserError(f"{len(rows)} of {len(items)} pictures can be read, at least four are compared; " + "; ".join(bad[:3]))
     if bad and scale.rank() == 0:
         print(f"skipped {len(bad)} of {len(items)} pictures: {'; '.join(bad[:5])}")
-    real, drawn = torch.cat(real), torch.cat(drawn)
-    found = {"cider": float(cider(said, references)), "distance": frechet(real, drawn), "halves": frechet(real[::2], real[1::2]),
+    said, references, real, drawn, fits = zip(*rows)
+    real = torch.stack(real)
+    found = {"cider": float(cider(said, references)), "distance": frechet(real, torch.stack(drawn)), "halves": frechet(real[::2], real[1::2]),
              "n": len(said), "references": float(np.mean([len(texts) for texts in references]))}
-    return found | ({"clip": 100 * float(torch.cat(cosines).mean())} if clip else {}), list(zip(said, references))
+    return found | ({"clip": 100 * float(np.mean(fits))} if clip else {}), list(zip(said, references))
 
 
 def geneval(kit, path, out, each=4, seed=0, **drawing):
     """Draw GenEval's prompts as its own script wants them judged: out/00000/metadata.jsonl and samples/0000.png to 0003.png, for
-    each line {"prompt": ..., ...} of its evaluation_metadata.jsonl. Finished folders are passed over, so that a stopped
-    command goes on. Returns how many prompts there are. App. B.1."""
-    lines = sources.read_lines(Path(path), 'prompt of GenEval, {"tag": ..., "include": ..., "prompt": ...}')
+    each line {"prompt": ..., ...} of its evaluation_metadata.jsonl. Finished folders are passed over, so that a stopped command
+    goes on. Divided among the ranks. Returns how many prompts there are. App. B.1."""
+    lines = [line for _, line in sources.read_lines(Path(path), 'prompt of GenEval, {"tag": ..., "include": ..., "prompt": ...}')]
     try:
-        prompts = [" ".join(json.loads(line)["prompt"].split()) for _, line in lines]
+        prompts = [" ".join(json.loads(line)["prompt"].split()) for line in lines]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'{path} is not GenEval\'s evaluation_metadata.jsonl: every line must be {{"prompt": ..., ...}}') from None
     for text in prompts:
-        kit.words.encode(text)
-    for k, text in enumerate(tqdm(prompts, desc="drawing for GenEval", disable=scale.rank() > 0)):
-        folder = Path(out) / f"{k:05d}"
-        if (folder / "metadata.jsonl").exists():
-            continue
-        pictures = evaluate.draw(kit, [text] * each, seed=seed + 100 * k, **drawing)
-        if scale.rank() == 0:
-            (folder / "samples").mkdir(parents=True, exist_ok=True)
-            for j, picture in enumerate(pictures):
-                Image.fromarray(picture).save(folder / "samples" / f"{j:04d}.png")
-            (folder / "metadata.jsonl").write_text(lines[k][1])         # last: it says that the folder is whole
-        scale.wait()
+        kit.words.encode(text)                          # an unknown word in the last one: say so before the first is drawn
+
+    def work(part, first):
+        for k, text in enumerate(tqdm(part, desc="drawing for GenEval", disable=scale.rank() > 0), first):
+            folder = Path(out) / f"{k:05d}"
+            if not (folder / "metadata.jsonl").exists():
+                (folder / "samples").mkdir(parents=True, exist_ok=True)
+                for j, picture in enumerate(sample.draw(kit, [text] * each, seed=seed, first=each * k, **drawing)):
+                    Image.fromarray(picture).save(folder / "samples" / f"{j:04d}.png")
+                (folder / "metadata.jsonl").write_text(lines[k])        # last: it says that the folder is whole
+    scale.divided(work, prompts)
     return len(prompts)
 
 

@@ -50,10 +50,10 @@ def run_command(main, argv=None):
 
 # -------------------------------------------------------------------------------------------------------------- tokenizer
 class Words:
-    """A tokenizer whose tokens are whole words. words: any iterable of strings; ids 0-6 are the special tokens."""
+    """A tokenizer whose tokens are whole words, in lower case. words: any iterable of strings; ids 0-6 are the special tokens."""
 
     def __init__(self, words):
-        self.words = list(SPECIAL) + sorted(set(words) - set(SPECIAL))
+        self.words = list(SPECIAL) + sorted({word.lower() for word in words} - set(SPECIAL))
         self.ids = {word: k for k, word in enumerate(self.words)}
 
     def __len__(self):
@@ -61,14 +61,14 @@ class Words:
 
     def encode(self, text):
         """List of ids. Raises UserError for an unknown word, naming it and the nearest known one, or sixty, if none is near."""
-        for word in text.split():
+        for word in text.lower().split():
             if word not in self.ids or word in SPECIAL:                 # "<boi>" in a prompt would forge the layout
                 known = self.words[len(SPECIAL):]
                 near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
                 raise UserError(f"the word {word!r} is not in this model's vocabulary of {len(known)} words; " +
                                 (f"the nearest known word is {near[0]!r}" if near else
                                  f"it knows {', '.join(known[:60])}{', ...' if len(known) > 60 else ''}"))
-        return [self.ids[word] for word in text.split()]
+        return [self.ids[word] for word in text.lower().split()]
 
     def decode(self, ids):
         """The words of a list of ids, special tokens left out."""

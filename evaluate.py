@@ -14,7 +14,7 @@ THE TABLE   the paper's                      here
               edits, shown (Figs. 6, 10)     edits, counted; documents of several parts                   mixtures.py
 PAPER/HERE  same: GenEval's include / exclude / position rule, ranked classification, greedy captions.
             our choice: beside GenEval's rule the stricter `exact`: nothing unnamed may be in the picture.
-READ NEXT   train.py, which ends with this report      TRY IT  python evaluate.py      TEST  tests/test_evaluate.py
+READ NEXT   likelihood.py, coco.py: the paper's own, on files      TRY IT  python evaluate.py      TEST  tests/test_evaluate.py
 """
 import argparse
 import json

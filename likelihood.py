@@ -34,21 +34,15 @@ import sources
 import streams
 from data import BOS, UserError
 from kit import device_of, load_kit
-from shards import Pieces
 
 SUITE = ("hellaswag", "piqa", "social_iqa", "winogrande", "arc_easy", "arc_challenge", "boolq")    # Paper App. B.1, note 4
 TOGETHER = 8192                                         # tokens of one forward: at V = 32,000 their logits take a gigabyte
 
 
-def ids_of(words, text):
-    """The ids of a text, in lower case where the tokens are whole words (as they were packed)."""
-    return words.encode(text if isinstance(words, Pieces) else text.lower())
-
-
 def split(words, context, continuation):
     """(ids of the context, ids of the continuation, one at least). TRAP: a tokenizer of pieces may join the last letters of the one
     and the first of the other, so both are encoded together and cut where the context alone, without spaces at its end, ends."""
-    whole, first = ids_of(words, context + continuation), len(ids_of(words, context.rstrip()))
+    whole, first = words.encode(context + continuation), len(words.encode(context.rstrip()))
     return whole[: min(first, len(whole) - 1)], whole[min(first, len(whole) - 1):]
 
 
@@ -86,7 +80,7 @@ def log_likelihood(kit, requests, progress=False):
 
 def perplexity(kit, texts, progress=False):
     """{"perplexity", per token; "bits_per_byte", which does not depend on the tokenizer; "tokens"} of a list of texts."""
-    room, ids = kit.model.config.context - 1, [ids_of(kit.words, text) for text in texts]
+    room, ids = kit.model.config.context - 1, [kit.words.encode(text) for text in texts]
     pieces = [([], row[k: k + room]) for row in ids for k in range(0, len(row), room)]
     if not pieces:
         raise UserError("there is no text to read: all documents are empty")
@@ -126,7 +120,10 @@ def suite(kit, tasks=SUITE, **options):
 
         def generate_until(self, requests):
             raise UserError("only tasks of ranked classification (multiple choice) can be asked here")
-    return lm_eval.simple_evaluate(Judge(), tasks=list(tasks), num_fewshot=0, **options)["results"]
+    try:
+        return lm_eval.simple_evaluate(Judge(), tasks=list(tasks), num_fewshot=0, **options)["results"]
+    except KeyError as problem:
+        raise UserError(f"lm-evaluation-harness cannot ask this: {problem}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ command line

@@ -37,6 +37,7 @@ SIZES = {                                               # name: layers, width, h
 PAPER_SIZES = tuple(size for size in SIZES if size.endswith("b"))
 PAPER_VOCABULARY = 32000 + 7                            # Llama 2's pieces, and our special tokens (data.SPECIAL)
 PAPER_LATENT = (8, 32, 32)                              # c, h, w of a picture of 256 x 256 (App. C)
+PAPER_CODES = 16384                                     # of its VQ-VAE: a Chameleon's picture is 32 x 32 of these
 # Paper §4.1: the U-Net adds 0.27B at every size. Its +106.1% for the 0.16B model does not fit that (0.27 / 0.16 = +169%), its
 # +3.8% for the 7B does. We take the 0.27B.
 TOY_UNET, PAPER_UNET = (64, 1), (640, 12)               # channels, blocks each way
@@ -272,9 +273,10 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-def paper_model(size, encoder="linear", patch=2, context=4096):
-    """The Transfusion of a size of Table 8 with the paper's numbers, on the meta device: shapes, no memory, no time."""
-    shape = sized(size, vocabulary=PAPER_VOCABULARY, latent=PAPER_LATENT, context=context, encoder=encoder, patch=patch)
+def paper_model(size, encoder="linear", patch=2, context=4096, codes=0, stable=False):
+    """The Transfusion of a size of Table 8 with the paper's numbers, on the meta device: shapes, no memory, no time. A Chameleon
+    has codes, and is stable."""
+    shape = sized(size, vocabulary=PAPER_VOCABULARY + codes, stable=stable, latent=PAPER_LATENT, context=context, encoder=encoder, patch=patch)
     with torch.device("meta"):
         return Transfusion(shape)
 

@@ -78,12 +78,15 @@ class Filling:
 
     @torch.no_grad()
     def encode(self):
-        """Pixels to latents, so that no more than 64 pictures are ever held."""
+        """Pixels to latents, or to codes, so that no more than 64 pictures are ever held."""
         if self.pixels:
             x = vae_module.to_float(np.stack(self.pixels)).to(next(self.vae.parameters()).device)
-            mean, deviation = self.vae.encode(x)
-            self.latents.append(mean.half().cpu().numpy())
-            self.square += float(deviation.square().mean((1, 2, 3)).sum())
+            if self.vae.quantiser:                      # a Chameleon's
+                self.latents.append(self.vae.encode_codes(x).cpu().numpy().astype(np.uint16))
+            else:
+                mean, deviation = self.vae.encode(x)
+                self.latents.append(mean.half().cpu().numpy())
+                self.square += float(deviation.square().mean((1, 2, 3)).sum())
             self.pixels = []
 
     def write(self, path, header):
@@ -150,7 +153,6 @@ def pack_kind(kind, sources, words, vae, settings, out, args):
     [source number, items read of it]; what is there and whole is passed over, what is missing or broken packed anew."""
     names, begins = list(sources), list(itertools.accumulate(sources.values(), initial=0))
     recipe = {**settings, "sources": sources, "shard_rows": args.shard_rows, "another": args.another, "world": args.world}
-    encode = words.encode if isinstance(words, Pieces) else lambda text: words.encode(text.lower())
 
     def items(source, item):
         for k, name in enumerate(names[source:], source):
@@ -167,7 +169,7 @@ def pack_kind(kind, sources, words, vae, settings, out, args):
                 continue
             stream = stream or items(*position)
             shard = Filling(kind, len(headers), args.seq_len, settings.get("patches"), vae, args.another)
-            position, skipped, problems = fill(shard, stream, args.shard_rows * args.seq_len, encode, bar)
+            position, skipped, problems = fill(shard, stream, args.shard_rows * args.seq_len, words.encode, bar)
             told = {"skipped": skipped, "problems": problems}
             if not shard.documents:                     # the end, or nothing but bad items up to it
                 break
@@ -186,7 +188,7 @@ def pack_kind(kind, sources, words, vae, settings, out, args):
 def keep(path, content, thing, what):
     """Put the tokenizer or the VAE beside its shards. Raises UserError if another one is there already."""
     if path.exists():
-        there = load_tokenizer(path) if what == "tokenizer" else vae_module.load_vae(path)
+        there = load_tokenizer(path) if what == "tokenizer" else vae_module.load_vae(path, vae_module.EITHER)
         if fingerprint(there) != fingerprint(thing):
             raise UserError(f"{path.parent} was packed with another {what} ({fingerprint(there)}, this one is "
                             f"{fingerprint(thing)}): name another --out")
@@ -214,7 +216,7 @@ def parse_arguments(argv):
                                                      "a folder of them; or the word scenes (may be repeated)")
     add("--tokenizer", default="words", help="a SentencePiece .model; a tokenizer.json; or the word words: whole words, "
                                              "collected from the sources")
-    add("--vae", default="", help="the vae.pt that makes the latents (pairs)")
+    add("--vae", default="", help="the vae.pt that makes the latents (pairs); a VQ-VAE's makes codes, for a Chameleon")
     add("--seq-len", type=int, default=4096, help="T, positions per row (the paper: 4096)")
     add("--patch", type=int, default=2, help="side of a patch, in latent pixels")
     add("--image-size", type=int, default=256, help="pixels per side, after centre-cropping")
@@ -242,16 +244,19 @@ def parse_arguments(argv):
 
 def picture_settings(vae, args):
     """What the header of pairs says beside the rest. Raises UserError if the numbers do not go together."""
-    c, f, side = vae.config.image_channels, vae.f, args.image_size // vae.f
-    if c != 3 or args.image_size % f or side % args.patch:
+    c, f, side, codes = vae.config.image_channels, vae.f, args.image_size // vae.f, vae.config.codes
+    patch = 1 if codes else args.patch                  # a code for every place
+    if codes > 2 ** 16:
+        raise UserError(f"{codes:,} codes do not fit in 16 bits: train a VQ-VAE of fewer")
+    if c != 3 or args.image_size % f or side % patch:
         raise UserError(f"this VAE takes pictures of {c} channels and makes them {f} times smaller: they must have 3, and "
-                        f"--image-size {args.image_size} must be divisible by {f} x --patch {args.patch}")
-    patches = (side // args.patch) ** 2
+                        f"--image-size {args.image_size} must be divisible by {f} x --patch {patch}")
+    patches = (side // patch) ** 2
     if patches + 5 > args.seq_len:
         raise UserError(f"a picture takes {patches} patches; with four special tokens and a caption they do not fit in "
-                        f"--seq-len {args.seq_len}: raise it, or raise --patch")
-    return {"patch": args.patch, "image_size": args.image_size, "patches": patches,
-            "latent": [vae.config.z, side, side], "vae": fingerprint(vae)}
+                        f"--seq-len {args.seq_len}: raise it{'' if codes else ', or raise --patch'}")
+    return {"patch": patch, "image_size": args.image_size, "patches": patches,
+            "latent": [vae.config.z, side, side], "vae": fingerprint(vae)} | ({"codes": codes} if codes else {})
 
 
 def add_up(headers, T):
@@ -268,7 +273,7 @@ def main(argv=None):
     """Pack as the command line says; returns the totals."""
     args = parse_arguments(argv)
     out, sources = Path(args.out), {kind: find_sources(kind, getattr(args, kind), args.scenes) for kind in ("text", "pairs")}
-    vae = vae_module.load_vae(args.vae) if args.pairs else None
+    vae = vae_module.load_vae(args.vae, vae_module.EITHER) if args.pairs else None
     pictures = picture_settings(vae, args) if vae else {}
     before = out / "tokenizer.json"
     words = (load_tokenizer(Path(args.tokenizer)) if args.tokenizer != "words" else
@@ -292,7 +297,7 @@ def main(argv=None):
     print(f"{out}: {total['shards']} shards, {total['rows']:,} rows of {args.seq_len} ({total['filled']:.1%} full), "
           f"{total['documents']:,} documents, {total['text_tokens']:,} text tokens, {total['patches']:,} patches of "
           f"{total['pictures']:,} pictures, {total['bytes'] / 1e9:.3f} GB")
-    if vae:
+    if vae and not vae.quantiser:
         print(f"the latents' means are stored; left out is the deviation of q(z | x), {total['deviation']:.4f} of a latent's own")
     if total["skipped"]:
         print(f"skipped {total['skipped']:,}: " + "; ".join(list(itertools.chain(*(h["problems"] for h in headers)))[:5]))

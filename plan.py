@@ -22,6 +22,7 @@ PAPER/HERE  the paper says tokens and steps, not hardware: GPUs, memory, time ar
 READ NEXT   train.py        TRY IT  python plan.py; python train.py --preset 7b --dry-run --gpus 512
 TEST        tests/test_plan.py
 """
+import math
 import re
 from functools import lru_cache
 
@@ -30,7 +31,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import UserError
-from model import PAPER_SIZES, count, paper_model
+from model import PAPER_CODES, PAPER_SIZES, count, paper_model
 from patchify import PATCHES
 
 # Peak bf16 FLOP/s with fp32 accumulation, *dense*: the makers' data sheets print twice that, "with sparsity". A name is
@@ -123,10 +124,10 @@ def block_bytes(width, hidden, number=2):
     return number * (10 * width + 4 * hidden)
 
 
-def memory(model, gpus, rows=1, checkpointing=True, ema=False, number=2):
+def memory(model, gpus, rows=1, checkpointing=True, ema=False, number=2, patches=True):
     """[(what, bytes, how)] on one of the `gpus` GPUs among which the weights are divided, at the worst moment, with `rows` rows of T per GPU.
-    number: bytes of what is computed with (bf16: 2). How many micro-batches make a step does not matter: each one's
-    gradients go to their owners at once."""
+    number: bytes of what is computed with (bf16: 2). patches: False for the rivals, whose rows have none. How many micro-batches
+    make a step does not matter: each one's gradients go to their owners at once."""
     config, W, block, blocks = model.config, count(model), count(model.blocks[0]), len(model.blocks)
     positions, hidden, V, D = rows * config.context, model.blocks[0].down.in_features, config.vocabulary, config.width
     lines = [("weights", 4 * W / gpus, "4 bytes x parameters / GPUs"),
@@ -140,9 +141,10 @@ def memory(model, gpus, rows=1, checkpointing=True, ema=False, number=2):
         lines.append(("checkpoints", blocks * positions * number * D, f"L x rows x T x d x {number} bytes"))
     else:
         lines.append(("activations of the blocks", blocks * one, f"L x rows x T x (10 d + 4 hidden) x {number} bytes"))
-    pictures = positions / (config.patches + 2)         # at most: BOI, patches, EOI, and no word
-    lines.append(("activations of the patch encoder", pictures * encoder_costs(config)[1],
-                  f"counted per picture, for {pictures:.1f} pictures, the most that fit"))
+    if patches:
+        pictures = positions / (config.patches + 2)     # at most: BOI, patches, EOI, and no word
+        lines.append(("activations of the patch encoder", pictures * encoder_costs(config)[1],
+                      f"counted per picture, for {pictures:.1f} pictures, the most that fit"))
     # Two moments compete: the loss, with logits that autograd holds in fp32 three times over; and a block's backward pass.
     loss = positions * V * 12 + number * V * D
     backward = 3 * number * block + 4 * block + positions * 3 * hidden * number + (one if checkpointing else 0)
@@ -163,14 +165,15 @@ def dry_run(config, gpus, share, device):
     """The lines of the plan of a train.Config. Raises UserError for the toys and for what cannot be run."""
     if config.size not in PAPER_SIZES:
         raise UserError(f"--dry-run plans the paper's sizes, {', '.join(PAPER_SIZES)}; {config.size!r} is a toy: run it")
-    model = paper_model(config.size, config.encoder, config.patch, config.seq_len)
-    return describe(model, config.documents, config.accumulate, config.steps, gpus, share, device, config.ema > 0, config.shard)
+    codes = (config.codes or PAPER_CODES) * (config.model == "chameleon")
+    model = paper_model(config.size, config.encoder, 1 if codes else config.patch, config.seq_len, codes, config.stable)
+    return describe(model, config.documents, config.accumulate, config.steps, gpus, share, device, config.ema > 0, config.shard, config.model)
 
 
-def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100", ema=False, shard=0):
+def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100", ema=False, shard=0, kind="transfusion"):
     """The lines of the plan. rows: of T positions per micro-batch; micro_batches: per step, of all GPUs together; steps:
-    of the optimizer; share: the MFU assumed; shard: among how many GPUs the weights are divided, 0: all. Raises UserError
-    for what cannot be run."""
+    of the optimizer; share: the MFU assumed; shard: among how many GPUs the weights are divided, 0: all; kind: "transfusion" or a rival
+    (chameleon.py). Raises UserError for what cannot be run."""
     config, top = model.config, peak(device)
     if top is None:
         raise UserError(f"the peak of a {device!r} is not known: choose one of {', '.join(DEVICES)}")
@@ -188,17 +191,18 @@ def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100",
     speed = gpus * top * share / flops
     days = lambda total: total / speed / 86400
     row = lambda what, value, how="": f"  {what:41s}{value:>22s}   {how}".rstrip()
-    text = tokens * steps / 2
-    pictures, latent = text / config.patches, 2 * config.latent[0] * config.latent[1] * config.latent[2]
-    lines = [f"{config.layers} layers, width {config.width}, {config.heads} heads, T = {config.context}, "
-             f"V = {config.vocabulary:,}; pictures of {' x '.join(map(str, config.latent))} in {config.patches} patches, {config.encoder} patch encoder",
+    text = tokens * steps / (1 if kind == "llama" else 2)
+    pictures, latent = text / config.patches, 2 * (config.patches if kind == "chameleon" else math.prod(config.latent))
+    seen = {"llama": "no pictures", "chameleon": f"pictures of {config.patches} codes", "transfusion":
+            f"pictures of {' x '.join(map(str, config.latent))} in {config.patches} patches, {config.encoder} patch encoder"}[kind]
+    lines = [f"{config.layers} layers, width {config.width}, {config.heads} heads, T = {config.context}, V = {config.vocabulary:,}; {seen}",
              "PARAMETERS (counted)"]
     lines += [row(part, f"{number:,}") for part, number in parts(model).items()]
     lines += [row("all", f"{count(model):,}"), "FLOPS PER TOKEN, forward and backward (exact; MFU counts these)",
               row("weights", f"{6 * N / 1e9:.2f} GFLOP", f"6 N, N = {N / 1e9:.4g}B, all that multiply"),
               row("attention", f"{attention / 1e9:.2f} GFLOP", "12 L d T"),
               row("transformer", f"{(6 * N + attention) / 1e9:.1f} GFLOP")]
-    if config.encoder == "unet":
+    if config.encoder == "unet" and kind == "transfusion":
         lines += [row("U-Net", f"{(flops - 6 * N - attention) / 1e9:.2f} GFLOP", f"{encoder_costs(config)[0] / 1e12:.3g} TFLOP "
                       f"per picture (counted), half a picture per {config.patches} positions")]
     lines += ["BATCH", row("per GPU at a time", f"{rows} x {config.context}", "rows x T"),
@@ -206,9 +210,9 @@ def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100",
               row("per step", f"{tokens / 1e6:.2f}M tokens"),
               row("in all", f"{tokens * steps / 1e12:.3g}T tokens", f"{steps:,} steps"),
               f"MEMORY per GPU of {gpus}, weights divided among {owners} (estimate; fragmentation and the CUDA context, about 1 GiB, come on top)"]
-    used = memory(model, owners, rows, True, ema)
+    used = memory(model, owners, rows, True, ema, patches=kind == "transfusion")
     lines += [row(what, f"{b / GiB:.2f} GiB", how) for what, b, how in used]
-    without = sum(b for _, b, _ in memory(model, owners, rows, False, ema))
+    without = sum(b for _, b, _ in memory(model, owners, rows, False, ema, patches=kind == "transfusion"))
     lines += [row("all, with full checkpointing", f"{sum(b for _, b, _ in used) / GiB:.2f} GiB"),
               row("all, without checkpointing", f"{without / GiB:.2f} GiB"),
               row("between steps, to measure the gap", f"{(at_rest(model, owners, ema) + 2 * count(model)) / GiB:.2f} GiB",
@@ -216,11 +220,12 @@ def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100",
               f"TIME on {gpus} {device} at {100 * share:.0f}% MFU (assumed) of {top / 1e12:.0f} TFLOP/s dense bf16",
               row("speed", f"{speed:,.0f} tokens/s", "GPUs x peak x MFU / FLOPs per token"),
               row("days for this run", f"{days(tokens * steps):.3g}", f"{days(1e12):.3g} per 1T tokens"),
-              "DISK (estimate: text tokens : patches = 1 : 1, nothing repeated)",
-              row("text", f"{text * 2 / 1e12:.3g} TB", f"{text / 1e12:.3g}T tokens x 2 bytes (uint16)"),
-              row("pictures", f"{pictures * latent / 1e12:.3g} TB", f"{pictures / 1e6:,.0f}M x {latent / 1024:g} KiB (means of "
-                  f"the latents, 2 bytes a number); n epochs: 1/n of it"),
-              row("one checkpoint", f"{at_rest(model, 1, ema) / 1e9:.3g} GB",
+              "DISK (estimate: nothing repeated" + (")" if kind == "llama" else "; text tokens : patches = 1 : 1)"),
+              row("text", f"{text * 2 / 1e12:.3g} TB", f"{text / 1e12:.3g}T tokens x 2 bytes (uint16)")]
+    if kind != "llama":
+        lines.append(row("pictures", f"{pictures * latent / 1e12:.3g} TB", f"{pictures / 1e6:,.0f}M x {latent / 1024:g} KiB "
+                         f"({'codes' if kind == 'chameleon' else 'means of the latents'}, 2 bytes a number); n epochs: 1/n of it"))
+    lines += [row("one checkpoint", f"{at_rest(model, 1, ema) / 1e9:.3g} GB",
                   "weights, AdamW" + (", average" if ema else ""))]
     return lines
 

@@ -15,6 +15,7 @@ import data
 import plan
 import scenes
 from data import ASSETS
+from model import PAPER_SIZES
 from patchify import PATCHES
 
 
@@ -97,8 +98,11 @@ PRESETS = {
 # Paper §4.1, App. B.1: rows of 4096 tokens, 2M tokens a step, 250k steps; Config's ddpm, lambda 5, patch 2 are the paper's.
 PAPER = dict(data="shards", seq_len=4096, documents=1, accumulate=512, steps=250000, lr=3e-4, warmup=4000, compile=True,
              ema=0.9999, save_every=1000, gap_every=1000, sample_steps=250, guidance=5.0)
-PRESETS |= {size: dict(PAPER, size=size) for size in ("0.16b", "0.37b", "0.76b", "1.4b")}
+PRESETS |= {size: dict(PAPER, size=size) for size in PAPER_SIZES}
 PRESETS["7b"] = dict(PAPER, size="7b", accumulate=1024, steps=500000, checkpointing=True)       # the flagship: 4M, 500k
+# Paper §4.1, §4.2: the rivals have as much text; a Llama, which reads nothing else, has it in half of the steps.
+RIVALS = {"chameleon": dict(model="chameleon", stable=True, lr=1e-4), "llama": dict(model="llama", steps=125000)}
+PRESETS |= {f"{size}-{rival}": dict(PAPER, size=size, checkpointing=size == "7b") | RIVALS[rival] for size in PAPER_SIZES for rival in RIVALS}
 AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_steps", "guidance", "sampler",
               "checkpointing", "compile", "shard"}      # may change on resume (and see train.check_config)
 
@@ -137,8 +141,8 @@ def parse_arguments(argv=None):
         if not (name == "sample_steps") <= getattr(config, name) <= top:
             raise data.UserError(f"--{name.replace('_', '-')} must be at most {top} and not below "
                                  f"{int(name == 'sample_steps')}, got {getattr(config, name)}")
-    if config.model != MODELS[0] and (dry or config.data in ("edits", "shards") or (config.model == "llama" and config.data != "scenes")):
-        raise data.UserError(f"--model {config.model} learns from scenes{'' if config.model == 'llama' else ', mnist or a folder'}; "
+    if config.model != MODELS[0] and (config.data == "edits" or config.model == "llama" and config.data in ("mnist", "folder")):
+        raise data.UserError(f"--model {config.model} learns from scenes{'' if config.model == 'llama' else ', mnist, a folder'} or shards; "
                              f"the rest is for Transfusion")
     if config.text_share > 1 or (given.get("text_share", 0) > 0 and config.data != "scenes"):
         raise data.UserError(f"--text-share must be at most 1, and is for --data scenes, got {config.text_share}")
@@ -153,4 +157,4 @@ def parse_arguments(argv=None):
 
 if __name__ == "__main__":
     for name, numbers in PRESETS.items():
-        print(f"{name:8s} " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in numbers.items()))
+        print(f"{name:15s} " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in numbers.items()))

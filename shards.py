@@ -11,7 +11,7 @@ A PICTURE   packed/  tokenizer.model | .json, vae.pt, index.json (written last: 
             documents  0  1  2  4  5 ...        document d has parts documents[d] .. [d+1]       children begin; text has
             parts      0  3  9  12  ...         part p has words parts[p] .. [p+1]               one part per document)
             words      uint16, the ids of the text alone: BOS, BOI, patches ... are laid out when read
-            latents    float16 (parts, c, h, w): the picture of part p (pairs only)
+            latents    float16 (parts, c, h, w): the picture of part p (pairs only); by a VQ-VAE its codes, uint16 (parts, h, w)
             sums       crc32 of all that belongs to row r, checked whenever the row is read
 THE RULE    row number g = (step * micro-batches + micro) * B + b      of an endless stream of rows
             from the text if floor((g+1) s) > floor(g s), else from the pairs; s such that text tokens : patches = 1 : 1
@@ -156,9 +156,9 @@ def shuffled(k, n, key):
 
 class Shards:
     """Packed shards as a stream of batches. folder: what `pack` wrote, or a folder of several such folders. drop, t_limit,
-    T: as in data.Documents. Opening reads headers only; arrays are memory-mapped when a row of theirs is wanted."""
+    T: as in data.Documents; text_only: never a row of pairs (the Llama baseline). Opening reads headers only; arrays are memory-mapped when a row of theirs is wanted."""
 
-    def __init__(self, folder, drop=data.Documents.drop, t_limit=data.Documents.t_limit, T=data.Documents.T):
+    def __init__(self, folder, drop=data.Documents.drop, t_limit=data.Documents.t_limit, T=data.Documents.T, text_only=False):
         self.folder, self.rules, self.settings = Path(folder), dict(drop=drop, t_limit=t_limit, T=T), {}
         found = sorted([*self.folder.glob("index.json"), *self.folder.glob("*/index.json")])
         if not found:
@@ -176,7 +176,7 @@ class Shards:
         if fingerprint(self.words) != self.settings["tokenizer"]:
             raise UserError(f"the shards of {folder} were packed with another tokenizer ({self.settings['tokenizer']}) than "
                             f"the one beside them ({tokenizer and fingerprint(self.words)}): put theirs there")
-        self.patches = self.settings.get("patches", 0)
+        self.patches, self.codes = self.settings.get("patches", 0), self.settings.get("codes", 0)
         self.paths = {kind: list(headers[kind]) for kind in headers}
         self.begins = {kind: np.cumsum([0] + [h["rows"] for h in headers[kind].values()]) for kind in headers}
         total = lambda kind, name: sum(h[name] for h in headers[kind].values())
@@ -188,7 +188,7 @@ class Shards:
         # evens it out. Its share s solves  s * text = (1 - s) * gap  and is kept in units of 2^-32: floor(g s) is exact.
         text = total("text", "positions") / max(1, self.rows["text"])
         gap = (2 * self.patches * self.pictures - total("pairs", "positions")) / max(1, total("pairs", "rows"))
-        share = 1.0 if not self.rows["pairs"] else 0.0 if not self.rows["text"] else max(0.0, gap) / (max(0.0, gap) + text)
+        share = 1.0 if text_only or not self.rows["pairs"] else 0.0 if not self.rows["text"] else max(0.0, gap) / (max(0.0, gap) + text)
         self.share = round(share * 2 ** 32)
         self.arrays = functools.lru_cache(maxsize=256)(self.arrays)
 
@@ -205,7 +205,7 @@ class Shards:
         return {file.stem: np.load(file, mmap_mode="r") for file in path.glob("*.npy")}
 
     def stored(self, kind, k):
-        """(documents, latents) of row k of all rows of a kind, as they lie on disk. Raises UserError, naming the shard, if
+        """(documents, latents or codes) of row k of all rows of a kind, as they lie on disk. Raises UserError, naming the shard, if
         what lies there is not what was written."""
         shard = int(np.searchsorted(self.begins[kind], k, side="right")) - 1
         path, r = self.paths[kind][shard], k - int(self.begins[kind][shard])
@@ -213,6 +213,7 @@ class Shards:
             arrays = self.arrays(path)
             documents, latents, crc = cut_row(arrays, r)
             assert crc == arrays["sums"][r]
+            latents = latents.astype(np.int64) if self.codes and latents is not None else latents
         except (AssertionError, IndexError, KeyError, ValueError, OSError):
             raise UserError(f"the shard {path} is broken (row {r} is not what was written): delete it and run the packing "
                             f"command again, which packs it anew") from None
@@ -227,29 +228,32 @@ class Shards:
         if kind == "text":
             return documents, None
         # TRAP: numpy takes [seed, g] and [seed, g, 0] for the same seed; the last number keeps this stream from train.py's
-        rng, laid = np.random.default_rng([seed, g, 0, 1]), []
+        rng, laid, begin = np.random.default_rng([seed, g, 0, 1]), [], 0
         for texts in documents:
             caption_first = rng.random() < data.Documents.caption_first
-            laid.append([part for k, text in enumerate(texts)
+            laid.append([part for k, text in enumerate(texts, begin)
                          for part in data.one_pair(text, k, caption_first, rng, **self.rules)])
+            begin += len(texts)
         return laid, latents
 
-    def batch(self, seed, step, micro, rows, micros=1):
+    def batch(self, seed, step, micro, rows, micros=1, see=lambda document, pictures: document):
         """data.Batch of B = rows rows, with the latents' means, a pure function of the arguments. micros: how many
-        micro-batches a step has in all, over all ranks; micro: which of them this is."""
+        micro-batches a step has in all, over all ranks; micro: which of them this is. see: what a model reads in place of a
+        document, given the row's latents or codes (chameleon.seen_by)."""
         drawn = [self.row(seed, (step * micros + micro) * rows + b) for b in range(rows)]
-        batch = data.to_batch([[data.lay_out(document, self.words, self.patches) for document in documents]
-                               for documents, _ in drawn], self.settings["seq_len"])
+        batch = data.to_batch([[data.lay_out(see(document, latents), self.words, self.patches) for document in documents]
+                               for documents, latents in drawn], self.settings["seq_len"])
         batch.images = torch.arange(len(batch.images))  # the pictures lie in the order in which they are read
         none = np.zeros((0, *self.settings.get("latent", (0, 0, 0))), np.float16)
-        batch.latents = torch.from_numpy(np.concatenate([none] + [l for _, l in drawn if l is not None])).float()
+        batch.latents = torch.from_numpy(np.concatenate([none] + [l for _, l in drawn if l is not None and not self.codes])).float()
         return batch
 
     def held_out(self, most):
-        """(captions as lists of ids, latents) of up to `most` pairs that `batch` never gives."""
+        """(captions as lists of ids, latents or codes) of up to `most` pairs that `batch` never gives."""
         rows = [self.stored("pairs", self.rows["pairs"] + k) for k in range(self.held)]
         captions = [text for documents, _ in rows for texts in documents for text in texts]
-        return captions[:most], torch.from_numpy(np.concatenate([latents for _, latents in rows])[:most]).float()
+        pictures = torch.from_numpy(np.concatenate([latents for _, latents in rows])[:most])
+        return captions[:most], pictures if self.codes else pictures.float()
 
     def must_have(self, **wanted):
         """Raise UserError if the rows were packed with other numbers than these, or if there are no pictures in them."""
@@ -275,7 +279,7 @@ class Shards:
     def vae(self, path=""):
         """The VAE of the latents, from beside the shards or from the path of one that must be the same."""
         path = path or self.vae_path or self.folder / "vae.pt"
-        vae = vae_module.load_vae(path)
+        vae = vae_module.load_vae(path, vae_module.EITHER)
         if fingerprint(vae) != self.settings["vae"]:
             raise UserError(f"the latents of {self.folder} were made by another VAE ({self.settings['vae']}) than {path} "
                             f"({fingerprint(vae)}): leave out --vae, or pack again with it")

@@ -145,7 +145,7 @@ def read_lines(path, wanted):
     """[(line number, line)] of a JSON-lines file, empty ones left out. Raises UserError, saying what is wanted in it."""
     try:
         return [line for line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line[1].strip()]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: it must hold one {wanted} per line") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text in UTF-8: save it as UTF-8") from None

@@ -104,7 +104,7 @@ def find_sources(kind, names, n):
         elif path.is_dir() or path.is_file() and path.suffix in kinds:
             found[name] = (path / "captions.jsonl" if path.is_dir() else path).stat().st_size
         else:
-            raise UserError(f"--{kind} {name}: there is no such " + " or ".join(kinds) + " file or folder of them"
+            raise UserError(f"{name}: there is no such " + " or ".join(kinds) + " file or folder of them"
                             + ' (or folder of pictures with captions.jsonl, or the word "scenes")' * (kind == "pairs"))
     return found
 

@@ -106,15 +106,19 @@ def prepare(config, out, ranks=None, resume=False):
     if start and start.kind != config.model:
         raise data.UserError(f"{config.init} is a {start.kind}, not a {config.model}: --model must be what the checkpoint is")
     if config.data == "shards":                         # tokens and latents are ready, whatever their number
-        documents = Shards(config.data_dir or "packed", **noise)
-        documents.must_have(seq_len=config.seq_len, patch=config.patch)
+        documents = Shards(config.data_dir or "packed", **noise, text_only=config.model == "llama")
+        documents.must_have(seq_len=config.seq_len, **({"patch": config.patch} if config.model == "transfusion" else {}))
+        if config.model != "llama" and (coded != bool(documents.codes) or config.codes not in (0, documents.codes)):
+            raise data.UserError(f"the shards of {documents.folder} hold {f'{documents.codes} codes' if documents.codes else 'latents'}, which "
+                                 f"{'these options do' if coded else 'Transfusion does'} not fit: pack them with the --vae of a "
+                                 f"{'VQ-VAE (train_vae.py --codes)' if coded else 'VAE'}, or choose another --model")
         words, vae, latent = documents.words, documents.vae(config.vae), tuple(documents.settings["latent"])
         if start:
             documents.must_be_of(config.init, start.words, start.vae, vae)
         if resume:
             check_shards(documents, out)
         vae.to(ranks.device)
-        return assemble(config, ranks, shape_of(config, len(words), latent, start), start, words, vae, diffusion, documents, None)
+        return assemble(config, ranks, shape_of(config, len(words) + documents.codes * coded, latent, start), start, words, vae, diffusion, documents, None)
     pairs = load_source(config)
     words, side, channels = start.words if start else data.Words(pairs.vocabulary()), *pairs.pixels.shape[2:]
     words.encode(" ".join(sorted(pairs.vocabulary())))  # a word that --init does not know: say so now
@@ -175,10 +179,11 @@ def assemble(config, ranks, shape, start, words, vae, diffusion, documents, late
 def draw_batch(run, step, micro):
     """The Batch of a micro-batch, with latents, t and eps: a pure function of (seed, step, micro)."""
     rng = np.random.default_rng([run.config.seed, step, micro])
-    if run.latents is None:                             # whole rows, with their latents
-        batch = run.documents.batch(run.config.seed, step, micro, run.config.documents, run.config.accumulate)
+    see = lambda document, codes: chameleon.seen_by(run.config.model, document, codes, len(run.words))
+    if run.latents is None:                             # whole rows, with their latents or codes
+        batch = run.documents.batch(run.config.seed, step, micro, run.config.documents, run.config.accumulate, see)
     else:
-        drawn = [chameleon.seen_by(run.config.model, run.documents.draw(rng), run.codes, len(run.words)) for _ in range(run.config.documents)]
+        drawn = [see(run.documents.draw(rng), run.codes) for _ in range(run.config.documents)]
         rows = [data.lay_out(document, run.words, run.documents.patches) for document in drawn]
         batch = data.pack(rows, run.config.seq_len)
     g = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))

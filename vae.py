@@ -279,7 +279,9 @@ def save(path, content):
 
 
 def load(path, kind):
-    """The dict of a checkpoint. Raises UserError if it is missing, damaged, or not of the wanted kind ("vae", "model", ...)."""
+    """The dict of a checkpoint. Raises UserError if it is missing, damaged, or not of the wanted kind ("vae", "model", ...), or
+    of one of several."""
+    kinds = (kind,) if isinstance(kind, str) else kind
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -287,9 +289,9 @@ def load(path, kind):
     except Exception as problem:                        # zip, pickle and key errors: torch has no common class for them
         raise data.UserError(f"{path} is not a checkpoint of this program ({type(problem).__name__}): truncated, or "
                              f"another kind of file?") from None
-    if not isinstance(content, dict) or content.get("kind") != kind:
+    if not isinstance(content, dict) or content.get("kind") not in kinds:
         found = content.get("kind") if isinstance(content, dict) else type(content).__name__
-        raise data.UserError(f"{path} holds {found!r}, but a checkpoint of kind {kind!r} is needed here")
+        raise data.UserError(f"{path} holds {found!r}, but a checkpoint of kind {' or '.join(map(repr, kinds))} is needed here")
     return content
 
 
@@ -305,8 +307,11 @@ def unpack_vae(content):
     return vae.eval()
 
 
+EITHER = ("vae", "vqvae")
+
+
 def load_vae(path, kind="vae"):
-    """The VAE of a vae.pt; kind "vqvae": the VQ-VAE. Raises UserError as `load`, and if the file is another version's."""
+    """The VAE of a vae.pt; kind "vqvae": the VQ-VAE; EITHER: what it is. Raises UserError as `load`, and if the file is another version's."""
     try:
         return unpack_vae(load(path, kind))
     except (KeyError, TypeError, RuntimeError) as problem:

@@ -218,6 +218,8 @@ def test_the_gap_tells_a_caption_that_is_heard(kit):
     captions, codes = ["a circle", "the circle", "a square"], torch.tensor([3, 7, 3]).view(3, 1, 1).expand(3, 4, 4)
     assert code_gap(Says(True), WORDS, captions, codes) == pytest.approx(4.0 * 2 / 3)     # the third's other caption begins alike
     assert code_gap(Says(False), WORDS, captions, codes) == 0
+    many = code_gap(Says(True), WORDS, captions * 7, codes.repeat(7, 1, 1))     # read eight at a time, the last five
+    assert many == pytest.approx(4.0 * 2 / 3)
 
 
 # ------------------------------------------------------------------------------------------------------------- whole runs
@@ -287,9 +289,7 @@ def mistakes(tiny_vq):
     return {
         "a VAE without codes": (["--model", "chameleon", "--vae", str(data.ASSETS / "scenes_vae.pt")], "vqvae"),
         "a VQ-VAE for Transfusion": (["--vae", str(tiny_vq)], "'vae'"),
-        "shards": (["--model", "chameleon", "--data", "shards"], "scenes, mnist or a folder"),
         "edits": (["--model", "llama", "--preset", "edit"], "learns from scenes"),
-        "a plan": (["--preset", "7b", "--model", "chameleon", "--dry-run"], "scenes, mnist or a folder"),
         "init of another kind": (["--model", "chameleon", "--init", str(data.ASSETS / "scenes.pt")], "is a transfusion"),
         "codes that the file has not": (["--model", "chameleon", "--vae", str(tiny_vq), "--codes", "20"], "19 codes, not 20"),
         "codes for no one": (["--codes", "20"], "--model chameleon"),

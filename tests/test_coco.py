@@ -14,7 +14,7 @@ from PIL import Image
 
 import coco
 import data
-import evaluate
+import sample
 import scenes
 import sources
 from data import UserError
@@ -155,8 +155,8 @@ def kit():
 def play(monkeypatch, items, draws, says):
     """Stand-ins: draws(text) -> picture; says(number of the picture) -> caption. Pictures carry their number."""
     monkeypatch.setattr(coco, "encode_pixels", lambda kit, pixels: pixels[:, 0, 0, 0])
-    monkeypatch.setattr(evaluate, "draw", lambda kit, texts, seed, **_: np.stack([draws(text) for text in texts]))
-    monkeypatch.setattr(evaluate, "describe", lambda kit, numbers: [says(int(k)) for k in numbers])
+    monkeypatch.setattr(sample, "draw", lambda kit, texts, seed, first, **_: np.stack([draws(text) for text in texts]))
+    monkeypatch.setattr(sample, "describe", lambda kit, numbers: [says(int(k)) for k in numbers])
 
 
 def test_judge(monkeypatch, kit, folder, capsys):
@@ -183,7 +183,7 @@ def test_judge(monkeypatch, kit, folder, capsys):
 
 def test_judge_looks_before_it_draws(monkeypatch, kit):
     """Catches a mistake that is found after hours: an unknown word, a caption that is too long, and nothing that can be read."""
-    monkeypatch.setattr(evaluate, "draw", lambda *_, **__: pytest.fail("drawn"))
+    monkeypatch.setattr(sample, "draw", lambda *_, **__: pytest.fail("drawn"))
     absent = lambda: sources.open_picture("absent.png", 32)
     for text, message in (("a purple circle", "'purple'"), ("a red circle " * 4, "31 positions"), ("a circle", "absent.png")):
         with pytest.raises(UserError, match=message):
@@ -196,7 +196,7 @@ def test_geneval_folders(monkeypatch, kit, tmp_path):
     lines = [json.dumps({"tag": "colors", "include": [], "prompt": text}) for text in ("a red circle", "a square")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     drawn = []
-    monkeypatch.setattr(evaluate, "draw", lambda kit, texts, seed, **_: drawn.append(texts) or np.full((len(texts), 8, 8, 3), len(texts[0]), np.uint8))
+    monkeypatch.setattr(sample, "draw", lambda kit, texts, seed, first, **_: drawn.append(texts) or np.full((len(texts), 8, 8, 3), len(texts[0]), np.uint8))
     assert coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out") == 2
     assert drawn == [["a red circle"] * 4, ["a square"] * 4]
     for k, text in enumerate(("a red circle", "a square")):

@@ -312,7 +312,8 @@ def test_words_roundtrip():
     """Catches ids that depend on the order of a set, and special tokens that the text can collide with."""
     words = data.Words({"red", "circle", "a", "<pad>"})
     assert words.words == [*data.SPECIAL, "a", "circle", "red"] and len(words) == len(data.SPECIAL) + 3
-    assert words.decode(words.encode("a  red circle")) == "a red circle"
+    assert words.decode(words.encode("a  red circle")) == words.decode(words.encode("A Red CIRCLE")) == "a red circle"
+    assert data.Words({"Red", "red"}).words == [*data.SPECIAL, "red"]
     assert words.decode([BOS, *words.encode("a circle"), BOI, PATCH, EOI, EOS]) == "a circle"
     for text in scenes.all_claims():
         assert WORDS.decode(WORDS.encode(text)) == text

@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
+import coco
 import data
 import evaluate
 import kit as kit_module
+import likelihood
 import sample
 import sources
 import train
@@ -26,7 +28,8 @@ from diffusion import Diffusion
 from model import Transfusion, sized
 
 ROOT = Path(__file__).resolve().parents[1]
-MAINS = {"sample.py": sample.main, "train.py": train.main, "evaluate.py": evaluate.main, "train_vae.py": train_vae.main}
+MAINS = {"sample.py": sample.main, "train.py": train.main, "evaluate.py": evaluate.main, "train_vae.py": train_vae.main,
+         "likelihood.py": likelihood.main, "coco.py": coco.main}
 
 
 @pytest.fixture(scope="session")
@@ -273,6 +276,32 @@ def test_vae_and_evaluate(capsys, monkeypatch, tmp_path, shelf, program, argumen
     monkeypatch.setattr(evaluate, "captioning", lambda *a, **k: pytest.fail("measured before it looked at the options"))
     few = ["--checkpoint", shelf / "model.pt", "--n", "6", "--steps", "2"] if program == "evaluate.py" else []
     mistake(capsys, monkeypatch, tmp_path, program, [*few, *arguments], *words)
+
+
+@pytest.mark.parametrize("program, arguments, words", [
+    ("likelihood.py", ["perplexity"], ["say what to read", "perplexity a.jsonl"]),
+    ("likelihood.py", ["perplexity", "absent.txt"], ["absent.txt", ".jsonl"]),
+    ("likelihood.py", ["perplexity", "SHELF/words.txt"], ["'purple'"]),
+    ("likelihood.py", ["choices", "a.jsonl", "b.jsonl"], ["choices questions.jsonl"]),
+    ("likelihood.py", ["choices", "absent.jsonl"], ["absent.jsonl", '"answer"']),
+    ("likelihood.py", ["choices", "scenes", "--limit", "0"], ["--limit"]),
+    ("likelihood.py", ["choices", "scenes", "--json", "nowhere/numbers.json"], ["nowhere"]),
+    ("likelihood.py", ["suite"], ["pip install lm-eval"]),
+    ("coco.py", ["absent"], ["absent/captions.jsonl"]),
+    ("coco.py", ["SHELF/good.png"], ["good.png/captions.jsonl"]),
+    ("coco.py", ["absent.jsonl"], ["absent.jsonl", "GenEval"]),
+    ("coco.py", ["scenes", "--limit", "3"], ["--limit"]),
+    ("coco.py", ["scenes", "--limit", "8", "--sampler", "euler"], ["euler", "ddpm"]),
+    ("coco.py", ["scenes", "--limit", "8", "--inception", "SHELF/text.pt"], ["text.pt", "inception-2015-12-05.pt"]),
+    ("coco.py", ["scenes", "--limit", "8", "--vae", "SHELF/text.pt"], ["text.pt"]),
+], ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else v)
+def test_yardsticks(capsys, monkeypatch, tmp_path, shelf, program, arguments, words):
+    """Catches a traceback, and a mistake that is found out after an hour of drawing."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)   # as if it were not installed
+    monkeypatch.setattr(sample, "draw", lambda *_, **__: pytest.fail("drew before it looked"))
+    (shelf / "words.txt").write_text("a red circle\na purple circle\n")
+    arguments = [a.replace("SHELF", str(shelf)) for a in arguments]
+    mistake(capsys, monkeypatch, tmp_path, program, [*arguments, "--checkpoint", shelf / "model.pt"], *words)
 
 
 # ------------------------------------------------------------------------------------------------------- real command lines

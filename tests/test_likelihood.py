@@ -18,7 +18,6 @@ import data
 import likelihood
 import scenes
 from data import BOS, UserError
-from shards import Pieces
 
 WORDS = data.Words("a b c d e f g h i".split())         # V = 16, as make_model has it
 HOME = Path(__file__).resolve().parents[1]
@@ -181,10 +180,3 @@ def test_questions_that_are_none(tmp_path, line):
     (tmp_path / "q.jsonl").write_text(line)
     with pytest.raises(UserError, match="q.jsonl.*answer"):
         likelihood.read_questions(str(tmp_path / "q.jsonl"), 9)
-
-
-def test_pieces_are_not_lowered(monkeypatch):
-    """Catches "Paris" read as "paris" where the tokenizer knows capitals."""
-    pieces = object.__new__(Pieces)
-    monkeypatch.setattr(Pieces, "encode", lambda self, text: [text])
-    assert likelihood.ids_of(pieces, "Paris") == ["Paris"]

@@ -12,7 +12,7 @@ import data
 import on_gpu
 import plan
 import train
-from model import PAPER_SIZES, Block, ModelConfig, Transfusion, count, paper_model, rope_tables
+from model import PAPER_SIZES, Block, ModelConfig, Transfusion, count, paper_model, rope_tables, sized
 
 
 def total(lines):
@@ -166,6 +166,23 @@ def test_dry_run_command(capsys, tmp_path, monkeypatch):
     for words in ("6,738,784,576", "46.1 GFLOP", "6 N", "12 L d T", "46% MFU (assumed)", "estimate", "512 H100"):
         assert words in text, words
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_of_the_rivals(capsys):
+    """Catches a Chameleon planned with patches, latents on disk or Transfusion's vocabulary, and a Llama with pictures."""
+    train.main(["--preset", "0.76b-chameleon", "--dry-run", "--gpus", "64"])
+    text = capsys.readouterr().out
+    with torch.device("meta"):
+        wanted = count(Transfusion(sized("0.76b", vocabulary=32007 + 16384, latent=(8, 32, 32), patch=1, context=4096, stable=True)))
+    for words in (f"{wanted:,}", "V = 48,391", "pictures of 1024 codes", "0.524T tokens", "256M x 2 KiB (codes"):
+        assert words in text, words
+    assert "activations of the patch encoder" not in text and "latents" not in text
+    train.main(["--preset", "0.76b-llama", "--dry-run", "--gpus", "64"])
+    text = capsys.readouterr().out
+    assert "no pictures" in text and "0.262T tokens" in text and "activations of the patch encoder" not in text and "codes" not in text
+    chameleon, llama = (train.parse_arguments(["--preset", f"0.37b-{rival}"])[0] for rival in ("chameleon", "llama"))
+    assert (chameleon.model, chameleon.stable, chameleon.lr, chameleon.steps) == ("chameleon", True, 1e-4, 250000)
+    assert (llama.model, llama.stable, llama.lr, llama.steps) == ("llama", False, 3e-4, 125000)      # as much text, and nothing else
 
 
 @pytest.mark.parametrize("size", PAPER_SIZES)

@@ -26,6 +26,7 @@ import data
 import evaluate
 import model
 import pack
+import scenes
 import shards
 import sources
 import streams
@@ -526,7 +527,7 @@ def test_bad_members_of_a_tar_are_named(tmp_path):
 
 @pytest.mark.parametrize("options, words", [
     (dict(text=None, pairs=None), ["say what to pack"]),
-    (dict(text="absent.jsonl"), ["absent.jsonl", "--text"]),
+    (dict(text="absent.jsonl"), ["absent.jsonl: there is no such"]),
     (dict(pairs="absent"), ["absent", "captions.jsonl"]),
     (dict(text="."), ["no .txt or .jsonl"]),
     (dict(pairs="."), ["no .tar", "captions.jsonl"]),
@@ -686,6 +687,87 @@ def test_resume_in_smaller_pieces(packed, tmp_path, monkeypatch):
     train.main(training(packed, tmp_path / "run", steps=2, documents=3, accumulate=2) + ["--resume"])
     with pytest.raises(UserError, match="--accumulate 2"):
         train.main(training(packed, tmp_path / "run", steps=2, documents=3) + ["--resume"])
+
+
+# -------------------------------------------------------------------------------------------------------------- the rivals
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory):
+    """A folder of the toy world in shards, packed with an untrained VQ-VAE: pictures of 8 x 8 codes of 19."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("coded")
+    vae_module.save(folder / "vq.pt", vae_module.pack_vae(vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2, codes=19))))
+    pack.main(command(folder / "vq.pt", folder / "packed", seq_len=96))
+    return folder / "packed"
+
+
+def test_codes_are_those_of_the_captions_pictures(coded):
+    """Catches codes beside another caption, in another order, or rounded like latents."""
+    stream, vq = shards.Shards(coded), vae_module.load_vae(coded / "vae.pt", "vqvae")
+    assert (stream.codes, stream.patches, stream.settings["patch"]) == (19, 64, 1)
+    pairs = sources.load_scenes(150, [0, 0, 0], scenes.WORLDS["one"], progress=False)
+    wanted = collections.Counter((text, codes.tobytes()) for text, codes in zip(pairs.captions, vae_module.encode_all_codes(vq, pairs.pixels, False).numpy()))
+    found = [(stream.words.decode(part), codes) for documents, pictures in all_rows(stream, "pairs")
+             for part, codes in zip(itertools.chain(*documents), pictures, strict=True)]
+    assert collections.Counter((text, codes.tobytes()) for text, codes in found) == wanted and found[0][1].dtype == np.int64
+    arrays = {p.stem: np.load(p) for p in sorted(coded.glob("pairs-*"))[0].glob("*.npy")}
+    assert arrays["latents"].dtype == np.uint16 and arrays["latents"].shape[1:] == (8, 8)
+
+
+def test_a_chameleon_reads_codes(coded, tmp_path, monkeypatch):
+    """Every picture of a batch is BOI, its own 64 codes, EOI, as stored with its caption; 1 : 1; guidance's dropped captions are
+    there. Catches the codes of a row's first document in its second one, and codes counted as words."""
+    monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
+    options = dict(model="chameleon", patch=1, seq_len=96, lr=1e-3)
+    run = train.prepare(train.parse_arguments(training(coded, tmp_path / "run", **options))[0], tmp_path / "run")
+    V, stored, dropped, several = len(run.words), collections.defaultdict(set), 0, 0
+    for documents, pictures in all_rows(run.documents, "pairs"):
+        for part, codes in zip(itertools.chain(*documents), pictures):
+            stored[tuple(part)].add(tuple((codes.flatten() + V).tolist()))
+    text = codes = 0
+    for step in range(40):
+        batch = train.draw_batch(run, step, 0)
+        assert len(batch.images) == len(batch.latents) == 0 and (batch.image_id == -1).all() and (batch.tokens != data.PATCH).all()
+        for ids in itertools.chain(*documents_of(batch)):
+            ids = list(ids)
+            text, codes = text + sum(k < V for k in ids), codes + sum(k >= V for k in ids)
+            starts = [k for k, token in enumerate(ids) if token == data.BOI]
+            several += len(starts) > 1
+            for k in starts:
+                assert ids[k + 65] == data.EOI
+                before, after = ids[:k], ids[k + 66:]
+                words = [w for w in (before[-3:] if before != [data.BOS] else after[:3]) if w >= len(data.SPECIAL)]
+                dropped += data.DROP in before[-3:]
+                if words and len(starts) == 1:
+                    caption = next(c for c in stored if list(c) in ([w for w in before if w >= len(data.SPECIAL)], after[:-1]))
+                    assert tuple(ids[k + 1: k + 65]) in stored[caption]
+    assert text / codes == pytest.approx(1, abs=0.15) and dropped > 5
+
+
+def test_the_rivals_learn_from_shards(coded, packed, tmp_path, monkeypatch, capsys):
+    """From shards to model.pt: a Chameleon's report draws, its log has a gap; a Llama reads rows of text alone, of the same folder as
+    a Transfusion."""
+    monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
+    train.main(training(coded, tmp_path / "c", model="chameleon", patch=1, seq_len=96, steps=2, gap_every=2, samples=2) + ["--stable"])
+    log = [json.loads(line) for line in (tmp_path / "c/log.jsonl").read_text().splitlines()]
+    assert "gap" in log[-1] and log[-1]["diffusion"] is None and (tmp_path / "c/samples.png").stat().st_size > 1000
+    train.main(training(packed, tmp_path / "l", model="llama", steps=2, samples=2))
+    kit = load_kit(tmp_path / "l/model.pt")
+    assert kit.kind == "llama" and not (tmp_path / "l/samples.png").exists()
+    run = train.prepare(train.parse_arguments(training(packed, tmp_path / "l", model="llama"))[0], tmp_path / "l")
+    for step in range(20):
+        assert not torch.isin(train.draw_batch(run, step, 0).tokens, torch.tensor([data.BOI, data.PATCH])).any()
+
+
+@pytest.mark.parametrize("folder, options, words", [
+    ("coded", dict(patch=1, seq_len=96), ["19 codes", "Transfusion", "VAE"]),
+    ("packed", dict(model="chameleon"), ["latents", "VQ-VAE"]),
+    ("coded", dict(model="chameleon", patch=1, seq_len=96, codes=18), ["19 codes"])])
+def test_shards_of_another_kind(coded, packed, tmp_path, monkeypatch, folder, options, words):
+    """Catches codes read as latents, latents as codes, and a vocabulary of another size."""
+    monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
+    with pytest.raises(UserError) as mistake:
+        train.main(training({"coded": coded, "packed": packed}[folder], tmp_path / "run", **options))
+    assert all(word in str(mistake.value) for word in words) and not (tmp_path / "run/model.pt").exists()
 
 
 def test_draw_batch_takes_rows_and_latents(packed, tmp_path, monkeypatch):
