@@ -18,7 +18,7 @@ PAPER/HERE  same: order, ratio, noise limit, the loss mask, several documents pa
             our choice: captions dropped in 10% of the caption-first documents, for guidance. A dropped caption keeps its
             length: each word becomes <drop>, so both branches of guidance have the same positions, and BOI stays.
             our choice: after each pair another may follow in the same document, to teach stories of several pictures.
-            our choice: words, not sub-words; the vocabulary is that of the data and travels in the checkpoint.
+            our choice: words in lower case, not sub-words; the vocabulary is that of the data and travels in the checkpoint.
 READ NEXT   attention_mask.py        TRY IT  python data.py        NOTEBOOK notebooks/1_who_may_look_at_whom.ipynb
 TEST        tests/test_data.py
 """

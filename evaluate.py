@@ -122,7 +122,7 @@ def deduction_nats(kit, n=500, seed=0):
 
 def deductions(kit, n=200, seed=0):
     """Share of two-choice deductions in which the right relation is likelier than the wrong one. Chance: 0.5."""
-    return likelihood.ranked(kit, likelihood.read_questions("scenes", n, seed))["accuracy"]
+    return likelihood.ranked(kit, likelihood.read_questions("scenes", n, seed))["acc"]
 
 
 def gap_probe(pairs, vae, n):

@@ -87,7 +87,7 @@ PRESETS = {
     "six": dict(TOY, world="six", size="small", lam=5.0, documents=64, pairs=40000, shift=3.0, steps=11000, seq_len=128,
                 ema=0.998, save_every=1000, gap_every=1000),
     # §4.5: 8,000 triples, from the shipped checkpoint of `six`; two of them fill a row
-    "edit": dict(TOY, data="edits", init=str(ASSETS / "scenes.pt"), lam=5.0, pairs=8000, steps=5300, gap_every=1000,
+    "edit": dict(TOY, data="edits", init=str(ASSETS / "scenes.pt"), lam=5.0, pairs=8000, steps=4400, seq_len=92, gap_every=1000,
                  save_every=1000, sample_steps=25, sampler="dpm++", guidance=2.0),
     # the rivals (chameleon.py): as many tokens and as much text a step as the first toy; a third of the learning rate (§4.1)
     "chameleon": dict(TOY, model="chameleon", stable=True, lr=7e-4, documents=18, text_share=0.635, seq_len=160, steps=3300,

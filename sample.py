@@ -58,9 +58,10 @@ class Decoder:
     """Sequences under construction: B rows with one cache. tokens: B lists of ids, patches as PATCH; latents: B lists of
     finished pictures (c, h, w). `lm_step` and `diffusion_steps` are the two modes; `generate` switches between them."""
 
-    def __init__(self, kit, prompts, draw_now=False):
-        """prompts: list of documents, each a list of str and latents (c, h, w). draw_now: append BOI, so that the
-        next thing is a picture. Raises UserError for an unknown word or a prompt longer than the context."""
+    def __init__(self, kit, prompts, draw_now=False, room=None):
+        """prompts: list of documents, each a list of str and latents (c, h, w). draw_now: append BOI, so that the next thing is
+        a picture. room: how many positions will follow the longest prompt, at most; None: the whole context (64 rows of 4096 at
+        7B would be 275 GB of keys and values). Raises UserError for an unknown word or a prompt longer than the context."""
         self.kit, self.tokens, self.latents = kit, [], []
         self.device = next(kit.model.parameters()).device
         config = kit.model.config
@@ -73,7 +74,8 @@ class Decoder:
             if need > config.context:
                 raise data.UserError(f"the prompt needs {need} positions, but this model's context is {config.context}: "
                                      f"shorten it to {config.context - need + len(self.tokens[-1])} tokens")
-        self.cache = Cache(config, len(prompts), config.context, kit.model.words.weight)
+        most = config.context if room is None else min(config.context, max(map(len, self.tokens)) + room)
+        self.cache = Cache(config, len(prompts), most, kit.model.words.weight)
         self.logits = self.read([list(range(len(row))) for row in self.tokens], self.tokens, self.latents, self.cache)
 
     @torch.no_grad()
@@ -221,7 +223,7 @@ def generate(kit, prompts, draw_now=False, max_words=64, max_pictures=1, seed=0,
     options: temperature, top_p (see `choose`), steps, sampler, guidance, over. watch: called with every Event.
     seed: an int, or one per row. Noise and words of a row come from its own generator, so that a row does not depend on
     its neighbours in the batch. first: the number of the first row, where these are a part of a longer list."""
-    decoder = decoder_of(kit)(kit, prompts, draw_now)
+    decoder = decoder_of(kit)(kit, prompts, draw_now, room=max_words + max_pictures * (kit.model.config.patches + 2) + 1)
     seeds = seed if isinstance(seed, list) else [seed * 100003 + first + b for b in range(len(prompts))]
     steps = options.get("steps", 250) + 1 if kit.kind == "transfusion" else kit.model.config.patches       # or code by code
     bar = tqdm(total=steps, desc="drawing", disable=not progress, leave=False)

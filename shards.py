@@ -87,7 +87,12 @@ def load_tokenizer(kept):
             raise UserError(f"{kept} is not a list of words, as packing writes it") from None
     elif isinstance(kept, Path):
         kept = kept.read_bytes()
-    return Pieces(kept) if isinstance(kept, bytes) else data.Words(kept)
+    if isinstance(kept, bytes):
+        return Pieces(kept)
+    words = data.Words(kept)
+    if len(words) != len({*SPECIAL, *kept}) or set(words.words) != {*SPECIAL, *kept}:
+        raise UserError("this tokenizer has words with capital letters, which an earlier version of this program told apart: train anew")
+    return words
 
 
 def fingerprint(thing):

@@ -128,7 +128,7 @@ def collect_words(named, args):
             continue
         for _, read in tqdm(items_of(kind, source, args), desc=f"collecting the words of {source}", leave=False):
             try:
-                found.update(read()[0].lower().split())
+                found.update(read()[0].split())
             except UserError:                           # it will be counted and named when it is packed
                 continue
     return data.Words(found)

@@ -149,13 +149,16 @@ def test_scenes_have_true_captions_of_their_own():
 @pytest.fixture
 def kit():
     """No model, but what `judge` asks of one: words, and how long its context is."""
-    return SimpleNamespace(words=data.Words(scenes.vocabulary()), vae=None, model=SimpleNamespace(config=SimpleNamespace(context=30, patches=16)))
+    weight = torch.zeros(3)
+    return SimpleNamespace(words=data.Words(scenes.vocabulary()), vae=SimpleNamespace(f=4), model=SimpleNamespace(
+        config=SimpleNamespace(context=30, patches=16, latent=(4, 8, 8), layers=2, width=8), words=SimpleNamespace(weight=weight),
+        head=SimpleNamespace(weight=weight)))
 
 
 def play(monkeypatch, items, draws, says):
     """Stand-ins: draws(text) -> picture; says(number of the picture) -> caption. Pictures carry their number."""
     monkeypatch.setattr(coco, "encode_pixels", lambda kit, pixels: pixels[:, 0, 0, 0])
-    monkeypatch.setattr(sample, "draw", lambda kit, texts, seed, first, **_: np.stack([draws(text) for text in texts]))
+    monkeypatch.setattr(sample, "draw", lambda kit, texts, seed, first=0, **_: np.stack([draws(text) for text in texts]))
     monkeypatch.setattr(sample, "describe", lambda kit, numbers: [says(int(k)) for k in numbers])
 
 
@@ -179,6 +182,31 @@ def test_judge(monkeypatch, kit, folder, capsys):
     assert mixed["distance"] == pytest.approx(0, abs=1e-9)              # a crowd is a crowd: FID cannot see it
     play(monkeypatch, items, lambda text: photo(1), lambda k: "a circle")
     assert coco.judge(kit, items, see, steps=3)[0]["distance"] > 1
+    only = coco.judge(kit, items, steps=3)[0]
+    assert {"cider"} < only.keys() and not {"distance", "clip"} & only.keys()
+    assert {"distance"} < coco.judge(kit, items, see, captions=False, steps=3)[0].keys() - {"cider"}
+
+
+def test_judge_is_the_same_in_any_pieces(monkeypatch, kit):
+    """Noise belongs to a picture, not to its place in a batch, among the ranks, or behind one that cannot be read. Catches parts put
+    together in another order, and noise that is drawn twice."""
+    def missing():
+        raise UserError("gone")
+    photo = lambda k: np.full((32, 32, 3), k, np.uint8)
+    items = [(missing if k % 7 == 3 else (lambda k=k: photo(k)), ["a circle", "a square"]) for k in range(50)]
+    play(monkeypatch, items, None, lambda k: f"{k}")
+    seen = []
+    monkeypatch.setattr(sample, "draw", lambda kit, texts, seed, **_: seen.extend(seed) or np.stack([
+        np.full((32, 32, 3), s * 37 % 251, np.uint8) for s in seed]))
+    features, found = lambda pixels: torch.from_numpy(pixels[:, 0, 0, :2] * [1.0, 0.5]), []
+    whole = lambda work, part: [work(part, 0)]
+    for pieces, divided in ((64, whole), (9, whole), (9, lambda work, part: [work(part[:20], 0), work(part[20:], 20)]), (1, whole)):
+        monkeypatch.setattr(coco, "together", lambda kit: pieces)
+        monkeypatch.setattr(coco.scale, "divided", divided)
+        found.append(coco.judge(kit, items, features, seed=1))
+        assert seen == [100003 + k for k in range(50) if k % 7 != 3]
+        seen.clear()
+    assert all(other == found[0] for other in found) and [answer for answer, _ in found[0][1]] == [str(k) for k in range(50) if k % 7 != 3]
 
 
 def test_judge_looks_before_it_draws(monkeypatch, kit):
@@ -187,7 +215,7 @@ def test_judge_looks_before_it_draws(monkeypatch, kit):
     absent = lambda: sources.open_picture("absent.png", 32)
     for text, message in (("a purple circle", "'purple'"), ("a red circle " * 4, "31 positions"), ("a circle", "absent.png")):
         with pytest.raises(UserError, match=message):
-            coco.judge(kit, [(absent, [text])] * 5, None)
+            coco.judge(kit, [(absent, [text])] * 5, lambda pixels: torch.zeros(2, 2))
 
 
 def test_geneval_folders(monkeypatch, kit, tmp_path):
@@ -196,7 +224,7 @@ def test_geneval_folders(monkeypatch, kit, tmp_path):
     lines = [json.dumps({"tag": "colors", "include": [], "prompt": text}) for text in ("a red circle", "a square")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     drawn = []
-    monkeypatch.setattr(sample, "draw", lambda kit, texts, seed, first, **_: drawn.append(texts) or np.full((len(texts), 8, 8, 3), len(texts[0]), np.uint8))
+    monkeypatch.setattr(sample, "draw", lambda kit, texts, seed, first=0, **_: drawn.append(texts) or np.full((len(texts), 8, 8, 3), len(texts[0]), np.uint8))
     assert coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out") == 2
     assert drawn == [["a red circle"] * 4, ["a square"] * 4]
     for k, text in enumerate(("a red circle", "a square")):
@@ -205,7 +233,15 @@ def test_geneval_folders(monkeypatch, kit, tmp_path):
         assert [np.array(Image.open(folder / f"samples/000{j}.png"))[0, 0, 0] for j in range(4)] == [len(text)] * 4
     (tmp_path / "out/00001/metadata.jsonl").unlink()
     coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out")
-    assert drawn[2:] == [["a square"] * 4]
+    (tmp_path / "metadata.jsonl").write_text("\n".join([lines[0], lines[1].replace("square", "cross")]))      # another set of prompts
+    coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out")
+    assert drawn[2:] == [["a square"] * 4, ["a cross"] * 4]
+    with pytest.raises(UserError, match="of another|name another --out"):
+        coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out", guidance=5.0)
+    kit.model.head.weight = torch.ones(3)               # another checkpoint
+    with pytest.raises(UserError, match="name another --out"):
+        coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out")
+    kit.model.head.weight = torch.zeros(3)
     (tmp_path / "metadata.jsonl").write_text('{"tag": "colors"}')
     with pytest.raises(UserError, match="metadata.jsonl is not GenEval's"):
         coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out")
@@ -217,5 +253,22 @@ def test_the_command_line(tmp_path, folder, capsys):
     for pictures in (str(folder), "scenes"):
         found = coco.main([pictures, *few])
         said = capsys.readouterr().out
-        assert json.loads((tmp_path / "numbers.json").read_text()) == found and f"CIDEr {found['cider']:.1f} (n = " in said
-        assert "it says: " in said and "FID" not in said and found["distance"] > 0
+        assert json.loads((tmp_path / "numbers.json").read_text()) == found and f"CIDEr {found['cider']:.1f} (" in said and "n = 8" in said
+        assert "it says: " in said and "FID" not in said and found["distance"] > 0 and "unreliable" in said
+    coco.main([])
+    assert "Fréchet distance" in capsys.readouterr().out
+
+
+def test_a_grey_vae_has_features(tmp_path):
+    """Catches three channels given to a VAE of one."""
+    vae = coco.vae_module.VAE(coco.vae_module.VAEConfig(image_channels=1, channels=4, multipliers=(1, 1, 1), z=2))
+    coco.vae_module.save(tmp_path / "grey.pt", coco.vae_module.pack_vae(vae))
+    assert coco.vae_features(tmp_path / "grey.pt", "cpu")(np.zeros((3, 32, 32, 3), np.uint8)).shape == (3, 2 * 8 * 8)
+
+
+def test_how_many_at_a_time(make_model):
+    """Catches 64 rows of a 7B's keys and values: 275 GB."""
+    kit = lambda **shape: SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(**shape), words=torch.nn.Embedding(1, 1)))
+    assert coco.together(kit(layers=4, width=128, patches=16)) == 64
+    many = coco.together(kit(layers=32, width=4096, patches=256))
+    assert 1 <= many < 8 and many * 3 * 2 * 32 * 4096 * 356 * 4 <= 2 ** 32

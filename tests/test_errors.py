@@ -291,6 +291,7 @@ def test_vae_and_evaluate(capsys, monkeypatch, tmp_path, shelf, program, argumen
     ("coco.py", ["SHELF/good.png"], ["good.png/captions.jsonl"]),
     ("coco.py", ["absent.jsonl"], ["absent.jsonl", "GenEval"]),
     ("coco.py", ["scenes", "--limit", "3"], ["--limit"]),
+    ("coco.py", ["metadata.jsonl", "--clip", "clip"], ["its own script", "--clip"]),
     ("coco.py", ["scenes", "--limit", "8", "--sampler", "euler"], ["euler", "ddpm"]),
     ("coco.py", ["scenes", "--limit", "8", "--inception", "SHELF/text.pt"], ["text.pt", "inception-2015-12-05.pt"]),
     ("coco.py", ["scenes", "--limit", "8", "--vae", "SHELF/text.pt"], ["text.pt"]),

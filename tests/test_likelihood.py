@@ -69,6 +69,8 @@ def test_a_long_context_loses_its_beginning(kit):
     context, answer = (some_requests(1, 99, seed=3)[0][0] * 9)[:40], [7, 8, 9]
     assert likelihood.log_likelihood(kit, [(context, answer)])[0][0] == pytest.approx(slowly(kit, context[-16:], answer), abs=1e-4)
     assert likelihood.log_likelihood(kit, [([], [7] * 19)])[0][0] == pytest.approx(slowly(kit, [], [7] * 19), abs=1e-4)
+    with pytest.raises(UserError, match="a continuation is empty"):
+        likelihood.log_likelihood(kit, [([8], [9]), ([8], [])])
     with pytest.raises(UserError, match="continuation of 20 tokens.*context of 20"):
         likelihood.log_likelihood(kit, [([], [7] * 20)])
 
@@ -111,6 +113,21 @@ def test_split_where_the_context_ends():
     assert likelihood.split(WORDS, "A b", " C") == (WORDS.encode("a b"), WORDS.encode("c"))          # whole words: lower case
 
 
+def test_split_is_lm_evaluation_harness():
+    """As the library cuts; but where a piece reaches over the cut, it scores nothing or loses a piece, and we score that piece."""
+    TemplateLM = pytest.importorskip("lm_eval.api.model").TemplateLM
+    theirs = type("Theirs", (TemplateLM,), {name: None for name in TemplateLM.__abstractmethods__})()
+    theirs.tok_encode, theirs.backend = lambda text, **_: Joining().encode(text), "causal"
+    same = 0
+    for context in ("a", "a b", "a ", "b c", "a c  "):
+        for answer in (" b", "b", " b c", "c", " c b"):
+            before, after = theirs._encode_pair(context, answer)
+            if after and before + after == Joining().encode(context + answer):
+                same += 1
+                assert likelihood.split(Joining(), context, answer) == (before, after), (context, answer)
+    assert same > 15
+
+
 def test_ranked(kit, monkeypatch):
     """Catches answers ranked across questions, the lowest taken, or the sum and the mean per character given for one another."""
     scores = {" a": -1.0, " b": -2.0, " a a a": -2.4, " c": -0.5, " d d": -1.4}
@@ -118,9 +135,9 @@ def test_ranked(kit, monkeypatch):
     monkeypatch.setattr(likelihood, "log_likelihood", lambda kit, requests, progress: [(scores[a], False) for _, a in requests])
     questions = [("x", ["a", "b"], 0), ("y", ["b", "a a a", "a"], 2), ("z", ["c", "d d"], 1)]
     # sums: a; a; c (wrong). Per character: a; "a a a" (-0.48 against -2 and -1: wrong); "d d" (-0.47 against -0.5)
-    assert likelihood.ranked(kit, questions) == {"accuracy": pytest.approx(2 / 3), "normed": pytest.approx(2 / 3), "n": 3,
+    assert likelihood.ranked(kit, questions) == {"acc": pytest.approx(2 / 3), "acc_norm": pytest.approx(2 / 3), "n": 3,
                                                  "chance": pytest.approx((1 / 2 + 1 / 3 + 1 / 2) / 3)}
-    assert likelihood.ranked(kit, questions[1:2])["normed"] == 0 and likelihood.ranked(kit, questions[2:])["accuracy"] == 0
+    assert likelihood.ranked(kit, questions[1:2])["acc_norm"] == 0 and likelihood.ranked(kit, questions[2:])["acc"] == 0
 
 
 def test_the_worlds_questions_have_one_right_answer():
@@ -146,10 +163,15 @@ def test_ours_is_lm_evaluation_harness(kit, tmp_path):
         f"task: ours\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/questions.jsonl}}, cache_dir: {tmp_path}/cache}}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{context}}'\ndoc_to_choice: choices\ndoc_to_target: answer\n"
         "metric_list: [{metric: acc}, {metric: acc_norm}]\n")
-    theirs = likelihood.suite(kit, ["ours"], task_manager=TaskManager(include_path=str(tmp_path)), bootstrap_iters=0)["ours"]
+    manager = TaskManager(include_path=str(tmp_path))
+    found = likelihood.suite(kit, ["ours"], task_manager=manager, bootstrap_iters=0)
+    theirs = found["ours"]
+    assert found["mean"]["acc"] == theirs["acc,none"]
+    with pytest.raises(UserError, match="has no task 'theirs'"):
+        likelihood.suite(kit, ["ours", "theirs"], task_manager=manager)
     ours = likelihood.ranked(kit, likelihood.read_questions(str(tmp_path / "questions.jsonl"), 30))
-    assert (theirs["acc,none"], theirs["acc_norm,none"]) == (ours["accuracy"], ours["normed"])
-    assert 0.05 < ours["accuracy"] < 0.9 and ours["accuracy"] != ours["normed"]     # or the questions tell nothing
+    assert (theirs["acc,none"], theirs["acc_norm,none"]) == (ours["acc"], ours["acc_norm"])
+    assert 0.05 < ours["acc"] < 0.9 and ours["acc"] != ours["acc_norm"]     # or the questions tell nothing
 
 
 def test_two_processes_are_one(tmp_path):
@@ -160,7 +182,7 @@ def test_two_processes_are_one(tmp_path):
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *line, tmp_path / "two.json"],
                    cwd=HOME, env=env, check=True, timeout=300)
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
-    assert one == two and one["accuracy"] == 1 and one["n"] == 9        # the shipped model knows them
+    assert one == two and one["acc"] == 1 and one["n"] == 9        # the shipped model knows them
 
 
 def test_texts_of_files(tmp_path):
@@ -174,7 +196,7 @@ def test_texts_of_files(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["", "{}", '{"context": "a", "choices": ["b"], "answer": 0}', '{"context": "a", "choices": ["b", "c"], "answer": 2}',
-                                  '{"context": "a", "choices": ["b", "c"], "answer": true}', '{"context": "a", "choices": ["b", ""], "answer": 0}'])
+                                  '{"context": "a", "choices": ["b", "c"], "answer": true}', '{"context": "a", "choices": ["b", "  "], "answer": 0}', '{"context": "a", "choices": ["b", ""], "answer": 0}'])
 def test_questions_that_are_none(tmp_path, line):
     """Catches a traceback, or an answer that does not exist taken for a wrong one."""
     (tmp_path / "q.jsonl").write_text(line)

@@ -236,7 +236,7 @@ def test_the_model_switches_modes_itself(make_kit, monkeypatch):
     kit = make_kit()
     script(monkeypatch, "red circle <boi> and a square <boi> the", "blue", "<boi> the")
     decoders, real = [], Decoder.__init__
-    monkeypatch.setattr(Decoder, "__init__", lambda self, *a: decoders.append(self) or real(self, *a))
+    monkeypatch.setattr(Decoder, "__init__", lambda self, *a, **o: decoders.append(self) or real(self, *a, **o))
     documents = generate(kit, [["a"], ["the"], ["a red circle"]], max_pictures=2, steps=2)
     shown = [[part if isinstance(part, str) else tuple(part.shape) for part in document] for document in documents]
     assert shown == [["a red circle", (4, 4, 4), "and a square", (4, 4, 4), "the"], ["the blue"], ["a red circle", (4, 4, 4), "the"]]
@@ -530,6 +530,23 @@ def test_limits_of_open_documents(make_kit, max_words, max_pictures, context):
         full, opened = full + (len(row) >= context - 5), opened + (len(pictures) > given)
     assert full or context > 33
     assert (opened > 0) == (max_pictures > 0 and max_words > 0)
+
+
+@pytest.mark.parametrize("max_words, max_pictures, size", [(0, 1, 3 + 1 + 6 + 1), (5, 0, 3 + 5 + 1), (20, 3, 3 + 20 + 18 + 1), (99, 9, 64)])
+def test_the_cache_holds_what_may_come(make_kit, monkeypatch, max_words, max_pictures, size):
+    """A cache of the whole context, which at 4096 positions no GPU has room for; and one that is a position short: the same documents
+    as with the whole. The longest prompt is <bos> the red; P = 4."""
+    kit, sizes, made, real = make_kit(context=64), [], [], sample.Cache
+    monkeypatch.setattr(sample, "Cache", lambda config, B, S, like: sizes.append(S) or real(config, B, S, like))
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(sample, "decoder_of", lambda kit: lambda kit, prompts, draw_now, room: Decoder(kit, prompts, draw_now))
+        made.append(generate(kit, [["a"], [], ["the red"]] * 6, draw_now=not max_words, max_words=max_words, max_pictures=max_pictures,
+                             temperature=1.0, steps=2, seed=3))
+    assert sizes == [size, 64]
+    for short, long in zip(*made):
+        assert parts_of(short) == parts_of(long)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(short, long) if not isinstance(a, str))
 
 
 @BOTH

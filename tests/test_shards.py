@@ -589,6 +589,8 @@ def test_pieces(pieces):
     assert words.words[: len(data.SPECIAL)] == list(data.SPECIAL)
     assert [words.words[k] for k in words.encode("a circle")][0].startswith("▁")
     again = shards.load_tokenizer(shards.dump_tokenizer(words))
+    with pytest.raises(UserError, match="capital letters"):             # or its ids would move without a word
+        shards.load_tokenizer([*data.SPECIAL, "Red", "red"])
     assert again.encode("a red circle") == words.encode("a red circle") and shards.fingerprint(again) == shards.fingerprint(words)
     for bad in (b"", b"garbage" * 9):
         with pytest.raises(UserError, match="not a SentencePiece model"):
