@@ -107,7 +107,7 @@ class Joining:
 def test_split_where_the_context_ends():
     """Catches a continuation that is encoded alone: its first piece would be one that never follows its context."""
     assert likelihood.split(Joining(), "a", " b c") == ([5], [0])
-    assert likelihood.split(Joining(), "a ", "b") == ([5], [1])         # the space belongs to what follows
+    assert likelihood.split(Joining(), "a  ", "b") == ([5], [6, 1])     # the spaces belong to what follows
     assert likelihood.split(Joining(), "a b", " c") == ([5], [0])       # nothing left to score: the joined piece
     assert likelihood.split(Joining(), "a c", " b") == ([5, 2], [1])
     assert likelihood.split(WORDS, "A b", " C") == (WORDS.encode("a b"), WORDS.encode("c"))          # whole words: lower case
