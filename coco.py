@@ -296,7 +296,8 @@ def main(argv=None):
         raise UserError(f"{args.checkpoint} is a llama: it knows words only")
     if prompts:
         count = geneval(kit, args.pictures, args.out, limit=args.limit, **drawing)
-        print(f"{count} prompts in {args.out}: judge them with GenEval's evaluation/evaluate_images.py")
+        if scale.rank() == 0:
+            print(f"{count} prompts in {args.out}: judge them with GenEval's evaluation/evaluate_images.py")
         return count
     size = kit.model.config.latent[1] * kit.vae.f
     items = (draw_scenes(scenes.WORLDS[args.world], size, args.limit, args.seed) if args.pictures == "scenes" else

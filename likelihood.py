@@ -40,8 +40,9 @@ TOGETHER = 8192                                         # tokens of one forward:
 
 
 def split(words, context, continuation):
-    """(ids of the context, ids of the continuation, one at least unless there is nothing in it). TRAP: a tokenizer of pieces may join the last letters of the one
-    and the first of the other, so both are encoded together and cut where the context alone, without spaces at its end, ends."""
+    """(ids of the context, ids of the continuation: at least one, unless there is nothing in it). TRAP: a tokenizer of pieces may
+    join the last letters of the one and the first of the other, so both are encoded together and cut where the context alone,
+    without spaces at its end, ends."""
     whole, first = words.encode(context + continuation), len(words.encode(context.rstrip()))
     first = min(first, len(whole) - bool(continuation.strip()))
     return whole[:first], whole[first:]
@@ -55,7 +56,6 @@ def log_likelihood(kit, requests, progress=False):
     room = kit.model.config.context - 1                 # beside <bos>
     if long := [len(answer) for _, answer in requests if len(answer) > room]:
         raise UserError(f"a continuation of {max(long)} tokens does not fit in this model's context of {room + 1}, with <bos>")
-
     if not all(answer for _, answer in requests):
         raise UserError("a continuation is empty: its probability would be 1, the highest there is")
 
