@@ -38,8 +38,8 @@ def seen_by(model, document, codes=None, first=None):
     if model == "transfusion":
         return document
     if model == "llama":
-        texts = [part for part in document if isinstance(part, (str, list)) or part[0] == "dropped"]
-        return [part[1] if isinstance(part, tuple) else part for part in texts]     # nothing to guide: no caption is dropped
+        return [part[1] if isinstance(part, tuple) else part for part in document   # nothing to guide: no caption is dropped
+                if isinstance(part, (str, list)) or part[0] == "dropped"]
     return [[BOI, *(codes[part[1]].flatten() + first).tolist(), EOI] if part[0] == "image" else part for part in document]
 
 
@@ -101,10 +101,10 @@ def code_gap(model, words, captions, codes):
     means, first, device = [], len(words), next(model.parameters()).device
     for texts in (captions, data.wrong_captions(captions)):
         rows, nats = [data.lay_out(seen_by("chameleon", [text, ("image", k, 0)], codes, first), words, 0) for k, text in enumerate(texts)], []
-        for k in range(0, len(rows), 8):                # at full size the logits of eight take 1.6 GB
+        for k in range(0, len(rows), 8):                # at full size the logits of eight take about 4 GB, as they are computed
             batch = data.pack(rows[k: k + 8], max(len(row.tokens) for row in rows[k: k + 8])).to(device)
-            none = torch.zeros(0, *model.config.latent, device=device)
-            logits, _ = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, none, batch.images)
+            none, no_t = torch.zeros(0, *model.config.latent, device=device), torch.zeros(0, dtype=torch.long, device=device)
+            logits, _ = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, none, no_t)
             following = batch.tokens.roll(-1, 1)[batch.learn]
             nats.append(F.cross_entropy(logits.float(), following, reduction="none")[following >= first])
         means.append(torch.cat(nats).mean().item())

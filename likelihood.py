@@ -69,8 +69,9 @@ def log_likelihood(kit, requests, progress=False):
             packed = [data.Sequence(tokens, [-1] * len(tokens), [k >= len(tokens) - n - 1 for k in range(len(tokens) - 1)] + [False])
                       for tokens, n in (rows[k] for k in now)]
             batch = data.to_batch([[row] for row in packed], longest).to(device_of(kit.model))
-            none = torch.zeros(0, *kit.model.config.latent, device=batch.tokens.device)          # pictures: there are none
-            logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, none, batch.images)
+            none = torch.zeros(0, *kit.model.config.latent, device=batch.tokens.device)          # pictures: there are none,
+            no_t = torch.zeros(0, dtype=torch.long, device=batch.tokens.device)                  # so no noise
+            logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, none, no_t)
             right = batch.tokens.roll(-1, 1)[batch.learn]
             nats = F.cross_entropy(logits.float(), right, reduction="none").split([rows[k][1] for k in now])
             greedy = (logits.argmax(-1) == right).split([rows[k][1] for k in now])

@@ -146,9 +146,10 @@ def memory(model, gpus, rows=1, checkpointing=True, ema=False, number=2, patches
         lines.append(("activations of the patch encoder", pictures * encoder_costs(config)[1],
                       f"counted per picture, for {pictures:.1f} pictures, the most that fit"))
     # Two moments compete: the loss, with logits that autograd holds in fp32 three times over; and a block's backward pass.
-    loss = positions * V * 12 + number * V * D
+    copies = 5 if config.stable else 3                  # the denominator loss keeps the logits, and has a gradient of its own
+    loss = positions * V * 4 * copies + number * V * D
     backward = 3 * number * block + 4 * block + positions * 3 * hidden * number + (one if checkpointing else 0)
-    lines.append(("at the worst moment: the loss", loss, "head; logits, log-softmax, its gradient: rows x T x V x 3 x 4 bytes")
+    lines.append(("at the worst moment: the loss", loss, f"head; logits, log-softmax, its gradient{', the denominator loss' * config.stable}: rows x T x V x {copies} x 4 bytes")
                  if loss > backward else
                  ("at the worst moment: a block's backward", backward, "two blocks gathered, two gradients (2 + 4 bytes), "
                   "MLP gradients" + (", activations again" if checkpointing else "")))
@@ -164,7 +165,8 @@ def at_rest(model, gpus, ema=False):
 def dry_run(config, gpus, share, device):
     """The lines of the plan of a train.Config. Raises UserError for the toys and for what cannot be run."""
     if config.size not in PAPER_SIZES:
-        raise UserError(f"--dry-run plans the paper's sizes, {', '.join(PAPER_SIZES)}; {config.size!r} is a toy: run it")
+        raise UserError(f"--dry-run plans the paper's sizes, {', '.join(PAPER_SIZES)}, not {config.size!r}: name one with --preset, e.g. "
+                        f"--preset 0.76b, 0.76b-chameleon or 0.76b-llama; a toy is better run")
     codes = (config.codes or PAPER_CODES) * (config.model == "chameleon")
     model = paper_model(config.size, config.encoder, 1 if codes else config.patch, config.seq_len, codes, config.stable)
     return describe(model, config.documents, config.accumulate, config.steps, gpus, share, device, config.ema > 0, config.shard, config.model)

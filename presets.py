@@ -30,7 +30,8 @@ def option(default, help, choices=None):
 @dataclass
 class Config:
     """Every number of a run. The defaults are the paper's process at toy size; PRESETS change numbers, not code."""
-    model: str = option("transfusion", "Transfusion, or a rival: pictures as codes, or no pictures (§4.1, Table 2)", MODELS)
+    model: str = option("transfusion", "Transfusion, or a rival: pictures as codes, or no pictures (§4.1, Table 2); at the paper's sizes "
+                        "take --preset 0.76b-chameleon, 0.76b-llama, which set what belongs to it", MODELS)
     data: str = option("scenes", "what to learn from", ("scenes", "mnist", "folder", "edits", "shards"))
     data_dir: str = option("", "folder of MNIST idx files, of pictures with captions.jsonl, of edits.jsonl, or of shards")
     init: str = option("", "fine-tune this model.pt: its shape, words, VAE and diffusion are kept (§4.5)")
@@ -100,8 +101,9 @@ PAPER = dict(data="shards", seq_len=4096, documents=1, accumulate=512, steps=250
              ema=0.9999, save_every=1000, gap_every=1000, sample_steps=250, guidance=5.0)
 PRESETS |= {size: dict(PAPER, size=size) for size in PAPER_SIZES}
 PRESETS["7b"] = dict(PAPER, size="7b", accumulate=1024, steps=500000, checkpointing=True)       # the flagship: 4M, 500k
-# Paper §4.1, §4.2: the rivals have as much text; a Llama, which reads nothing else, has it in half of the steps.
-RIVALS = {"chameleon": dict(model="chameleon", stable=True, lr=1e-4), "llama": dict(model="llama", steps=125000)}
+# Paper §4.1, Table 2 ("Batch"): a Llama's steps have the 1M text tokens of the others' 2M. Its third row is --preset 0.76b-llama
+# --stable. The 7B of Table 1 is --preset 7b --accumulate 512 --steps 250000: as long as its rivals here, a quarter of the flagship.
+RIVALS = {"chameleon": dict(model="chameleon", stable=True, lr=1e-4), "llama": dict(model="llama", accumulate=256)}
 PRESETS |= {f"{size}-{rival}": dict(PAPER, size=size, checkpointing=size == "7b") | RIVALS[rival] for size in PAPER_SIZES for rival in RIVALS}
 AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_steps", "guidance", "sampler",
               "checkpointing", "compile", "shard"}      # may change on resume (and see train.check_config)
@@ -144,6 +146,10 @@ def parse_arguments(argv=None):
     if config.model != MODELS[0] and (config.data == "edits" or config.model == "llama" and config.data in ("mnist", "folder")):
         raise data.UserError(f"--model {config.model} learns from scenes{'' if config.model == 'llama' else ', mnist, a folder'} or shards; "
                              f"the rest is for Transfusion")
+    if config.model != MODELS[0] and config.encoder != "linear":
+        raise data.UserError(f"--encoder {config.encoder} is Transfusion's: a {config.model} has no patches")
+    if config.data != "scenes" and "text_share" not in given:
+        config.text_share = -1.0                        # of the preset: the toy's
     if config.text_share > 1 or (given.get("text_share", 0) > 0 and config.data != "scenes"):
         raise data.UserError(f"--text-share must be at most 1, and is for --data scenes, got {config.text_share}")
     if config.codes == 1 or config.codes < 0 or (config.codes and config.model != "chameleon"):

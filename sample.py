@@ -223,7 +223,7 @@ def generate(kit, prompts, draw_now=False, max_words=64, max_pictures=1, seed=0,
     options: temperature, top_p (see `choose`), steps, sampler, guidance, over. watch: called with every Event.
     seed: an int, or one per row. Noise and words of a row come from its own generator, so that a row does not depend on
     its neighbours in the batch. first: the number of the first row, where these are a part of a longer list."""
-    decoder = decoder_of(kit)(kit, prompts, draw_now, room=max_words + max_pictures * (kit.model.config.patches + 2) + 1)
+    decoder = decoder_of(kit)(kit, prompts, draw_now, room=max_words + max(max_pictures, draw_now) * (kit.model.config.patches + 2) + 1)
     seeds = seed if isinstance(seed, list) else [seed * 100003 + first + b for b in range(len(prompts))]
     steps = options.get("steps", 250) + 1 if kit.kind == "transfusion" else kit.model.config.patches       # or code by code
     bar = tqdm(total=steps, desc="drawing", disable=not progress, leave=False)

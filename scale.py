@@ -114,6 +114,7 @@ def stop():
     Joining the threads does not help: they live as long as the mesh, which DTensor's caches keep."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        patient.cache_clear()
         time.sleep(0.1)
 
 
@@ -155,7 +156,7 @@ def total(numbers):
 @functools.cache
 def patient():
     """A process group for work of hours. TRAP: the default group gives up after half an hour, also when a rank is merely slower."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 def divided(work, items):

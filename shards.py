@@ -91,7 +91,8 @@ def load_tokenizer(kept):
         return Pieces(kept)
     words = data.Words(kept)
     if len(words) != len({*SPECIAL, *kept}) or set(words.words) != {*SPECIAL, *kept}:
-        raise UserError("this tokenizer has words with capital letters, which an earlier version of this program told apart: train anew")
+        raise UserError("this tokenizer has words with capital letters: write those of a tokenizer.json in lower case; a checkpoint that has "
+                        "them comes from an earlier version of this program, train it anew")
     return words
 
 
@@ -244,7 +245,7 @@ class Shards:
     def batch(self, seed, step, micro, rows, micros=1, see=lambda document, pictures: document):
         """data.Batch of B = rows rows, with the latents' means, a pure function of the arguments. micros: how many
         micro-batches a step has in all, over all ranks; micro: which of them this is. see: what a model reads in place of a
-        document, given the row's latents or codes (chameleon.seen_by)."""
+        document, given the row's latents or codes (chameleon.seen_by): this file need not know the rivals."""
         drawn = [self.row(seed, (step * micros + micro) * rows + b) for b in range(rows)]
         batch = data.to_batch([[data.lay_out(see(document, latents), self.words, self.patches) for document in documents]
                                for documents, latents in drawn], self.settings["seq_len"])
@@ -267,9 +268,12 @@ class Shards:
                 option = "--" + name.replace("_", "-")
                 raise UserError(f"the shards of {self.folder} were packed with {option} {self.settings[name]}, but here it is "
                                 f"{value}: give {option} {self.settings[name]}, or pack them again")
-        if not self.held:
+        if self.share == 2 ** 32 and self.rows["pairs"]:                # a Llama's: no gap is measured
+            if not self.rows["text"]:
+                raise UserError(f"{self.folder} has no text, and a Llama reads nothing else: pack some with --text")
+        elif not self.held:
             raise UserError(f"{self.folder} has {self.rows['pairs']} rows of pairs; training needs at least ten, to keep a "
-                            f"tenth (16 at most) for the conditioning gap: pack more with --pairs")
+                            f"tenth (16 at most) for the conditioning gap, or, a Llama, to be compared with a Transfusion on the same folder: pack more with --pairs")
 
     def must_be_of(self, path, words, vae, mine):
         """Raise UserError if the words or the VAE of a checkpoint, read from `path`, are not those of the shards. mine: the

@@ -107,18 +107,23 @@ def prepare(config, out, ranks=None, resume=False):
         raise data.UserError(f"{config.init} is a {start.kind}, not a {config.model}: --model must be what the checkpoint is")
     if config.data == "shards":                         # tokens and latents are ready, whatever their number
         documents = Shards(config.data_dir or "packed", **noise, text_only=config.model == "llama")
+        if config.model == "transfusion" and documents.codes:
+            raise data.UserError(f"the shards of {documents.folder} hold codes, which are for --model chameleon: pack latents, with the --vae "
+                                 f"of a VAE")
+        if coded and not documents.codes:
+            raise data.UserError(f"the shards of {documents.folder} hold latents, which are for Transfusion: pack codes, with the --vae of a "
+                                 f"VQ-VAE (train_vae.py --codes)")
+        if coded and config.codes not in (0, documents.codes):
+            raise data.UserError(f"the shards of {documents.folder} hold {documents.codes} codes, not {config.codes}: leave --codes out")
         documents.must_have(seq_len=config.seq_len, **({"patch": config.patch} if config.model == "transfusion" else {}))
-        if config.model != "llama" and (coded != bool(documents.codes) or config.codes not in (0, documents.codes)):
-            raise data.UserError(f"the shards of {documents.folder} hold {f'{documents.codes} codes' if documents.codes else 'latents'}, which "
-                                 f"{'these options do' if coded else 'Transfusion does'} not fit: pack them with the --vae of a "
-                                 f"{'VQ-VAE (train_vae.py --codes)' if coded else 'VAE'}, or choose another --model")
         words, vae, latent = documents.words, documents.vae(config.vae), tuple(documents.settings["latent"])
         if start:
             documents.must_be_of(config.init, start.words, start.vae, vae)
         if resume:
             check_shards(documents, out)
         vae.to(ranks.device)
-        return assemble(config, ranks, shape_of(config, len(words) + documents.codes * coded, latent, start), start, words, vae, diffusion, documents, None)
+        shape = shape_of(config, len(words) + documents.codes * coded, latent, start)
+        return assemble(config, ranks, shape, start, words, vae, diffusion, documents, None)
     pairs = load_source(config)
     words, side, channels = start.words if start else data.Words(pairs.vocabulary()), *pairs.pixels.shape[2:]
     words.encode(" ".join(sorted(pairs.vocabulary())))  # a word that --init does not know: say so now
@@ -308,7 +313,7 @@ def fit(run, out, test):
                     log.append({**row, "seconds_left": round(left)})
                     with open(log_path, "a") as file:
                         file.write(json.dumps(log[-1]) + "\n")
-                    bar.set_postfix(lm=f"{row['lm']:.3f}", diff=f"{row['diffusion'] or 0:.3f}",
+                    bar.set_postfix(lm=f"{row['lm']:.3f}", diff="-" if row["diffusion"] is None else f"{row['diffusion']:.3f}",
                                     mfu="-" if row["mfu"] is None else f"{row['mfu']:.1%}",
                                     gap=next((f"{r['gap']:.3f}" for r in reversed(log) if "gap" in r), "-"))
                 window, began = [], time.time()

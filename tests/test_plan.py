@@ -182,7 +182,11 @@ def test_dry_run_of_the_rivals(capsys):
     assert "no pictures" in text and "0.262T tokens" in text and "activations of the patch encoder" not in text and "codes" not in text
     chameleon, llama = (train.parse_arguments(["--preset", f"0.37b-{rival}"])[0] for rival in ("chameleon", "llama"))
     assert (chameleon.model, chameleon.stable, chameleon.lr, chameleon.steps) == ("chameleon", True, 1e-4, 250000)
-    assert (llama.model, llama.stable, llama.lr, llama.steps) == ("llama", False, 3e-4, 125000)      # as much text, and nothing else
+    assert (llama.model, llama.stable, llama.lr, llama.steps) == ("llama", False, 3e-4, 250000)
+    assert 2 * llama.accumulate == chameleon.accumulate == 512          # Table 2: as much text a step, and nothing else
+    plain, stable = (dict((what, size) for what, size, _ in plan.memory(paper_model("0.76b", stable=s), 64))["at the worst moment: the loss"]
+                     for s in (False, True))
+    assert stable - plain == 2 * 4 * 4096 * 32007                       # kept by the denominator loss, and its gradient
 
 
 @pytest.mark.parametrize("size", PAPER_SIZES)
@@ -198,7 +202,7 @@ def test_presets_are_the_papers_budget(size):
 
 
 @pytest.mark.parametrize("options, words", [
-    (["--preset", "scenes"], "'toy' is a toy"), (["--gpus", "0"], "--gpus must be at least 1"), (["--gpus", "500"], "divides"),
+    (["--preset", "scenes"], "not 'toy': name one with --preset"), (["--gpus", "0"], "--gpus must be at least 1"), (["--gpus", "500"], "divides"),
     (["--gpus", "512", "--shard", "7"], "--shard 7 must divide --gpus 512"), (["--gpus", "8", "--shard", "16"], "must divide"),
     (["--gpus", "2048"], "divides"), (["--mfu", "46"], "--mfu above 0 and at most 1"), (["--mfu", "0"], "--mfu"),
     (["--device", "abacus"], "choose one of B200"), (["--patch", "3"], "cannot be cut into 3x3"),

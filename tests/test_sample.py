@@ -532,8 +532,9 @@ def test_limits_of_open_documents(make_kit, max_words, max_pictures, context):
     assert (opened > 0) == (max_pictures > 0 and max_words > 0)
 
 
-@pytest.mark.parametrize("max_words, max_pictures, size", [(0, 1, 3 + 1 + 6 + 1), (5, 0, 3 + 5 + 1), (20, 3, 3 + 20 + 18 + 1), (99, 9, 64)])
-def test_the_cache_holds_what_may_come(make_kit, monkeypatch, max_words, max_pictures, size):
+@pytest.mark.parametrize("draw_now, max_words, max_pictures, size", [
+    (True, 0, 1, 4 + 6 + 1), (True, 3, 0, 4 + 3 + 6 + 1), (False, 5, 0, 3 + 5 + 1), (True, 20, 3, 4 + 20 + 18 + 1), (False, 99, 9, 64)])
+def test_the_cache_holds_what_may_come(make_kit, monkeypatch, draw_now, max_words, max_pictures, size):
     """A cache of the whole context, which at 4096 positions no GPU has room for; and one that is a position short: the same documents
     as with the whole. The longest prompt is <bos> the red; P = 4."""
     kit, sizes, made, real = make_kit(context=64), [], [], sample.Cache
@@ -541,7 +542,7 @@ def test_the_cache_holds_what_may_come(make_kit, monkeypatch, max_words, max_pic
     for whole in (False, True):
         if whole:
             monkeypatch.setattr(sample, "decoder_of", lambda kit: lambda kit, prompts, draw_now, room: Decoder(kit, prompts, draw_now))
-        made.append(generate(kit, [["a"], [], ["the red"]] * 6, draw_now=not max_words, max_words=max_words, max_pictures=max_pictures,
+        made.append(generate(kit, [["a"], [], ["the red"]] * 6, draw_now=draw_now, max_words=max_words, max_pictures=max_pictures,
                              temperature=1.0, steps=2, seed=3))
     assert sizes == [size, 64]
     for short, long in zip(*made):

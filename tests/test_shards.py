@@ -727,7 +727,7 @@ def test_a_chameleon_reads_codes(coded, tmp_path, monkeypatch):
     monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
     options = dict(model="chameleon", patch=1, seq_len=160, lr=1e-3)
     run = train.prepare(train.parse_arguments(training(coded, tmp_path / "run", **options))[0], tmp_path / "run")
-    V, stored, dropped, several = len(run.words), collections.defaultdict(set), 0, 0
+    V, stored, dropped, several, checked = len(run.words), collections.defaultdict(set), 0, 0, 0
     for documents, pictures in all_rows(run.documents, "pairs"):
         for part, codes in zip(itertools.chain(*documents), pictures):
             stored[tuple(part)].add(tuple((codes.flatten() + V).tolist()))
@@ -739,16 +739,16 @@ def test_a_chameleon_reads_codes(coded, tmp_path, monkeypatch):
             ids = list(ids)
             text, codes = text + sum(k < V for k in ids), codes + sum(k >= V for k in ids)
             starts = [k for k, token in enumerate(ids) if token == data.BOI]
-            several += len(starts) > 1
+            fences = [k for k, token in enumerate(ids) if token in (data.BOS, data.BOI, data.EOI, data.EOS)] + [len(ids)]
             for k in starts:
                 assert ids[k + 65] == data.EOI
-                before, after = ids[:k], ids[k + 66:]
-                words = [w for w in (before[-3:] if before != [data.BOS] else after[:3]) if w >= len(data.SPECIAL)]
-                dropped += data.DROP in before[-3:]
-                if words and len(starts) == 1:
-                    caption = next(c for c in stored if list(c) in ([w for w in before if w >= len(data.SPECIAL)], after[:-1]))
-                    assert tuple(ids[k + 1: k + 65]) in stored[caption]
-    assert text / codes == pytest.approx(1, abs=0.15) and dropped > 5
+                end = fences.index(k + 65)              # BOS or EOI, words, BOI, codes, EOI, words, BOI or EOS
+                words = ids[fences[end + 0] + 1: fences[end + 1]] if ids[1] == data.BOI else ids[fences[end - 2] + 1: k]
+                dropped += data.DROP in words
+                if data.DROP not in words:
+                    assert tuple(ids[k + 1: k + 65]) in stored[tuple(words)]
+                    checked, several = checked + 1, several + (len(starts) > 1)
+    assert text / codes == pytest.approx(1, abs=0.15) and dropped > 5 and checked > 100 and several > 5
 
 
 def test_the_rivals_learn_from_shards(coded, packed, tmp_path, monkeypatch, capsys):
@@ -768,14 +768,17 @@ def test_the_rivals_learn_from_shards(coded, packed, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("folder, options, words", [
-    ("coded", dict(patch=1, seq_len=160), ["19 codes", "Transfusion", "VAE"]),
+    ("coded", dict(seq_len=160), ["hold codes", "--model chameleon"]),
     ("packed", dict(model="chameleon"), ["latents", "VQ-VAE"]),
-    ("coded", dict(model="chameleon", patch=1, seq_len=160, codes=18), ["19 codes"])])
+    ("coded", dict(model="chameleon", seq_len=160, codes=18), ["19 codes, not 18"]),
+    ("pictures", dict(model="llama"), ["no text", "--text"])])
 def test_shards_of_another_kind(coded, packed, tmp_path, monkeypatch, folder, options, words):
     """Catches codes read as latents, latents as codes, and a vocabulary of another size."""
     monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
+    if folder == "pictures":
+        pack.main(command(packed / "vae.pt", tmp_path / "pictures", text=None))
     with pytest.raises(UserError) as mistake:
-        train.main(training({"coded": coded, "packed": packed}[folder], tmp_path / "run", **options))
+        train.main(training({"coded": coded, "packed": packed, "pictures": tmp_path / "pictures"}[folder], tmp_path / "run", **options))
     assert all(word in str(mistake.value) for word in words) and not (tmp_path / "run/model.pt").exists()
 
 
