@@ -290,6 +290,7 @@ def mistakes(tiny_vq):
         "a VAE without codes": (["--model", "chameleon", "--vae", str(data.ASSETS / "scenes_vae.pt")], "vqvae"),
         "a VQ-VAE for Transfusion": (["--vae", str(tiny_vq)], "'vae'"),
         "edits": (["--model", "llama", "--preset", "edit"], "learns from scenes"),
+        "patches that it has not": (["--model", "chameleon", "--encoder", "unet"], "is Transfusion's"),
         "init of another kind": (["--model", "chameleon", "--init", str(data.ASSETS / "scenes.pt")], "is a transfusion"),
         "codes that the file has not": (["--model", "chameleon", "--vae", str(tiny_vq), "--codes", "20"], "19 codes, not 20"),
         "codes for no one": (["--codes", "20"], "--model chameleon"),
