@@ -25,11 +25,11 @@ READ NEXT   experiments.py, which compares them        TRY IT  python chameleon.
 """
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
 import sample
 from data import BOI, EOI, PATCH
+from likelihood import log_likelihood
 
 
 def seen_by(model, document, codes=None, first=None):
@@ -94,21 +94,14 @@ class Decoder(sample.Decoder):
         self.advance()
 
 
-@torch.no_grad()
 def code_gap(model, words, captions, codes):
     """The conditioning gap of a Chameleon: nats per code with a wrong caption minus those with the right one.
-    captions: N str; codes: (N, h, w) int64. Compare evaluate.conditioning_gap."""
-    means, first, device = [], len(words), next(model.parameters()).device
+    captions: N str, or lists of ids; codes: (N, h, w) int64. Compare evaluate.conditioning_gap. Every rank must call it."""
+    spelled, told = (codes.flatten(1) + len(words)).tolist(), []
     for texts in (captions, data.wrong_captions(captions)):
-        rows, nats = [data.lay_out(seen_by("chameleon", [text, ("image", k, 0)], codes, first), words, 0) for k, text in enumerate(texts)], []
-        for k in range(0, len(rows), 8):                # at full size the logits of eight take about 4 GB, as they are computed
-            batch = data.pack(rows[k: k + 8], max(len(row.tokens) for row in rows[k: k + 8])).to(device)
-            none, no_t = torch.zeros(0, *model.config.latent, device=device), torch.zeros(0, dtype=torch.long, device=device)
-            logits, _ = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, none, no_t)
-            following = batch.tokens.roll(-1, 1)[batch.learn]
-            nats.append(F.cross_entropy(logits.float(), following, reduction="none")[following >= first])
-        means.append(torch.cat(nats).mean().item())
-    return means[1] - means[0]
+        ids = [text if isinstance(text, list) else words.encode(text) for text in texts]
+        told.append(sum(nats for nats, _ in log_likelihood(model, [(row + [BOI], picture) for row, picture in zip(ids, spelled)])))
+    return (told[0] - told[1]) / codes.numel()
 
 
 if __name__ == "__main__":

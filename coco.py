@@ -107,7 +107,8 @@ def load_clip(folder, device):
     except ImportError:
         raise UserError("CLIP score needs transformers: pip install transformers==5.23.0") from None
     try:
-        net, prepare = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device), CLIPProcessor.from_pretrained(folder, local_files_only=True)
+        net = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
+        prepare = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError):
         raise UserError(f"{folder} has no CLIP model: --clip must name a folder that transformers' save_pretrained wrote, such as "
                         f"a download of openai/clip-vit-base-patch32") from None

@@ -115,7 +115,7 @@ def deduction_nats(kit, n=500, seed=0):
     seconds = Counter(claim.objects[0] for _, claim in pairs)           # how many objects may stand second
     texts = [world.deduction(rng) for _ in range(n)]
     ids = [kit.words.encode(text) + [data.EOS] for text in texts]
-    total = -sum(found for found, _ in likelihood.log_likelihood(kit, [(row[:4], row[4:]) for row in ids]))       # "a red circle is"
+    total = -sum(found for found, _ in likelihood.log_likelihood(kit.model, [(row[:4], row[4:]) for row in ids]))       # "a red circle is"
     entropy = sum(np.log(len(scenes.RELATIONS) * seconds[tuple(text.split()[1:3])]) for text in texts)
     return (total - entropy) / sum(len(row) - 4 for row in ids)
 

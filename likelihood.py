@@ -49,11 +49,11 @@ def split(words, context, continuation):
 
 
 @torch.no_grad()
-def log_likelihood(kit, requests, progress=False):
+def log_likelihood(model, requests, progress=False):
     """[(ln p(continuation | <bos> context) in nats, whether every token of it is the likeliest)] of a list of requests, each two
-    lists of ids. Text only. Divided among the ranks: every one must call it. A context that is too long loses its beginning.
+    lists of ids; no pictures, but for a Chameleon's codes. Divided among the ranks: every one must call it. A context that is too long loses its beginning.
     Raises UserError for a continuation that is empty or does not fit in the model's context. eq. 1."""
-    room = kit.model.config.context - 1                 # beside <bos>
+    room = model.config.context - 1                     # beside <bos>
     if long := [len(answer) for _, answer in requests if len(answer) > room]:
         raise UserError(f"a continuation of {max(long)} tokens does not fit in this model's context of {room + 1}, with <bos>")
     if not all(answer for _, answer in requests):
@@ -68,10 +68,10 @@ def log_likelihood(kit, requests, progress=False):
             now, order = order[: max(1, TOGETHER // longest)], order[max(1, TOGETHER // longest):]
             packed = [data.Sequence(tokens, [-1] * len(tokens), [k >= len(tokens) - n - 1 for k in range(len(tokens) - 1)] + [False])
                       for tokens, n in (rows[k] for k in now)]
-            batch = data.to_batch([[row] for row in packed], longest).to(device_of(kit.model))
-            none = torch.zeros(0, *kit.model.config.latent, device=batch.tokens.device)          # pictures: there are none,
+            batch = data.to_batch([[row] for row in packed], longest).to(device_of(model))
+            none = torch.zeros(0, *model.config.latent, device=batch.tokens.device)              # pictures: there are none,
             no_t = torch.zeros(0, dtype=torch.long, device=batch.tokens.device)                  # so no noise
-            logits, _ = kit.model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, none, no_t)
+            logits, _ = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, none, no_t)
             right = batch.tokens.roll(-1, 1)[batch.learn]
             nats = F.cross_entropy(logits.float(), right, reduction="none").split([rows[k][1] for k in now])
             greedy = (logits.argmax(-1) == right).split([rows[k][1] for k in now])
@@ -84,21 +84,20 @@ def log_likelihood(kit, requests, progress=False):
 
 
 def perplexity(kit, texts, progress=False):
-    """{"perplexity", per token; "bits_per_byte", which does not depend on the tokenizer; "tokens"} of a list of texts."""
+    """{"perplexity", per token; "tokens"} of a list of texts."""
     room, ids = kit.model.config.context - 1, [kit.words.encode(text) for text in texts]
     pieces = [([], row[k: k + room]) for row in ids for k in range(0, len(row), room)]
     if not pieces:
         raise UserError("there is no text to read: all documents are empty")
-    nats, tokens = -sum(found for found, _ in log_likelihood(kit, pieces, progress)), sum(map(len, ids))
-    return {"perplexity": math.exp(nats / tokens), "bits_per_byte": nats / math.log(2) / sum(len(t.encode()) for t in texts),
-            "tokens": tokens}
+    nats, tokens = -sum(found for found, _ in log_likelihood(kit.model, pieces, progress)), sum(map(len, ids))
+    return {"perplexity": math.exp(nats / tokens), "tokens": tokens}
 
 
 def ranked(kit, questions, progress=False):
     """{"acc", "acc_norm": share of questions whose right answer has the highest ln p, and the highest ln p per character; "n",
     "chance"}. questions: list of (context, answers, number of the right one); an answer follows its context after a space."""
     requests = [split(kit.words, context, " " + answer) for context, answers, _ in questions for answer in answers]
-    scores, right, normed = iter(log_likelihood(kit, requests, progress)), 0, 0
+    scores, right, normed = iter(log_likelihood(kit.model, requests, progress)), 0, 0
     for _, answers, truth in questions:
         these = np.array([next(scores)[0] for _ in answers])
         right += these.argmax() == truth
@@ -120,7 +119,7 @@ def suite(kit, tasks=SUITE, **options):
 
     class Judge(LM):                                    # here, because its base class is optional
         def loglikelihood(self, requests):
-            return log_likelihood(kit, [split(kit.words, *request.args) for request in requests], progress=True)
+            return log_likelihood(kit.model, [split(kit.words, *request.args) for request in requests], progress=True)
 
         def loglikelihood_rolling(self, requests):
             raise UserError("for perplexity use `python likelihood.py perplexity`")
@@ -175,7 +174,7 @@ def read_questions(name, n, seed=0):
 def demo(kit):
     """Both answers to a few of the world's questions, and how probable the model finds them."""
     for context, answers, truth in read_questions("scenes", 3):
-        found = log_likelihood(kit, [split(kit.words, context, " " + answer) for answer in answers])
+        found = log_likelihood(kit.model, [split(kit.words, context, " " + answer) for answer in answers])
         print(context, *(f"    ln p = {nats:7.2f}  {answer}{'   (the right one)' if k == truth else ''}"
                          for k, (answer, (nats, _)) in enumerate(zip(answers, found))), sep="\n")
 

@@ -93,7 +93,8 @@ def mixing(kit, n=200, seed=0, categories=scenes.WORLDS["six"], **drawing):
     """Numbers about documents of several parts: {"single", "second": share of n pictures that are exactly what their caption
     says, alone, and, the same captions, after another caption and its picture; "boi": share of places in unseen captions
     at which the likeliest token is rightly BOI or rightly not, where the language leaves no choice; "well_formed": share of
-    n documents that the model ends, greedily, from unseen captions; "sampled": of n that it begins, too, at temperature 1; "batch": see `batch_speed`}."""
+    n documents that the model ends, greedily, from unseen captions; "sampled": of n that it begins, too, at temperature 1; "batch": see
+    `batch_speed`}."""
     rng, world = np.random.default_rng([seed, 13]), scenes.World(tuple(categories))
     texts, claims = zip(*[world.caption(rng) for _ in range(n)])
     exact = lambda latents: float(np.mean([scenes.holds(claim, scenes.parse(picture))
@@ -122,7 +123,8 @@ def mixing(kit, n=200, seed=0, categories=scenes.WORLDS["six"], **drawing):
     grown = lambda prompts, **choice: float(np.mean([well_formed(parts) for k in range(0, n, 50) for parts in generate(
         kit, prompts[k: k + 50], max_words=kit.model.config.context, max_pictures=4, seed=seed + k, **choice, **drawing)]))
     return {"single": exact(single), "second": exact(second), "boi": float(np.mean(right)),
-            "well_formed": grown([[text] for text in texts]), "sampled": grown([[]] * n, temperature=1.0), "batch": batch_speed(kit, texts, single, **drawing)}
+            "well_formed": grown([[text] for text in texts]), "sampled": grown([[]] * n, temperature=1.0),
+            "batch": batch_speed(kit, texts, single, **drawing)}
 
 
 def batch_speed(kit, texts, pictures, **drawing):

@@ -149,7 +149,8 @@ def memory(model, gpus, rows=1, checkpointing=True, ema=False, number=2, patches
     copies = 5 if config.stable else 3                  # the denominator loss keeps the logits, and has a gradient of its own
     loss = positions * V * 4 * copies + number * V * D
     backward = 3 * number * block + 4 * block + positions * 3 * hidden * number + (one if checkpointing else 0)
-    lines.append(("at the worst moment: the loss", loss, f"head; logits, log-softmax, its gradient{', the denominator loss' * config.stable}: rows x T x V x {copies} x 4 bytes")
+    lines.append(("at the worst moment: the loss", loss, f"head; logits, log-softmax, its gradient{', the denominator loss' * config.stable}: "
+                  f"rows x T x V x {copies} x 4 bytes")
                  if loss > backward else
                  ("at the worst moment: a block's backward", backward, "two blocks gathered, two gradients (2 + 4 bytes), "
                   "MLP gradients" + (", activations again" if checkpointing else "")))
@@ -174,8 +175,8 @@ def dry_run(config, gpus, share, device):
 
 def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100", ema=False, shard=0, kind="transfusion"):
     """The lines of the plan. rows: of T positions per micro-batch; micro_batches: per step, of all GPUs together; steps:
-    of the optimizer; share: the MFU assumed; shard: among how many GPUs the weights are divided, 0: all; kind: "transfusion" or a rival
-    (chameleon.py). Raises UserError for what cannot be run."""
+    of the optimizer; share: the MFU assumed; shard: among how many GPUs the weights are divided, 0: all; kind: "transfusion"
+    or a rival (chameleon.py). Raises UserError for what cannot be run."""
     config, top = model.config, peak(device)
     if top is None:
         raise UserError(f"the peak of a {device!r} is not known: choose one of {', '.join(DEVICES)}")
@@ -204,7 +205,7 @@ def describe(model, rows, micro_batches, steps, gpus, share=0.46, device="H100",
               row("weights", f"{6 * N / 1e9:.2f} GFLOP", f"6 N, N = {N / 1e9:.4g}B, all that multiply"),
               row("attention", f"{attention / 1e9:.2f} GFLOP", "12 L d T"),
               row("transformer", f"{(6 * N + attention) / 1e9:.1f} GFLOP")]
-    if config.encoder == "unet" and kind == "transfusion":
+    if config.encoder == "unet":
         lines += [row("U-Net", f"{(flops - 6 * N - attention) / 1e9:.2f} GFLOP", f"{encoder_costs(config)[0] / 1e12:.3g} TFLOP "
                       f"per picture (counted), half a picture per {config.patches} positions")]
     lines += ["BATCH", row("per GPU at a time", f"{rows} x {config.context}", "rows x T"),

@@ -148,8 +148,6 @@ def parse_arguments(argv=None):
                              f"the rest is for Transfusion")
     if config.model != MODELS[0] and config.encoder != "linear":
         raise data.UserError(f"--encoder {config.encoder} is Transfusion's: a {config.model} has no patches")
-    if config.data != "scenes" and "text_share" not in given:
-        config.text_share = -1.0                        # of the preset: the toy's
     if config.text_share > 1 or (given.get("text_share", 0) > 0 and config.data != "scenes"):
         raise data.UserError(f"--text-share must be at most 1, and is for --data scenes, got {config.text_share}")
     if config.codes == 1 or config.codes < 0 or (config.codes and config.model != "chameleon"):

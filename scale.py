@@ -328,7 +328,7 @@ def explain_memory(shape, config, ranks, beside=None, each=0):
         with torch.device("meta"):
             model = Transfusion(shape)
         owners, number, gb = config.shard or size(), ranks.dtype.itemsize, lambda n: f"{n / 1e9:.1f} GB"
-        use = lambda checkpointing: plan.memory(model, owners, config.documents, checkpointing, config.ema > 0, number, config.model == "transfusion")
+        use = lambda checkpointing: plan.memory(model, owners, config.documents, checkpointing, config.ema > 0, number, patches=config.model == "transfusion")
         needs, advice = [(what, bytes) for what, bytes, _ in use(config.checkpointing)], []
         if beside:
             needs = [("weights, AdamW" + " and average" * (config.ema > 0), plan.at_rest(model, owners, config.ema > 0)),

@@ -165,7 +165,7 @@ class Shards:
     T: as in data.Documents; text_only: never a row of pairs (the Llama baseline). Opening reads headers only; arrays are memory-mapped when a row of theirs is wanted."""
 
     def __init__(self, folder, drop=data.Documents.drop, t_limit=data.Documents.t_limit, T=data.Documents.T, text_only=False):
-        self.folder, self.rules, self.settings = Path(folder), dict(drop=drop, t_limit=t_limit, T=T), {}
+        self.folder, self.rules, self.settings, self.text_only = Path(folder), dict(drop=drop, t_limit=t_limit, T=T), {}, text_only
         found = sorted([*self.folder.glob("index.json"), *self.folder.glob("*/index.json")])
         if not found:
             raise UserError(f"{folder} has no index.json: it holds no shards, or their packing has not finished; run "
@@ -268,12 +268,13 @@ class Shards:
                 option = "--" + name.replace("_", "-")
                 raise UserError(f"the shards of {self.folder} were packed with {option} {self.settings[name]}, but here it is "
                                 f"{value}: give {option} {self.settings[name]}, or pack them again")
-        if self.share == 2 ** 32 and self.rows["pairs"]:                # a Llama's: no gap is measured
+        if self.text_only and self.rows["pairs"]:       # no gap will be measured
             if not self.rows["text"]:
                 raise UserError(f"{self.folder} has no text, and a Llama reads nothing else: pack some with --text")
         elif not self.held:
             raise UserError(f"{self.folder} has {self.rows['pairs']} rows of pairs; training needs at least ten, to keep a "
-                            f"tenth (16 at most) for the conditioning gap, or, a Llama, to be compared with a Transfusion on the same folder: pack more with --pairs")
+                            f"tenth (16 at most) for the conditioning gap; a Llama, to be compared with a Transfusion on the same "
+                            f"folder: pack more with --pairs")
 
     def must_be_of(self, path, words, vae, mine):
         """Raise UserError if the words or the VAE of a checkpoint, read from `path`, are not those of the shards. mine: the

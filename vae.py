@@ -311,7 +311,8 @@ EITHER = ("vae", "vqvae")
 
 
 def load_vae(path, kind="vae"):
-    """The VAE of a vae.pt; kind "vqvae": the VQ-VAE; EITHER: what it is. Raises UserError as `load`, and if the file is another version's."""
+    """The VAE of a vae.pt; kind "vqvae": the VQ-VAE; EITHER: what it is. Raises UserError as `load`, and if the file is another
+    version's."""
     try:
         return unpack_vae(load(path, kind))
     except (KeyError, TypeError, RuntimeError) as problem:
