@@ -218,8 +218,18 @@ def test_the_gap_tells_a_caption_that_is_heard(kit):
     captions, codes = ["a circle", "the circle", "a square"], torch.tensor([3, 7, 3]).view(3, 1, 1).expand(3, 4, 4)
     assert code_gap(Says(True), WORDS, captions, codes) == pytest.approx(4.0 * 2 / 3)     # the third's other caption begins alike
     assert code_gap(Says(False), WORDS, captions, codes) == 0
-    many = code_gap(Says(True), WORDS, captions * 7, codes.repeat(7, 1, 1))     # read eight at a time, the last five
-    assert many == pytest.approx(4.0 * 2 / 3)
+
+
+def test_the_gap_reads_what_training_lays_out(kit):
+    """Against one forward of each document as training has it. Catches a missing BOI, or codes of another picture."""
+    captions, codes = ["a circle", "the red square"], some_codes(2)
+
+    def nats(text, k):
+        at = len(text.split()) + 1                      # BOI, behind <bos> and the words
+        logits = forward(kit, [text, ("image", k, 0)], codes)[at: at + 16].log_softmax(-1)
+        return -logits.gather(1, codes[k].flatten()[:, None] + V).mean().item()
+    wanted = sum(nats(captions[1 - k], k) - nats(captions[k], k) for k in range(2)) / 2
+    assert code_gap(kit.model, WORDS, captions, codes) == pytest.approx(wanted, abs=1e-5) and abs(wanted) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------------------- whole runs
