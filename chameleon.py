@@ -23,24 +23,56 @@ PAPER/HERE  same: a VQ-VAE with the VAE's plan, data and steps (assets/scenes_vq
             the toy's million.
 READ NEXT   experiments.py, which compares them        TRY IT  python chameleon.py        TEST  tests/test_chameleon.py
 """
+import functools
+
 import numpy as np
 import torch
 
 import data
 import sample
+import vae
 from data import BOI, EOI, PATCH
-from likelihood import log_likelihood
+from sources import scenes
+from support.checkpoint import find_vae
+from support.common import UserError
 
 
-def seen_by(model, document, codes=None, first=None):
-    """A document (see data.lay_out) as a model of this kind reads it. "transfusion": as it is. "llama": its words alone.
-    "chameleon": each picture as a list of token ids. codes: (N, h, w) int64 of all pictures; first: V, the first code's id."""
-    if model == "transfusion":
-        return document
-    if model == "llama":
-        return [part[1] if isinstance(part, tuple) else part for part in document   # nothing to guide: no caption is dropped
-                if isinstance(part, (str, list)) or part[0] == "dropped"]
-    return [[BOI, *(codes[part[1]].flatten() + first).tolist(), EOI] if part[0] == "image" else part for part in document]
+def view(kind, first):
+    """How a model of this kind sees a document: a function (document, codes) -> document. kind: "transfusion", which sees
+    it as it is, "chameleon" or "llama"; first: V, the id of the first code; codes: (N, h, w) int64 of all pictures."""
+    if kind == "transfusion":
+        return as_it_is
+    if kind == "llama":
+        return words_alone
+    return functools.partial(spell_pictures, first=first)
+
+
+def as_it_is(document, codes=None):
+    """Transfusion's view: the document itself (see data.lay_out)."""
+    return document
+
+
+def words_alone(document, codes=None):
+    """A Llama's view: the words alone, also those that were dropped, for it has nothing to guide."""
+    parts = []
+    for part in document:
+        if not isinstance(part, tuple):
+            parts.append(part)
+        elif part[0] == "dropped":
+            parts.append(part[1])
+    return parts
+
+
+def spell_pictures(document, codes, first):
+    """A Chameleon's view: in place of each picture the list of its token ids, BOI, the codes in raster order, EOI."""
+    parts = []
+    for part in document:
+        if isinstance(part, tuple) and part[0] == "image":
+            ids = codes[part[1]].flatten() + first
+            parts.append([BOI, *ids.tolist(), EOI])
+        else:
+            parts.append(part)
+    return parts
 
 
 class Decoder(sample.Decoder):
@@ -50,7 +82,7 @@ class Decoder(sample.Decoder):
     @property
     def first(self):
         """V: the id of the first code."""
-        return len(self.kit.words)
+        return len(self.trained.tokenizer)
 
     def read(self, pos, tokens, pictures, cache, t=0):
         """As sample.Decoder's, but a picture's places hold its codes. Returns logits (B, V + K)."""
@@ -59,6 +91,10 @@ class Decoder(sample.Decoder):
             codes = iter((torch.stack(list(own)).flatten() + self.first).tolist() if len(own) else ())
             spelled.append([next(codes) if token == PATCH else token for token in row])
         return super().read(pos, spelled, [[] for _ in tokens], cache, t)
+
+    def events_per_picture(self, steps):
+        """One Event per code."""
+        return self.trained.model.config.patches
 
     def lm_step(self, active, generators=None, **choice):
         """LM mode, for words: codes stand inside pictures only."""
@@ -71,8 +107,8 @@ class Decoder(sample.Decoder):
         order. noise: its shape (len(rows), c, h, w) alone counts; diffusing: steps and sampler, for which there is no use.
         generator: None, or one per row. Yields (codes to go, None, None); then pictures and EOI stand in the sequences."""
         if over != "words":
-            raise data.UserError(f"--guide-over {over} is for Transfusion: a Chameleon's guidance leaves out words")
-        n, P, guided, generators = len(rows), self.kit.model.config.patches, guidance != 1, generator or [None] * len(rows)
+            raise UserError(f"--guide-over {over} is for Transfusion: a Chameleon's guidance leaves out words")
+        n, P, guided, generators = len(rows), self.trained.model.config.patches, guidance != 1, generator or [None] * len(rows)
         copies = 2 if guided else 1                     # of each row: with its caption, and without
         cache, logits, chosen = self.cache.rows(rows * copies), self.logits[rows], []
         if guided:
@@ -94,26 +130,18 @@ class Decoder(sample.Decoder):
         self.advance()
 
 
-def code_gap(model, words, captions, codes):
-    """The conditioning gap of a Chameleon: nats per code with a wrong caption minus those with the right one.
-    captions: N str, or lists of ids; codes: (N, h, w) int64. Compare evaluate.conditioning_gap. Every rank must call it."""
-    spelled, told = (codes.flatten(1) + len(words)).tolist(), []
-    for texts in (captions, data.wrong_captions(captions)):
-        ids = [text if isinstance(text, list) else words.encode(text) for text in texts]
-        told.append(sum(nats for nats, _ in log_likelihood(model, [(row + [BOI], picture) for row, picture in zip(ids, spelled)])))
-    return (told[0] - told[1]) / codes.numel()
+def decoder_of(trained):
+    """The class that decodes with this checkpoint.Trained: sample.Decoder, or the Chameleon's."""
+    return Decoder if trained.kind == "chameleon" else sample.Decoder
 
 
 if __name__ == "__main__":
-    import sources                                      # here, because only this needs them
-    import vae
-    from kit import find_vae
-    pairs = sources.load_scenes(2000, seed=0, progress=False)
+    pairs = scenes.load_scenes(2000, seed=0, progress=False)
     words, vq = data.Words(pairs.vocabulary()), find_vae("scenes", codes=True)
     codes = vae.encode_all_codes(vq, pairs.pixels, progress=False)
     for kind in ("transfusion", "chameleon", "llama"):
-        row = data.lay_out(seen_by(kind, [pairs.captions[0], ("image", 0, 1000)], codes, len(words)), words, 16)
-        names = [words.words[t] if t < len(words) else f"c{t - len(words)}" for t in row.tokens]
+        row = data.lay_out(view(kind, len(words))([pairs.captions[0], ("image", 0, 1000)], codes), words, 16)
+        names = [words.vocabulary[t] if t < len(words) else f"c{t - len(words)}" for t in row.tokens]
         print(f"{kind:12s} {len(row.tokens):3d} tokens: {' '.join(names[:14])}{' ...' if len(names) > 14 else ''}")
     error = np.abs(vae.to_pixels(vq.decode_codes(codes[:256])).astype(int) - pairs.pixels[:256]).mean()
     print(f"{vq.config.codes} codes draw pictures back with an error of {error:.1f} of 255")

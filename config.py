@@ -11,12 +11,11 @@ import argparse
 import math
 from dataclasses import dataclass, field, fields
 
-import data
-import plan
-import scenes
-from data import ASSETS
 from model import PAPER_SIZES
 from patchify import PATCHES
+from scale import plan
+from sources import scenes
+from support.common import ASSETS, UserError
 
 
 MODELS = ("transfusion", "chameleon", "llama")
@@ -105,7 +104,7 @@ PRESETS["7b"] = dict(PAPER, size="7b", accumulate=1024, steps=500000, checkpoint
 # --stable. The 7B of Table 1 is --preset 7b --accumulate 512 --steps 250000: as long as its rivals here, a quarter of the flagship.
 RIVALS = {"chameleon": dict(model="chameleon", stable=True, lr=1e-4), "llama": dict(model="llama", accumulate=256)}
 PRESETS |= {f"{size}-{rival}": dict(PAPER, size=size, checkpointing=size == "7b") | RIVALS[rival] for size in PAPER_SIZES for rival in RIVALS}
-AFTERWARDS = {"out", "log_every", "gap_every", "save_every", "samples", "sample_steps", "guidance", "sampler",
+MAY_CHANGE_ON_RESUME = {"out", "log_every", "gap_every", "save_every", "samples", "sample_steps", "guidance", "sampler",
               "checkpointing", "compile", "shard"}      # may change on resume (and see train.check_config)
 
 
@@ -135,27 +134,27 @@ def parse_arguments(argv=None):
     config = Config(**{"out": f"out/{preset}", **PRESETS[preset], **given})
     for name in ("steps", "documents", "accumulate", "seq_len", "pairs", "vae_steps", "log_every", "gap_every", "save_every", "patch", "image_size"):
         if getattr(config, name) < 1:
-            raise data.UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
     for name in ("lr", "lam", "guidance", "warmup", "samples", "decay"):
         if not 0 <= getattr(config, name) < math.inf:
-            raise data.UserError(f"--{name} must be 0 or more, got {getattr(config, name)}")
+            raise UserError(f"--{name} must be 0 or more, got {getattr(config, name)}")
     for name, top in (("drop", 1), ("ema", 1), ("sample_steps", 1000)):
         if not (name == "sample_steps") <= getattr(config, name) <= top:
-            raise data.UserError(f"--{name.replace('_', '-')} must be at most {top} and not below "
+            raise UserError(f"--{name.replace('_', '-')} must be at most {top} and not below "
                                  f"{int(name == 'sample_steps')}, got {getattr(config, name)}")
     if config.model != MODELS[0] and (config.data == "edits" or config.model == "llama" and config.data in ("mnist", "folder")):
-        raise data.UserError(f"--model {config.model} learns from scenes{'' if config.model == 'llama' else ', mnist, a folder'} or shards; "
+        raise UserError(f"--model {config.model} learns from scenes{'' if config.model == 'llama' else ', mnist, a folder'} or shards; "
                              f"the rest is for Transfusion")
     if config.model != MODELS[0] and config.encoder != "linear":
-        raise data.UserError(f"--encoder {config.encoder} is Transfusion's: a {config.model} has no patches")
+        raise UserError(f"--encoder {config.encoder} is Transfusion's: a {config.model} has no patches")
     if config.text_share > 1 or (given.get("text_share", 0) > 0 and config.data != "scenes"):
-        raise data.UserError(f"--text-share must be at most 1, and is for --data scenes, got {config.text_share}")
+        raise UserError(f"--text-share must be at most 1, and is for --data scenes, got {config.text_share}")
     if config.codes == 1 or config.codes < 0 or (config.codes and config.model != "chameleon"):
-        raise data.UserError(f"--codes must be at least 2 and is for --model chameleon, got {config.codes}")
+        raise UserError(f"--codes must be at least 2 and is for --model chameleon, got {config.codes}")
     if not 1 <= config.t_limit <= 1000:
-        raise data.UserError(f"--t-limit must be between 1 and 1000, got {config.t_limit}")
+        raise UserError(f"--t-limit must be between 1 and 1000, got {config.t_limit}")
     if not (config.shift > 0 and config.clip > 0):
-        raise data.UserError("--shift and --clip must be above 0")
+        raise UserError("--shift and --clip must be above 0")
     return config, resume, overwrite, planned if dry else None
 
 

@@ -23,29 +23,15 @@ READ NEXT   attention_mask.py        TRY IT  python data.py        NOTEBOOK note
 TEST        tests/test_data.py
 """
 import difflib
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
-ASSETS = Path(__file__).parent / "assets"               # what the repository ships
+from support.common import UserError
+
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<drop>", "<patch>")
 PAD, BOS, EOS, BOI, EOI, DROP, PATCH = range(len(SPECIAL))
-
-
-class UserError(ValueError):
-    """A mistake of the user's, with one sentence that says what to do. `run_command` prints it and exits with 2."""
-
-
-def run_command(main, argv=None):
-    """Run a command line's main(argv). A user's mistake (ValueError, OSError) becomes one sentence on stderr and exit
-    status 2; anything else is a bug of ours and keeps its traceback."""
-    try:
-        main(argv)
-    except (ValueError, OSError) as mistake:
-        sys.exit(print(f"error: {mistake}", file=sys.stderr) or 2)
 
 
 # -------------------------------------------------------------------------------------------------------------- tokenizer
@@ -53,17 +39,17 @@ class Words:
     """A tokenizer whose tokens are whole words, in lower case. words: any iterable of strings; ids 0-6 are the special tokens."""
 
     def __init__(self, words):
-        self.words = list(SPECIAL) + sorted({word.lower() for word in words} - set(SPECIAL))
-        self.ids = {word: k for k, word in enumerate(self.words)}
+        self.vocabulary = list(SPECIAL) + sorted({word.lower() for word in words} - set(SPECIAL))
+        self.ids = {word: k for k, word in enumerate(self.vocabulary)}
 
     def __len__(self):
-        return len(self.words)
+        return len(self.vocabulary)
 
     def encode(self, text):
         """List of ids. Raises UserError for an unknown word, naming it and the nearest known one, or sixty, if none is near."""
         for word in text.lower().split():
             if word not in self.ids or word in SPECIAL:                 # "<boi>" in a prompt would forge the layout
-                known = self.words[len(SPECIAL):]
+                known = self.vocabulary[len(SPECIAL):]
                 near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
                 raise UserError(f"the word {word!r} is not in this model's vocabulary of {len(known)} words; " +
                                 (f"the nearest known word is {near[0]!r}" if near else
@@ -72,7 +58,35 @@ class Words:
 
     def decode(self, ids):
         """The words of a list of ids, special tokens left out."""
-        return " ".join(self.words[k] for k in ids if k >= len(SPECIAL))
+        return " ".join(self.vocabulary[k] for k in ids if k >= len(SPECIAL))
+
+
+class Pieces:
+    """A SentencePiece model behind the interface of data.Words: its piece k has id len(SPECIAL) + k. model: the bytes of
+    the .model file, which travel in the checkpoint. The model's own <s>, </s> stay unused: BOS and EOS do their work."""
+
+    def __init__(self, model):
+        try:
+            import sentencepiece
+        except ImportError:
+            raise UserError("this tokenizer is a SentencePiece model: pip install sentencepiece") from None
+        try:
+            self.model, self.processor = model, sentencepiece.SentencePieceProcessor(model_proto=model)
+            assert self.processor.get_piece_size()
+        except (RuntimeError, AssertionError):
+            raise UserError("the tokenizer's file is not a SentencePiece model: truncated, or of another kind?") from None
+        self.vocabulary = list(SPECIAL) + [self.processor.id_to_piece(k) for k in range(self.processor.get_piece_size())]
+
+    def __len__(self):
+        return len(self.vocabulary)
+
+    def encode(self, text):
+        """List of ids. "<boi>" in a text is letters like any others: it cannot forge the layout."""
+        return [len(SPECIAL) + k for k in self.processor.encode(text)]
+
+    def decode(self, ids):
+        """The text of a list of ids, special tokens left out."""
+        return self.processor.decode([int(k) - len(SPECIAL) for k in ids if k >= len(SPECIAL)])
 
 
 # ----------------------------------------------------------------------------------------------- document -> one sequence
@@ -82,7 +96,7 @@ class Sequence:
     pictures, in reading order, and the noise that it may have."""
     tokens: list = field(default_factory=list)
     image_id: list = field(default_factory=list)
-    learn: list = field(default_factory=list)
+    has_loss: list = field(default_factory=list)
     images: list = field(default_factory=list)
     t_max: list = field(default_factory=list)
     t_min: list = field(default_factory=list)
@@ -94,10 +108,10 @@ def lay_out(document, tokenizer, patches, ends=True):
     patches: P, places per picture. `ends`: close with EOS (a prompt stays open). Transfusion §3."""
     out = Sequence()
 
-    def put(tokens, image_id=-1, learn=True):
+    def put(tokens, image_id=-1, has_loss=True):
         out.tokens.extend(tokens)
         out.image_id.extend([image_id] * len(tokens))
-        out.learn.extend([learn] * len(tokens))
+        out.has_loss.extend([has_loss] * len(tokens))
 
     encode = lambda text: text if isinstance(text, list) else tokenizer.encode(text)
     put([BOS])
@@ -105,19 +119,19 @@ def lay_out(document, tokenizer, patches, ends=True):
         if isinstance(part, (str, list)):
             put(encode(part))
         elif part[0] == "dropped":                      # TRAP: no LM loss on a dropped caption, nor from the token before it
-            out.learn[-1] = False
-            put([DROP] * len(encode(part[1])), learn=False)
+            out.has_loss[-1] = False
+            put([DROP] * len(encode(part[1])), has_loss=False)
         else:
-            put([BOI], learn=False)                     # Paper §3: no LM loss where the input is BOI: a picture comes next
-            put([PATCH] * patches, image_id=len(out.images), learn=False)
+            put([BOI], has_loss=False)                     # Paper §3: no LM loss where the input is BOI: a picture comes next
+            put([PATCH] * patches, image_id=len(out.images), has_loss=False)
             put([EOI])                                  # EOI is put there, never predicted: no patch learns a next token
             out.images.append(part[1])
             out.t_max.append(part[2])
             out.t_min.append(part[3] if len(part) > 3 else 1)
     if ends:
-        put([EOS], learn=False)
+        put([EOS], has_loss=False)
     else:
-        out.learn[-1] = False                           # a prompt has no next token to learn
+        out.has_loss[-1] = False                           # a prompt has no next token to learn
     return out
 
 
@@ -130,13 +144,14 @@ class Batch:
     tokens: torch.Tensor
     image_id: torch.Tensor
     doc_id: torch.Tensor
-    learn: torch.Tensor
+    has_loss: torch.Tensor
     images: torch.Tensor
     t_max: torch.Tensor
     t_min: torch.Tensor
     latents: torch.Tensor | None = None
     t: torch.Tensor | None = None
     eps: torch.Tensor | None = None
+    generator: torch.Generator | None = None            # random numbers of this micro-batch, for t and eps
 
     def to(self, device):
         """The same batch on another device."""
@@ -168,29 +183,24 @@ def to_batch(rows, T):
     """Batch of rows, each a list of sequences that fit in T positions together."""
     shape = (len(rows), T)
     tokens, image_id, doc_id = np.full(shape, PAD), np.full(shape, -1), np.zeros(shape, dtype=np.int64)
-    learn, images, t_max, t_min = np.zeros(shape, dtype=bool), [], [], []
+    has_loss, images, t_max, t_min = np.zeros(shape, dtype=bool), [], [], []
     for b, row in enumerate(rows):
         at = 0
         for d, seq in enumerate(row):
             span = slice(at, at + len(seq.tokens))
             ids = np.array(seq.image_id)
-            tokens[b, span], learn[b, span], doc_id[b, span] = seq.tokens, seq.learn, d
+            tokens[b, span], has_loss[b, span], doc_id[b, span] = seq.tokens, seq.has_loss, d
             image_id[b, span] = np.where(ids >= 0, ids + len(images), -1)
             images += seq.images
             t_max += seq.t_max
             t_min += seq.t_min
             at = span.stop
         doc_id[b, at:] = len(row)                       # padding is a document of its own: no row of the mask is empty
-    return Batch(*(torch.from_numpy(np.asarray(a)) for a in (tokens, image_id, doc_id, learn)),
+    return Batch(*(torch.from_numpy(np.asarray(a)) for a in (tokens, image_id, doc_id, has_loss)),
                  *(torch.tensor(numbers, dtype=torch.long) for numbers in (images, t_max, t_min)))
 
 
 # ------------------------------------------------------------------------------------------------- the stream of documents
-def wrong_captions(captions):
-    """For each of N captions the next one that is different, for the conditioning gap (PAPER.md §4.12)."""
-    return [next((c for c in captions[k + 1:] + captions[:k] if c != own), own) for k, own in enumerate(captions)]
-
-
 def one_pair(caption, k, caption_first, rng, drop, t_limit, T):
     """The parts of a caption and its picture k, in their order: the rules of §4.1 and App. B.2. Either order, dropped or
     not, takes the same number of positions. rng: decides whether the caption is dropped, with probability `drop`."""
@@ -226,50 +236,36 @@ class Documents:
         self.most = max(1, min(4, (self.context - 2) // self.pair))
         # Paper §4.1: text tokens and image patches 1 : 1. A pair brings more patches than words, and text alone evens it
         # out; its share s solves  s * text_len + (1-s) * pair_words = (1-s) * pair_patches.
-        if not self.pairs.world:
+        if not self.pairs.texts:
             self.text_share = 0.0                       # a source without text alone has only its captions
         elif self.text_share < 0:
             words = float(np.mean([len(c.split()) for c in self.pairs.captions[:5000]]))
             n = sum(k * p for k, p in enumerate(self.pairs_odds(), 1))
             pair_words, pair_patches = 2 + n * (words + 2), n * self.patches
-            text_len = 2 + self.pairs.world.deduction_words()
+            text_len = 2 + float(np.mean([len(text.split()) for group in self.pairs.texts for text in group]))
             gap = max(pair_patches - pair_words, 0.0)
             self.text_share = gap / (gap + text_len)
 
     def draw(self, rng):
         """One document, as `lay_out` takes it. rng: numpy Generator."""
         if rng.random() < self.text_share:
-            return [self.pairs.world.deduction(rng)]
+            group = self.pairs.texts[rng.integers(len(self.pairs.texts))]
+            return [group[rng.integers(len(group))]]
         caption_first, document = rng.random() < self.caption_first, []
         for _ in range(1 + int(rng.choice(self.most, p=self.pairs_odds()))):
             k = int(rng.integers(len(self.pairs.captions)))
             document += one_pair(self.pairs.captions[k], k, caption_first, rng, self.drop, self.t_limit, self.T)
         return document
 
-    def log_prob(self, document):
-        """ln p of a caption-first or text-only document's words, in nats: what a perfect model would reach. Exact."""
-        world, p = self.pairs.world, 1 - self.text_share
-        if isinstance(document[0], str) and len(document) == 1:
-            return float(np.log(self.text_share) + world.deduction_log_prob())
-        texts = document[::2]
-        shares = np.log(p) + np.log(self.caption_first) + np.log(self.pairs_odds()[len(texts) - 1])
-        return float(shares + sum(world.caption_log_prob(text) for text in texts))
-
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["pack"]:                       # text and pictures to shards on disk
-        import pack as packing
-        sys.exit(run_command(packing.main, sys.argv[2:]))
-    import sources                                      # here, because it imports this file
-    pairs = sources.load_scenes(50, seed=0, progress=False)
-    words, stream, rng = Words(pairs.vocabulary()), Documents(pairs, patches=16), np.random.default_rng(0)
-    for _ in range(4):
-        document = stream.draw(rng)
-        sequence = lay_out(document, words, patches=4)
-        print("\ndocument", document)
-        for name, cells in (("tokens", [words.words[t] for t in sequence.tokens]), ("image_id", sequence.image_id),
-                            ("learn", ["x" if x else "" for x in sequence.learn])):
-            print(f"{name:9s}" + " ".join(f"{str(c):8s}" for c in cells[:16]) + (" ..." if len(cells) > 16 else ""))
-    drawn = [lay_out(stream.draw(rng), words, 16) for _ in range(2000)]
-    patches = sum(i >= 0 for s in drawn for i in s.image_id)
-    print(f"\n{len(words)} words; 2000 documents: {sum(len(s.tokens) for s in drawn) - patches} text tokens, {patches} patches")
+    tokenizer = Words(["a red circle"] + "a red circle".split())
+    sequence = lay_out(["a red circle", ("image", 7, 1000)], tokenizer, patches=4)
+    print("document  ['a red circle', picture 7]")
+    rows = {
+        "tokens": [tokenizer.vocabulary[token] for token in sequence.tokens],
+        "image_id": sequence.image_id,
+        "has_loss": ["x" if x else "" for x in sequence.has_loss],
+    }
+    for name, cells in rows.items():
+        print(f"{name:9s}" + " ".join(f"{cell!s:8s}" for cell in cells))

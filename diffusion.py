@@ -67,15 +67,21 @@ class Diffusion:
         """What the network must say: eps, or for flow the velocity eps - x0."""
         return eps if self.kind == "ddpm" else eps - x0
 
-    def x0_and_eps(self, xt, out, t, reach=None):
+    def x0_and_eps(self, xt, out, t, x0_max=None):
         """The network's output at xt, read as an estimate of (x0, eps). reach: clip x0 to [-reach, reach]; eps is then
         what is left. Near t = T, x0 = (xt - s eps) / a divides by almost nothing, and an error of the network would be
         multiplied by thousands."""
         a, s = self.at(t, xt)
         x0 = (xt - s * out) / a if self.kind == "ddpm" else xt - s * out
-        if reach is not None:
-            x0 = x0.clamp(-reach, reach)
+        if x0_max is not None:
+            x0 = x0.clamp(-x0_max, x0_max)
         return x0, (xt - a * x0) / s
+
+
+def loss(target, out):
+    """eq. 3, one number per picture: (M,), the mean over its elements of (target - out)^2. target: what `Diffusion.target`
+    says, eps for the paper's DDPM; out: what the network says; both (M, c, h, w)."""
+    return (target - out.float()).square().flatten(1).mean(1)
 
 
 def same_noise(diffusion, t):
@@ -133,7 +139,7 @@ def fresh_noise(x, generator):
 
 
 @torch.no_grad()
-def sample(network, xT, diffusion, steps=250, sampler="ddpm", generator=None, reach=None):
+def sample(network, xT, diffusion, steps=250, sampler="ddpm", generator=None, x0_max=None):
     """Generator of (t, x_t, x0 estimate), from the noisiest to t = 0; the last x is the picture. Transfusion §3 Inference.
 
     network: function (x_t (M, c, h, w), t int) -> out (M, c, h, w), guidance included.   xT: (M, c, h, w) ~ N(0, 1).
@@ -145,7 +151,7 @@ def sample(network, xT, diffusion, steps=250, sampler="ddpm", generator=None, re
         raise ValueError(f"unknown sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
     times, x, before, t_before = respace(diffusion.T, steps), xT, None, None
     for t, u in zip(times[:-1], times[1:]):
-        x0, eps = diffusion.x0_and_eps(x, network(x, t), t, reach)
+        x0, eps = diffusion.x0_and_eps(x, network(x, t), t, x0_max)
         yield t, x, x0
         if sampler == "ddpm":
             noise = fresh_noise(x, generator) if u > 0 else torch.zeros_like(x)

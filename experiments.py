@@ -31,8 +31,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import data
-import presets
+from config import Config, parse_arguments
+from support.common import UserError, run_command
 
 HOME = Path(__file__).parent
 BASE = "--steps 1500 --samples 400 --gap-every 500 --save-every 500"
@@ -81,10 +81,10 @@ def train_row(root, options, seed):
     goes on. Raises UserError, naming the log, if train.py fails, and if the report is one of other options, since changed."""
     out = folder_of(root, options, seed)
     if (out / "report.json").exists():
-        wanted = asdict(presets.parse_arguments(argv_of(options, seed, out))[0])
-        there = asdict(presets.Config()) | json.loads((out / "config.json").read_text())
+        wanted = asdict(parse_arguments(argv_of(options, seed, out))[0])
+        there = asdict(Config()) | json.loads((out / "config.json").read_text())
         if changed := [f"--{k.replace('_', '-')} {there[k]}" for k in wanted if there[k] != wanted[k]]:
-            raise data.UserError(f"{out} was run with {', '.join(changed)}, which is no longer its row's: delete that folder, or name "
+            raise UserError(f"{out} was run with {', '.join(changed)}, which is no longer its row's: delete that folder, or name "
                                  f"another place with --out")
     if not (out / "report.json").exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def train_row(root, options, seed):
         with open(out / "said.txt", "w") as said:       # two programs with two threads each would wait for one another
             status = subprocess.run(line, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
         if status or not (out / "report.json").exists():
-            raise data.UserError(f"a row failed or was stopped; {out}/said.txt says how, and the same command goes on from there")
+            raise UserError(f"a row failed or was stopped; {out}/said.txt says how, and the same command goes on from there")
     return json.loads((out / "report.json").read_text())
 
 
@@ -153,12 +153,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     wanted = list(TABLES) if args.tables == ["all"] else args.tables
     if unknown := [name for name in wanted if name not in TABLES]:
-        raise data.UserError(f"there is no table {unknown[0]!r}: choose from {', '.join(TABLES)}, or all")
+        raise UserError(f"there is no table {unknown[0]!r}: choose from {', '.join(TABLES)}, or all")
     if args.seeds < 1 or args.jobs < 1:
-        raise data.UserError("--seeds and --jobs must be at least 1")
+        raise UserError("--seeds and --jobs must be at least 1")
     for number, (title, rows) in TABLES.items():
         for options in rows.values():
-            presets.parse_arguments(argv_of(options, 0, "x"))           # a wrong option: said before anything is trained
+            parse_arguments(argv_of(options, 0, "x"))           # a wrong option: said before anything is trained
         if not wanted:
             print(f"python experiments.py {number:3s} {title}", *(f"    {name:36s} train.py {BASE} {options}" for name, options in rows.items()), sep="\n")
     runs = list(dict.fromkeys((options, seed) for seed in range(args.seeds) for name in wanted for options in TABLES[name][1].values()))
@@ -169,7 +169,7 @@ def main(argv=None):
         for done in tqdm(as_completed(started), total=len(runs), desc="runs", disable=not runs):
             done.result()
     except KeyboardInterrupt:                           # the runs have heard it, too, and save
-        raise data.UserError("stopped: the same command goes on from there") from None
+        raise UserError("stopped: the same command goes on from there") from None
     finally:
         pool.shutdown(cancel_futures=True)              # or the rows that wait would still be trained
     for number in wanted:
@@ -186,4 +186,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.run_command(main)
+    run_command(main)

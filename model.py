@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention_mask import BlockMask, attend, dense_mask, intervals, tile_mask
+from diffusion import loss
 from patchify import PATCHES
 
 SIZES = {                                               # name: layers, width, heads
@@ -156,9 +157,9 @@ class Transfusion(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.words = nn.Embedding(config.vocabulary, config.width)
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
         body = dict(zip(("channels", "blocks"), config.unet)) if config.encoder == "unet" else {}
-        self.pictures = PATCHES[config.encoder](config.latent[0], config.patch, config.width, T=config.T, **body)
+        self.patch_encoder = PATCHES[config.encoder](config.latent[0], config.patch, config.width, T=config.T, **body)
         self.place = nn.Parameter(torch.zeros(config.patches, config.width)) if config.patch_position else None
         self.blocks = nn.ModuleList([Block(config.width, config.heads, config.multiple, config.stable) for _ in range(config.layers)])
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
@@ -176,20 +177,20 @@ class Transfusion(nn.Module):
                 nn.init.normal_(layer.weight, std=std)
             for layer in (block.out, block.down):
                 nn.init.normal_(layer.weight, std=std / math.sqrt(2 * self.config.layers))
-        nn.init.normal_(self.words.weight, std=0.5)
+        nn.init.normal_(self.embedding.weight, std=0.5)
         if self.place is not None:
             nn.init.normal_(self.place, std=0.5)
-        nn.init.normal_(self.pictures.into.weight, std=self.pictures.into.in_features ** -0.5)
+        nn.init.normal_(self.patch_encoder.into.weight, std=self.patch_encoder.into.in_features ** -0.5)
         nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.pictures.out.weight)
-        nn.init.zeros_(self.pictures.out.bias)
+        nn.init.zeros_(self.patch_encoder.out.weight)
+        nn.init.zeros_(self.patch_encoder.out.bias)
 
     def encode_pictures(self, xt, t):
         """Vectors (M, P, D) of noisy latents xt (M, c, h, w) at t (M,), and what their decoding needs."""
         if xt.shape[1:] != self.config.latent or t.shape != xt.shape[:1]:
             raise ValueError(f"pictures must be (M, {', '.join(map(str, self.config.latent))}) with one t each, "
                              f"got {tuple(xt.shape)} and t {tuple(t.shape)}")
-        vectors, kept = self.pictures.encode(xt.to(self.pictures.into.weight.dtype), t)
+        vectors, kept = self.patch_encoder.encode(xt.to(self.patch_encoder.into.weight.dtype), t)
         return (vectors if self.place is None else vectors + self.place), kept
 
     def trunk(self, x, pos, mask, cache=None):
@@ -208,10 +209,10 @@ class Transfusion(nn.Module):
         if int(is_patch.sum()) != len(xt) * self.config.patches:
             raise ValueError(f"the rows have {int(is_patch.sum())} patch positions, but {len(xt)} pictures of "
                              f"{self.config.patches} patches were given")
-        x = self.words(tokens)
+        x = self.embedding(tokens)
         return x.masked_scatter(is_patch[..., None], vectors.to(x).reshape(-1, self.config.width)), kept
 
-    def forward(self, tokens, image_id, doc_id, learn, xt, t):
+    def forward(self, tokens, image_id, doc_id, has_loss, xt, t):
         """Training: (logits (n, V) at the n positions where `learn`, in reading order; output (M, c, h, w), the
         predicted noise or velocity). tokens, image_id, doc_id (B, T) int64, learn (B, T) bool; xt (M, c, h, w), t (M,).
         Raises ValueError as `embed`, and on a GPU in training mode as `tile_mask`: T > 128 must be a multiple of 128."""
@@ -222,8 +223,8 @@ class Transfusion(nn.Module):
         # so do the toys' short rows, where the whole mask is smaller than one of flex's tiles.
         flex = x.is_cuda and self.training and tokens.shape[1] > 128
         h = self.trunk(x, pos, tile_mask(lo, hi) if flex else dense_mask(lo, hi))
-        out = self.pictures.decode(h[image_id >= 0].view(-1, self.config.patches, self.config.width), t, kept)
-        return self.head(self.norm(h[learn])), out
+        out = self.patch_encoder.decode(h[image_id >= 0].view(-1, self.config.patches, self.config.width), t, kept)
+        return self.head(self.norm(h[has_loss])), out
 
     # ------------------------------------------------------------------------------------------ decoding, with a cache
     def read(self, tokens, image_id, latents, pos, cache, t=0):
@@ -242,21 +243,38 @@ class Transfusion(nn.Module):
         vectors, kept = self.encode_pictures(xt, t)
         hi = pos[:, -1:].expand_as(pos) if self.config.bidirectional else pos
         h = self.trunk(vectors, pos, dense_mask(torch.zeros_like(pos), hi, int(pos.max()) + 1), cache)
-        return self.pictures.decode(h, t, kept)
+        return self.patch_encoder.decode(h, t, kept)
 
 
 def losses(model, batch, diffusion, stable=False):
-    """Sums, not means, so that micro-batches and ranks can be added before dividing (TRAP: a mean of means weighs words
-    in short batches more). batch: data.Batch with latents, t and eps filled in. Returns (LM sum over words, number of
-    words, per-picture losses (M,)). Transfusion eq. 1, 3. stable: Chameleon's denominator loss is in the first (§4.1 "Baseline")."""
+    """Both losses of a micro-batch, as sums and not as means, so that micro-batches and ranks can be added up before
+    dividing (TRAP: a mean of means weighs words in short batches more).
+
+    batch       data.Batch with latents, t and eps filled in
+    diffusion   diffusion.Diffusion
+    stable      add Chameleon's denominator loss to the first (§4.1 "Baseline")
+    Returns (LM sum over words, number of words, per-picture losses (M,)). Transfusion eq. 1 and 3."""
     xt = diffusion.add_noise(batch.latents, batch.eps, batch.t)         # noise first, patches after (§3)
-    logits, out = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, xt, batch.t)
-    following = batch.tokens.roll(-1, 1)[batch.learn]                   # `learn` is never set on a document's last token
+    logits, out = model(batch.tokens, batch.image_id, batch.doc_id, batch.has_loss, xt, batch.t)
+    # eq. 1. `has_loss` is never set on a document's last token, so rolling past the end is never read.
+    following = batch.tokens.roll(-1, 1)[batch.has_loss]                # (n,)
     lm = F.cross_entropy(logits.float(), following, reduction="sum")
-    if stable:                                                          # "denominator loss": keeps the softmax's Z near 1
-        lm = lm + 1e-5 * logits.float().logsumexp(-1).square().sum()
-    per_picture = (out.float() - diffusion.target(batch.latents, batch.eps)).square().flatten(1).mean(1)
-    return lm, int(batch.learn.sum()), per_picture
+    if stable:
+        lm = lm + z_loss(logits)
+    per_picture = loss(diffusion.target(batch.latents, batch.eps), out)     # eq. 3: (M,)
+    return lm, int(batch.has_loss.sum()), per_picture
+
+
+def z_loss(logits):
+    """Chameleon's denominator loss, a sum over n words: 1e-5 (ln Z)^2, Z the sum that the softmax divides by. It keeps
+    Z near 1, so that logits (n, V) cannot drift away together. Chameleon Team 2024; Transfusion §4.1 "Baseline"."""
+    return 1e-5 * logits.float().logsumexp(-1).square().sum()
+
+
+def transfusion_loss(lm, words, ddpm, pictures, lam=5.0):
+    """eq. 4: L = L_LM + lambda * L_DDPM, a scalar. lm: LM loss summed over words (eq. 1); ddpm: diffusion loss summed over
+    pictures (eq. 3). words, pictures: how many there are in the *whole* step, over all micro-batches and processes."""
+    return lm / words + lam * ddpm / max(1, pictures)
 
 
 def sized(size, **rest):
@@ -287,7 +305,7 @@ if __name__ == "__main__":
         model, (channels, blocks) = paper_model(size), PAPER_UNET
         with torch.device("meta"):
             unets = [count(PATCHES["unet"](8, p, model.config.width, channels=channels, blocks=blocks)) for p in (2, 4, 8)]
-        linear = count(model.pictures)
+        linear = count(model.patch_encoder)
         print(f"{size:8s} {model.config.layers:5d} {model.config.width:7d} {model.config.heads:6d} {count(model) - linear:16,d} "
               f"{linear:17,d} {unets[0]:15,d} {unets[1]:12,d} {unets[2]:12,d}")
     print(f"Words: {PAPER_VOCABULARY:,}, Llama 2's 32,000 and 7 of ours; with 32,000 the Llama part of 7b has 6,738,415,616.")

@@ -23,9 +23,7 @@ PAPER/HERE  same: the network's plan; with `paper()` it has the paper's numbers 
 READ NEXT   vae_losses.py, train_vae.py, patchify.py        TRY IT  python vae.py, python train_vae.py
 TEST        tests/test_vae.py
 """
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,9 +31,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import data
+from support.common import UserError
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu" # where one process trains a VAE, samples, measures
+
 BETA = 0.25                                             # Paper App. C: commitment
 IDLE = 100                                              # our choice: steps without use after which a code moves elsewhere
 
@@ -53,7 +51,12 @@ class VAEConfig:
 
     def __post_init__(self):
         if self.codes < 0 or self.codes == 1:
-            raise data.UserError(f"a VQ-VAE needs at least 2 codes (0 means: a VAE, no codes), got {self.codes}")
+            raise UserError(f"a VQ-VAE needs at least 2 codes (0 means: a VAE, no codes), got {self.codes}")
+
+    @property
+    def f(self):
+        """How many times smaller the latents are, per side."""
+        return 2 ** (len(self.multipliers) - 1)
 
 
 def paper(codes=0):
@@ -176,13 +179,13 @@ class VAE(nn.Module):
         self.quantiser = Quantiser(config.codes, config.z) if config.codes else None
         self.register_buffer("shift", torch.zeros(config.z))
         self.register_buffer("scale", torch.ones(config.z))
-        self.register_buffer("reach", torch.tensor(4.0))
+        self.register_buffer("x0_max", torch.tensor(4.0))
         self.to(memory_format=torch.channels_last)      # a quarter faster on CPU
 
     @property
     def f(self):
         """How many times smaller the latents are, per side."""
-        return 2 ** (len(self.config.multipliers) - 1)
+        return self.config.f
 
     def squeeze(self, x):
         """The encoder's output. Raises ValueError for a shape that f does not divide."""
@@ -270,67 +273,6 @@ def encode_all_codes(vae, pixels, progress=True):
 
 
 # ------------------------------------------------------------------------------------------------------------ checkpoints
-def save(path, content):
-    """Write a checkpoint so that the path holds either the old file or the whole new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def load(path, kind):
-    """The dict of a checkpoint. Raises UserError if it is missing, damaged, or not of the wanted kind ("vae", "model", ...), or
-    of one of several."""
-    kinds = (kind,) if isinstance(kind, str) else kind
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise data.UserError(f"there is no checkpoint {path}") from None
-    except Exception as problem:                        # zip, pickle and key errors: torch has no common class for them
-        raise data.UserError(f"{path} is not a checkpoint of this program ({type(problem).__name__}): truncated, or "
-                             f"another kind of file?") from None
-    if not isinstance(content, dict) or content.get("kind") not in kinds:
-        found = content.get("kind") if isinstance(content, dict) else type(content).__name__
-        raise data.UserError(f"{path} holds {found!r}, but a checkpoint of kind {' or '.join(map(repr, kinds))} is needed here")
-    return content
-
-
-def pack_vae(vae):
-    """The VAE as plain data, for a checkpoint of kind "vae", or "vqvae" if it has codes."""
-    return {"kind": "vqvae" if vae.config.codes else "vae", "config": asdict(vae.config), "weights": vae.state_dict()}
-
-
-def unpack_vae(content):
-    """The VAE of `pack_vae`'s dict."""
-    vae = VAE(VAEConfig(**{**content["config"], "multipliers": tuple(content["config"]["multipliers"])}))
-    vae.load_state_dict({k: v.float() for k, v in content["weights"].items()})
-    return vae.eval()
-
-
-EITHER = ("vae", "vqvae")
-
-
-def load_vae(path, kind="vae"):
-    """The VAE of a vae.pt; kind "vqvae": the VQ-VAE; EITHER: what it is. Raises UserError as `load`, and if the file is another
-    version's."""
-    try:
-        return unpack_vae(load(path, kind))
-    except (KeyError, TypeError, RuntimeError) as problem:
-        raise data.UserError(f"{path} was written by another version of this program: "
-                             f"{str(problem).splitlines()[0]}") from None
-
-
-def grid(pictures, columns, gap=2):
-    """One (H, W, 3) uint8 picture of many (M, h, w, 1 or 3), in rows, on grey."""
-    M, h, w, _ = pictures.shape
-    rows = -(-M // columns)
-    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 96, dtype=np.uint8)
-    for k, picture in enumerate(pictures):
-        y, x = gap + (k // columns) * (h + gap), gap + (k % columns) * (w + gap)
-        sheet[y: y + h, x: x + w] = picture
-    return sheet
-
-
 if __name__ == "__main__":
     for shown in (VAEConfig(), VAEConfig(codes=512), paper(), paper(codes=16_384)):
         with torch.device("meta"):                      # shapes without memory: the paper's network costs nothing here
@@ -338,12 +280,3 @@ if __name__ == "__main__":
         print(f"{'VQ-VAE' if shown.codes else 'VAE':7s}{sum(p.numel() for p in network.parameters()):11,} parameters; a picture "
               f"of 256 x 256 becomes {256 // network.f} x {256 // network.f} "
               + (f"words out of {shown.codes:,}" if shown.codes else f"vectors of {shown.z} numbers"))
-    shipped = load_vae(data.ASSETS / "scenes_vae.pt")
-    import sources
-    pictures = to_float(sources.load_scenes(3, seed=1, progress=False).pixels)
-    with torch.no_grad():
-        mean, _ = shipped.encode(pictures)
-        for noise in (0.0, 0.1, 0.5, 1.0):
-            error = (shipped.decode(mean + noise * torch.randn(mean.shape)) - pictures).abs().mean() * 127.5
-            print(f"shipped VAE: latents of deviation {mean.std():.2f} with noise of {noise:.1f} decode to an error of "
-                  f"{error:5.2f} of 255")

@@ -34,11 +34,13 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-import data
-import sources
-import vae_losses
-from vae import (DEVICE, VAE, VAEConfig, batches, codebook_use, encode_all, encode_all_codes, grid, load, pack_vae, paper, save,
-                 to_float, to_pixels)
+from autoencoder import losses as vae_losses
+from autoencoder import perceptual
+from sources import choose
+from support.checkpoint import load, pack_vae, save
+from support.common import DEVICE, UserError, run_command
+from support.figures import grid
+from vae import VAE, VAEConfig, batches, codebook_use, encode_all, encode_all_codes, paper, to_float, to_pixels
 
 
 def loss_terms(vae, x, generator=None):
@@ -53,7 +55,7 @@ def loss_terms(vae, x, generator=None):
 class Training:
     """A VAE in training and all that its next step depends on. given: the options; a resumed run must have the same."""
     vae: VAE
-    judges: vae_losses.Judges | None
+    judges: vae_losses.VAELoss | None
     optimizers: list                                    # the VAE's, and the discriminator's if there is one
     generator: torch.Generator                          # noise of the latents
     rng: np.random.Generator                            # choice of pictures
@@ -139,7 +141,7 @@ def resume_training(run, out):
     saved = load(Path(out) / "last.pt", "vae training")
     for name, value in run.given.items():
         if saved["given"].get(name) != value:
-            raise data.UserError(f"{out} was begun with {name.replace('_', ' ')} {saved['given'].get(name)}, not {value}: "
+            raise UserError(f"{out} was begun with {name.replace('_', ' ')} {saved['given'].get(name)}, not {value}: "
                                  f"resume with the same options, or name another folder with --out")
     for part, state in zip(run.parts(), saved["parts"], strict=True):
         part.load_state_dict(state)
@@ -202,7 +204,7 @@ def measure_latents(vae, pixels):
     # TRAP: diffusion assumes latents of about unit deviation; unscaled ones make the noise schedule wrong without a sign of it
     vae.shift.copy_(mean.mean((0, 2, 3)))
     vae.scale.copy_((mean.var((0, 2, 3)) + deviation.square().mean((0, 2, 3))).sqrt())
-    vae.reach.fill_(encode_all(vae, pixels, progress=False)[0].abs().max().item())
+    vae.x0_max.fill_(encode_all(vae, pixels, progress=False)[0].abs().max().item())
     return vae
 
 
@@ -220,15 +222,15 @@ TOY = dict(image_size=32, steps=1200, batch=32, lr=2e-3, gan_start=600, loss="to
 PAPER = dict(image_size=256, steps=1_000_000, batch=16, lr=1e-4, gan_start=50_000, loss="paper")    # batch, lr: our choice
 
 
-def appoint_judges(args, pairs):
+def build_loss(args, pairs):
     """(Judges of App. C's loss, a sentence on who they are). On the toy a small network of our own stands in for VGG16 and
     MoCo v2; with --paper a term without its weights file is off."""
-    lpips = vae_losses.load_lpips(args.lpips_weights) if args.lpips_weights else None
-    identity = vae_losses.load_moco(args.moco_weights) if args.moco_weights else None
+    lpips = perceptual.load_lpips(args.lpips_weights) if args.lpips_weights else None
+    identity = perceptual.load_moco(args.moco_weights) if args.moco_weights else None
     said = [f"LPIPS from {args.lpips_weights}" if lpips else "", f"ID from {args.moco_weights}" if identity else ""]
     if not args.paper and not (lpips and identity):
-        net, right = vae_losses.train_small_net(pairs.pixels, pairs.captions, seed=args.seed)
-        toy_lpips, toy_identity = vae_losses.stand_ins(net)
+        net, right = perceptual.train_small_net(pairs.pixels, pairs.captions, seed=args.seed)
+        toy_lpips, toy_identity = perceptual.stand_ins(net)
         lpips, identity = lpips or toy_lpips, identity or toy_identity
         why = f"from our small network (it tells {right:.0%} of the captions' words), not the paper's"
         said = [said[0] or f"LPIPS {why}", said[1] or f"ID {why}"]
@@ -236,7 +238,7 @@ def appoint_judges(args, pairs):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         critic = vae_losses.PatchGAN(pairs.pixels.shape[-1], **({} if args.paper else dict(width=32, layers=2)))
-    return vae_losses.Judges(lpips, identity, critic, args.gan_start), "; ".join(said)
+    return vae_losses.VAELoss(lpips, identity, critic, args.gan_start), "; ".join(said)
 
 
 def main(argv=None):
@@ -266,10 +268,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     config, out = paper(args.codes) if args.paper else VAEConfig(codes=args.codes), Path(args.out)
     check(args, config, out)
-    pairs = sources.load_pairs(args.data, args.data_dir, args.image_size, n=20000, seed=args.seed)
-    test = sources.load_pairs(args.data, args.data_dir, args.image_size, split="test", n=256, seed=args.seed)
+    pairs = choose.load_pairs(args.data, args.data_dir, args.image_size, n=20000, seed=args.seed)
+    test = choose.load_pairs(args.data, args.data_dir, args.image_size, split="test", n=256, seed=args.seed)
     config.image_channels = pairs.pixels.shape[-1]
-    judges, said = appoint_judges(args, pairs) if args.loss == "paper" else (None, "the toy's loss")
+    judges, said = build_loss(args, pairs) if args.loss == "paper" else (None, "the toy's loss")
     print(f"loss: {judges.describe() if judges else 'L1 + L2'} + "
           f"{'codebook' if args.codes else f'{args.kl_weight:g} KL'}  ({said})")
     began = time.time()
@@ -294,27 +296,27 @@ def check(args, config, out):
     """Raises UserError for options that cannot work, before any work is done."""
     for name in ("steps", "image_size", "batch", "save_every"):
         if getattr(args, name) < 1:
-            raise data.UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("kl_weight", "gan_start", "lr"):
         if not 0 <= getattr(args, name) < float("inf"):
-            raise data.UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(args, name)}")
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {getattr(args, name)}")
     f = 2 ** (len(config.multipliers) - 1)
     if args.image_size % f:
-        raise data.UserError(f"--image-size must be divisible by {f}, got {args.image_size}: the latents are {f} times "
+        raise UserError(f"--image-size must be divisible by {f}, got {args.image_size}: the latents are {f} times "
                              f"smaller")
     if args.loss == "paper" and args.image_size < 32:
-        raise data.UserError(f"--loss paper needs pictures of at least 32 pixels, got --image-size {args.image_size}: its "
+        raise UserError(f"--loss paper needs pictures of at least 32 pixels, got --image-size {args.image_size}: its "
                              f"networks halve them up to five times")
     if args.loss == "toy" and (args.lpips_weights or args.moco_weights):
-        raise data.UserError("--lpips-weights and --moco-weights are for --loss paper: add it, or leave them out")
+        raise UserError("--lpips-weights and --moco-weights are for --loss paper: add it, or leave them out")
     if out.exists() and not out.is_dir():
-        raise data.UserError(f"{out} is a file: name another folder with --out")
+        raise UserError(f"{out} is a file: name another folder with --out")
     if args.resume and not (out / "last.pt").exists():
-        raise data.UserError(f"there is nothing to resume: {out}/last.pt does not exist")
+        raise UserError(f"there is nothing to resume: {out}/last.pt does not exist")
     if (out / "last.pt").exists() and not (args.resume or args.overwrite):
-        raise data.UserError(f"{out} already holds a run: add --resume to go on with it, --overwrite to start anew, or name "
+        raise UserError(f"{out} already holds a run: add --resume to go on with it, --overwrite to start anew, or name "
                              f"another folder with --out")
 
 
 if __name__ == "__main__":
-    data.run_command(main)
+    run_command(main)

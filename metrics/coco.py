@@ -39,16 +39,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import data
 import sample
-import scale
-import scenes
-import sources
-import streams
-import vae as vae_module
-from data import UserError
 from diffusion import SAMPLERS
-from kit import encode_pixels, load_kit
+from scale import distributed
+from scale import streams
+from sources import scenes
+from support import checkpoint
+from support.checkpoint import encode_pixels, load_trained
+from support.common import ASSETS, UserError, read_lines, run_command
 
 
 # ------------------------------------------------------------------------------------------------------------ the yardsticks
@@ -125,7 +123,7 @@ def read_folder(folder, size, n, seed=0):
     """[(picture: () -> (h, w, 3) uint8, its captions)] of n random pictures of a folder with captions.jsonl, in which several lines may
     speak of one picture."""
     path, found = Path(folder) / "captions.jsonl", {}
-    for number, line in sources.read_lines(path, '{"image": file name, "caption": words}'):
+    for number, line in read_lines(path, '{"image": file name, "caption": words}'):
         caption, picture = streams.read_line(line.encode(), f"{path} line {number}", ["caption", "image"], path.parent, size)
         found.setdefault(picture.args, (picture, []))[1].append(caption)
     order = np.random.default_rng([seed, 15]).permutation(len(found))[:n]
@@ -145,35 +143,35 @@ def draw_scenes(categories, size, n, seed=0):
 
 def vae_features(path, device):
     """pictures (n, h, w, 3) uint8 -> (n, c h w): the latents of a vae.pt. For toys: the same file for all models to be compared."""
-    vae = vae_module.load_vae(path).to(device)
+    vae = checkpoint.load_vae(path).to(device)
     return lambda pixels: encode_pixels(SimpleNamespace(vae=vae), pixels).flatten(1)
 
 
-def together(kit):
+def pictures_per_batch(trained):
     """How many pictures to draw at a time: 64, or as many as have 4 GB of keys and values, which guidance takes three times over."""
-    config, number = kit.model.config, kit.model.words.weight.element_size()
+    config, number = trained.model.config, trained.model.embedding.weight.element_size()
     row = 3 * 2 * config.layers * config.width * (config.patches + 100) * number        # captions have fewer than 100 tokens
     return max(1, min(64, 2 ** 32 // row))
 
 
-def check_prompts(kit, prompts):
+def check_prompts(trained, prompts):
     """Raise UserError for a prompt that the model cannot take, before the first one is drawn."""
-    config = kit.model.config
+    config = trained.model.config
     for text in prompts:
-        if (need := len(kit.words.encode(text)) + config.patches + 3) > config.context:
+        if (need := len(trained.tokenizer.encode(text)) + config.patches + 3) > config.context:
             raise UserError(f"the caption {text[:40]!r} and its picture need {need} positions, but this model's context is {config.context}")
 
 
 @torch.no_grad()
-def judge(kit, items, features=None, clip=None, captions=True, seed=0, progress=True, **drawing):
+def judge(trained, items, features=None, clip=None, captions=True, seed=0, progress=True, **drawing):
     """(numbers, [(caption, references)]) of n items, as `read_folder` has them. Numbers: "n", "references" per picture; "cider", of
     `captions`; with `features`, pictures -> (n, d), "distance" of the drawn pictures and the real ones, "halves", of two halves of
     the real ones; with `clip`, pictures, texts -> cosines, "clip". Pictures that cannot be read are named and skipped. drawing: as
     `sample.draw`. Divided among the ranks: every one must call it. Raises UserError, before anything is drawn, for a prompt that
     the model cannot take."""
-    rng, size = np.random.default_rng([seed, 17]), kit.model.config.latent[1] * kit.vae.f
+    rng, size = np.random.default_rng([seed, 17]), trained.model.config.latent[1] * trained.vae.f
     prompts = [texts[rng.integers(len(texts))] for _, texts in items]
-    check_prompts(kit, prompts if features else [])
+    check_prompts(trained, prompts if features else [])
     blank = np.zeros((len(prompts[:2]), size, size, 3), np.uint8)
     if features:                                        # networks that do not fit fail now, not when the first pictures are drawn
         features(blank)
@@ -182,9 +180,9 @@ def judge(kit, items, features=None, clip=None, captions=True, seed=0, progress=
 
     def work(part, first):
         said, references, real, drawn, fits, bad = [], [], [], [], [], []
-        for k in tqdm(range(0, len(part), together(kit)), desc="drawing and describing", disable=not progress or scale.rank() > 0):
+        for k in tqdm(range(0, len(part), pictures_per_batch(trained)), desc="drawing and describing", disable=not progress or distributed.rank() > 0):
             there = []
-            for n, ((picture, texts), prompt) in enumerate(part[k: k + together(kit)], first + k):
+            for n, ((picture, texts), prompt) in enumerate(part[k: k + pictures_per_batch(trained)], first + k):
                 try:
                     there.append((picture(), texts, prompt, seed * 100003 + n))
                 except UserError as problem:
@@ -193,19 +191,19 @@ def judge(kit, items, features=None, clip=None, captions=True, seed=0, progress=
                 continue
             photos, texts, asked, seeds = map(list, zip(*there))
             photos, references = np.stack(photos), references + texts
-            said += sample.describe(kit, encode_pixels(kit, photos)) if captions else [""] * len(texts)
+            said += sample.describe(trained, encode_pixels(trained, photos)) if captions else [""] * len(texts)
             if features:
-                pictures = sample.draw(kit, asked, seed=seeds, **drawing)
+                pictures = sample.draw(trained, asked, seed=seeds, **drawing)
                 real.append(features(photos))
                 drawn.append(features(pictures))
                 fits += clip(pictures, asked).tolist() if clip else []
         return said, references, torch.cat(real) if real else None, torch.cat(drawn) if drawn else None, fits, bad
 
-    parts = list(zip(*scale.divided(work, list(zip(items, prompts)))))
+    parts = list(zip(*distributed.split_work(work, list(zip(items, prompts)))))
     said, references, fits, bad = (sum(parts[k], []) for k in (0, 1, 4, 5))
     if len(said) < 4:
         raise UserError(f"{len(said)} of {len(items)} pictures can be read, at least four are compared; " + "; ".join(bad[:3]))
-    if bad and scale.rank() == 0:
+    if bad and distributed.rank() == 0:
         print(f"skipped {len(bad)} of {len(items)} pictures: {'; '.join(bad[:5])}")
     found = {"n": len(said), "references": float(np.mean([len(texts) for texts in references]))}
     if captions:
@@ -216,36 +214,36 @@ def judge(kit, items, features=None, clip=None, captions=True, seed=0, progress=
     return found | ({"clip": 100 * float(np.mean(fits))} if clip else {}), list(zip(said, references))
 
 
-def geneval(kit, path, out, each=4, limit=None, seed=0, **drawing):
+def geneval(trained, path, out, each=4, limit=None, seed=0, **drawing):
     """Draw GenEval's prompts as its own script wants them judged: out/00000/metadata.jsonl and samples/0000.png to 0003.png, for
     each line {"prompt": ..., ...} of its evaluation_metadata.jsonl. Finished folders are passed over, so that a stopped command
     goes on. Divided among the ranks. Returns how many prompts there are. App. B.1. Raises UserError if `out` has pictures of
     another model, or of other options."""
-    lines = [line for _, line in sources.read_lines(Path(path), 'prompt of GenEval, {"tag": ..., "include": ..., "prompt": ...}')][:limit]
+    lines = [line for _, line in read_lines(Path(path), 'prompt of GenEval, {"tag": ..., "include": ..., "prompt": ...}')][:limit]
     try:
         prompts = [" ".join(json.loads(line)["prompt"].split()) for line in lines]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f'{path} is not GenEval\'s evaluation_metadata.jsonl: every line must be {{"prompt": ..., ...}}') from None
-    check_prompts(kit, prompts)
-    weights = hashlib.sha256(kit.model.head.weight.float().cpu().numpy().tobytes()).hexdigest()[:16]
+    check_prompts(trained, prompts)
+    weights = hashlib.sha256(trained.model.head.weight.float().cpu().numpy().tobytes()).hexdigest()[:16]
     settings, kept = json.dumps({"model": weights, "seed": seed, "each": each, **drawing}), Path(out) / "settings.json"
     if kept.exists() and kept.read_text() != settings:
         raise UserError(f"{out} has pictures of {kept.read_text()}, these would be of {settings}: name another --out")
     folder = lambda k: Path(out) / f"{k:05d}"
     whole = lambda k: (folder(k) / "metadata.jsonl").exists() and (folder(k) / "metadata.jsonl").read_text() == lines[k]
     to_do = [k for k in range(len(lines)) if not whole(k)]
-    scale.wait()                                        # before the first writes, all must have looked
-    if scale.rank() == 0:
+    distributed.wait()                                        # before the first writes, all must have looked
+    if distributed.rank() == 0:
         Path(out).mkdir(parents=True, exist_ok=True)
         kept.write_text(settings)
 
     def work(part, _):
-        for k in tqdm(part, desc="drawing for GenEval", disable=scale.rank() > 0):
+        for k in tqdm(part, desc="drawing for GenEval", disable=distributed.rank() > 0):
             (folder(k) / "samples").mkdir(parents=True, exist_ok=True)
-            for j, picture in enumerate(sample.draw(kit, [prompts[k]] * each, seed=seed, first=each * k, **drawing)):
+            for j, picture in enumerate(sample.draw(trained, [prompts[k]] * each, seed=seed, first=each * k, **drawing)):
                 Image.fromarray(picture).save(folder(k) / "samples" / f"{j:04d}.png")
             (folder(k) / "metadata.jsonl").write_text(lines[k])         # last: it says that the folder is whole
-    scale.divided(work, to_do)
+    distributed.split_work(work, to_do)
     return len(prompts)
 
 
@@ -267,10 +265,10 @@ def main(argv=None):
     parser.add_argument("pictures", nargs="?", help="a folder of pictures with captions.jsonl, one {\"image\": ..., \"caption\": ...} per line, "
                         "where several lines may speak of one picture; the word scenes; GenEval's evaluation_metadata.jsonl; "
                         "without it: a small example")
-    parser.add_argument("--checkpoint", default=str(data.ASSETS / "scenes.pt"), help="a model.pt of train.py")
+    parser.add_argument("--checkpoint", default=str(ASSETS / "scenes.pt"), help="a model.pt of train.py")
     parser.add_argument("--only", choices=("captions", "pictures"), help="CIDEr alone, or FID and CLIP score alone; default: all")
     parser.add_argument("--inception", help="inception-2015-12-05.pt (TorchScript): the distance is FID")
-    parser.add_argument("--vae", default=str(data.ASSETS / "scenes_vae.pt"), help="without it: the vae.pt whose latents are compared")
+    parser.add_argument("--vae", default=str(ASSETS / "scenes_vae.pt"), help="without it: the vae.pt whose latents are compared")
     parser.add_argument("--clip", help="folder of a CLIP model of transformers: CLIP score, too")
     parser.add_argument("--world", choices=tuple(scenes.WORLDS), default="six", help="of scenes: which captions")
     parser.add_argument("--limit", type=int, default=30000, help="at most so many pictures (the paper: 30000, in its ablations 5000), or prompts")
@@ -288,25 +286,25 @@ def main(argv=None):
     if args.json and not Path(args.json).parent.is_dir():
         raise UserError(f"cannot write {args.json}: its folder does not exist")
     drawing = dict(seed=args.seed, steps=args.steps, guidance=args.guidance, sampler=args.sampler)
-    prompts, ranks = Path(args.pictures).suffix == ".jsonl", scale.start()
+    prompts, ranks = Path(args.pictures).suffix == ".jsonl", distributed.start()
     if prompts and (args.inception or args.clip or args.only or args.json):
         raise UserError("GenEval's pictures are judged by its own script: --inception, --clip, --only and --json are for a folder of pictures")
-    kit = load_kit(args.checkpoint, ranks.device)
-    kit.model.to(ranks.dtype)
-    if kit.kind == "llama":
+    trained = load_trained(args.checkpoint, ranks.device)
+    trained.model.to(ranks.dtype)
+    if trained.kind == "llama":
         raise UserError(f"{args.checkpoint} is a llama: it knows words only")
     if prompts:
-        count = geneval(kit, args.pictures, args.out, limit=args.limit, **drawing)
-        if scale.rank() == 0:
+        count = geneval(trained, args.pictures, args.out, limit=args.limit, **drawing)
+        if distributed.rank() == 0:
             print(f"{count} prompts in {args.out}: judge them with GenEval's evaluation/evaluate_images.py")
         return count
-    size = kit.model.config.latent[1] * kit.vae.f
+    size = trained.model.config.latent[1] * trained.vae.f
     items = (draw_scenes(scenes.WORLDS[args.world], size, args.limit, args.seed) if args.pictures == "scenes" else
              read_folder(args.pictures, size, args.limit, args.seed))
     features = load_inception(args.inception, ranks.device) if args.inception else vae_features(args.vae, ranks.device)
     clip = load_clip(args.clip, ranks.device) if args.clip else None
-    found, said = judge(kit, items, *((None, None) if args.only == "captions" else (features, clip)), args.only != "pictures", **drawing)
-    if scale.rank() == 0:
+    found, said = judge(trained, items, *((None, None) if args.only == "captions" else (features, clip)), args.only != "pictures", **drawing)
+    if distributed.rank() == 0:
         print(f"n = {found['n']} pictures")
         if "cider" in found:
             for answer, texts in said[:3]:
@@ -324,4 +322,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.run_command(main)
+    run_command(main)

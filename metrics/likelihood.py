@@ -28,15 +28,15 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-import scale
-import scenes
-import sources
-import streams
-from data import BOS, UserError
-from kit import device_of, load_kit
+from data import BOS
+from scale import distributed
+from scale import streams
+from sources import scenes
+from support.checkpoint import device_of, load_trained
+from support.common import ASSETS, UserError, read_lines, run_command
 
 SUITE = ("hellaswag", "piqa", "social_iqa", "winogrande", "arc_easy", "arc_challenge", "boolq")    # Paper App. B.1, note 4
-TOGETHER = 8192                                         # tokens of one forward: at V = 32,000 their logits take 1 GB, and once more
+TOKENS_PER_FORWARD = 8192                                         # tokens of one forward: at V = 32,000 their logits take 1 GB, and once more
 
 
 def split(words, context, continuation):
@@ -62,17 +62,17 @@ def log_likelihood(model, requests, progress=False):
     def work(part, _):
         rows = [(([BOS] + context[max(0, len(context) + len(answer) - room):] + answer), len(answer)) for context, answer in part]
         order, found = sorted(range(len(rows)), key=lambda k: -len(rows[k][0])), [None] * len(rows)
-        bar = tqdm(total=len(rows), desc="reading", disable=not progress or scale.rank() > 0, leave=False)
+        bar = tqdm(total=len(rows), desc="reading", disable=not progress or distributed.rank() > 0, leave=False)
         while order:                                    # rows of like length together: little padding
             longest = len(rows[order[0]][0])
-            now, order = order[: max(1, TOGETHER // longest)], order[max(1, TOGETHER // longest):]
+            now, order = order[: max(1, TOKENS_PER_FORWARD // longest)], order[max(1, TOKENS_PER_FORWARD // longest):]
             packed = [data.Sequence(tokens, [-1] * len(tokens), [k >= len(tokens) - n - 1 for k in range(len(tokens) - 1)] + [False])
                       for tokens, n in (rows[k] for k in now)]
             batch = data.to_batch([[row] for row in packed], longest).to(device_of(model))
             none = torch.zeros(0, *model.config.latent, device=batch.tokens.device)              # pictures: there are none,
             no_t = torch.zeros(0, dtype=torch.long, device=batch.tokens.device)                  # so no noise
-            logits, _ = model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, none, no_t)
-            right = batch.tokens.roll(-1, 1)[batch.learn]
+            logits, _ = model(batch.tokens, batch.image_id, batch.doc_id, batch.has_loss, none, no_t)
+            right = batch.tokens.roll(-1, 1)[batch.has_loss]
             nats = F.cross_entropy(logits.float(), right, reduction="none").split([rows[k][1] for k in now])
             greedy = (logits.argmax(-1) == right).split([rows[k][1] for k in now])
             for k, loss, same in zip(now, nats, greedy):
@@ -80,24 +80,24 @@ def log_likelihood(model, requests, progress=False):
             bar.update(len(now))
         bar.close()
         return found
-    return sum(scale.divided(work, requests), [])
+    return sum(distributed.split_work(work, requests), [])
 
 
-def perplexity(kit, texts, progress=False):
+def perplexity(trained, texts, progress=False):
     """{"perplexity", per token; "tokens"} of a list of texts."""
-    room, ids = kit.model.config.context - 1, [kit.words.encode(text) for text in texts]
+    room, ids = trained.model.config.context - 1, [trained.tokenizer.encode(text) for text in texts]
     pieces = [([], row[k: k + room]) for row in ids for k in range(0, len(row), room)]
     if not pieces:
         raise UserError("there is no text to read: all documents are empty")
-    nats, tokens = -sum(found for found, _ in log_likelihood(kit.model, pieces, progress)), sum(map(len, ids))
+    nats, tokens = -sum(found for found, _ in log_likelihood(trained.model, pieces, progress)), sum(map(len, ids))
     return {"perplexity": math.exp(nats / tokens), "tokens": tokens}
 
 
-def ranked(kit, questions, progress=False):
+def ranked(trained, questions, progress=False):
     """{"acc", "acc_norm": share of questions whose right answer has the highest ln p, and the highest ln p per character; "n",
     "chance"}. questions: list of (context, answers, number of the right one); an answer follows its context after a space."""
-    requests = [split(kit.words, context, " " + answer) for context, answers, _ in questions for answer in answers]
-    scores, right, normed = iter(log_likelihood(kit.model, requests, progress)), 0, 0
+    requests = [split(trained.tokenizer, context, " " + answer) for context, answers, _ in questions for answer in answers]
+    scores, right, normed = iter(log_likelihood(trained.model, requests, progress)), 0, 0
     for _, answers, truth in questions:
         these = np.array([next(scores)[0] for _ in answers])
         right += these.argmax() == truth
@@ -106,7 +106,7 @@ def ranked(kit, questions, progress=False):
             "chance": float(np.mean([1 / len(answers) for _, answers, _ in questions]))}
 
 
-def suite(kit, tasks=SUITE, **options):
+def suite(trained, tasks=SUITE, **options):
     """lm-evaluation-harness' own results {task: its numbers}, 0-shot, of tasks that it knows by name, and their "mean", which the
     paper reports; it downloads their questions. options: as its simple_evaluate, e.g. limit, task_manager. Raises UserError if
     the library is not there, or does not know a task."""
@@ -119,7 +119,7 @@ def suite(kit, tasks=SUITE, **options):
 
     class Judge(LM):                                    # here, because its base class is optional
         def loglikelihood(self, requests):
-            return log_likelihood(kit.model, [split(kit.words, *request.args) for request in requests], progress=True)
+            return log_likelihood(trained.model, [split(trained.tokenizer, *request.args) for request in requests], progress=True)
 
         def loglikelihood_rolling(self, requests):
             raise UserError("for perplexity use `python likelihood.py perplexity`")
@@ -157,7 +157,7 @@ def read_questions(name, n, seed=0):
             found.append((f"{context} is", [[right, wrong], [wrong, right]][k % 2], k % 2))         # the first wins a tie
         return found
     wanted, questions = '{"context": ..., "choices": [at least two], "answer": number of the right one, from 0}', []
-    for number, line in sources.read_lines(Path(name), wanted)[:n]:
+    for number, line in read_lines(Path(name), wanted)[:n]:
         try:
             entry = json.loads(line)
             context, choices, answer = entry["context"], entry["choices"], entry["answer"]
@@ -171,10 +171,10 @@ def read_questions(name, n, seed=0):
     return questions
 
 
-def demo(kit):
+def demo(trained):
     """Both answers to a few of the world's questions, and how probable the model finds them."""
     for context, answers, truth in read_questions("scenes", 3):
-        found = log_likelihood(kit.model, [split(kit.words, context, " " + answer) for answer in answers])
+        found = log_likelihood(trained.model, [split(trained.tokenizer, context, " " + answer) for answer in answers])
         print(context, *(f"    ln p = {nats:7.2f}  {answer}{'   (the right one)' if k == truth else ''}"
                          for k, (answer, (nats, _)) in enumerate(zip(answers, found))), sep="\n")
 
@@ -187,7 +187,7 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", help='perplexity: .txt (a document per line), .jsonl with {"text": ...}, folders of them, or the '
                                                  'word scenes; choices: one .jsonl, or the word scenes; suite: tasks of '
                                                  'lm-evaluation-harness, default: the paper\'s')
-    parser.add_argument("--checkpoint", default=str(data.ASSETS / "scenes.pt"), help="a model.pt of train.py")
+    parser.add_argument("--checkpoint", default=str(ASSETS / "scenes.pt"), help="a model.pt of train.py")
     parser.add_argument("--limit", type=int, help="at most so many documents, or questions (of a task); default: all, of scenes 1000")
     parser.add_argument("--json", help="also write the numbers here")
     args = parser.parse_args(argv)
@@ -197,18 +197,18 @@ def main(argv=None):
         raise UserError(f"say what to read: python likelihood.py {args.what} " + ("a.jsonl b.txt" if args.what == "perplexity" else "questions.jsonl"))
     if args.json and not Path(args.json).parent.is_dir():
         raise UserError(f"cannot write {args.json}: its folder does not exist")
-    ranks = scale.start()
-    kit, most = load_kit(args.checkpoint, ranks.device), args.limit or (1000 if "scenes" in args.names else sys.maxsize)
-    kit.model.to(ranks.dtype)
+    ranks = distributed.start()
+    trained, most = load_trained(args.checkpoint, ranks.device), args.limit or (1000 if "scenes" in args.names else sys.maxsize)
+    trained.model.to(ranks.dtype)
     if args.what is None:
-        return demo(kit)
+        return demo(trained)
     if args.what == "perplexity":
-        found = perplexity(kit, read_texts(args.names, most), progress=True)
+        found = perplexity(trained, read_texts(args.names, most), progress=True)
     elif args.what == "choices":
-        found = ranked(kit, read_questions(args.names[0], most), progress=True)
+        found = ranked(trained, read_questions(args.names[0], most), progress=True)
     else:
-        found = suite(kit, args.names or SUITE, limit=args.limit)
-    if scale.rank() == 0:
+        found = suite(trained, args.names or SUITE, limit=args.limit)
+    if distributed.rank() == 0:
         rows = found if args.what == "suite" else {" ".join(args.names): found}
         for name, row in rows.items():
             print(f"{name}: " + ", ".join(f"{k} {v:,}" if type(v) is int else f"{k} {v:.4f}" for k, v in row.items() if isinstance(v, (int, float))))
@@ -218,4 +218,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.run_command(main)
+    run_command(main)

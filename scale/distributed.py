@@ -42,9 +42,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-import plan
-from data import UserError
 from model import Transfusion, count
+from scale import plan
+from support.common import UserError
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")          # one process saves, too
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")       # what torchrun tells its processes
@@ -58,6 +58,11 @@ class Ranks:
     device: torch.device
     mesh: object = None
     saving: object = None
+
+    @property
+    def size(self):
+        """R, how many processes there are."""
+        return 1 if self.mesh is None else self.mesh.size()
 
     @property
     def dtype(self):
@@ -114,7 +119,7 @@ def stop():
     Joining the threads does not help: they live as long as the mesh, which DTensor's caches keep."""
     if dist.is_initialized():
         dist.destroy_process_group()
-        patient.cache_clear()
+        long_group.cache_clear()
         time.sleep(0.1)
 
 
@@ -154,16 +159,16 @@ def total(numbers):
 
 
 @functools.cache
-def patient():
+def long_group():
     """A process group for work of hours. TRAP: the default group gives up after half an hour, also when a rank is merely slower."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
-def divided(work, items):
+def split_work(work, items):
     """List of work(part, first) of all ranks' parts of a list, in order: `first` is the place of the part's first item.
     Every rank must call it and gets the whole list. For drawing and describing; the model of the work must be whole."""
     a, b = (len(items) * k // size() for k in (rank(), rank() + 1))
-    group = patient() if size() > 1 else None
+    group = long_group() if size() > 1 else None
     found = work(items[a:b], a) if a < b else None
     everyone = [found]
     if group:
@@ -173,7 +178,7 @@ def divided(work, items):
 
 
 # ------------------------------------------------------------------------------------------------------ dividing the model
-def spread(make, ranks, checkpointing=False, compiled=False):
+def shard_model(make, ranks, checkpointing=False, compiled=False):
     """The model of make(), its weights drawn once and divided among the ranks. checkpointing: keep only the blocks' inputs
     and compute the rest again in the backward pass. compiled: torch.compile each block; one is compiled, all use it.
 
@@ -220,12 +225,12 @@ def last_of_step(model, last):
         model.set_requires_all_reduce(last)
 
 
-def full(x):
+def gather(x):
     """The whole of a tensor of which each rank may hold a shard. Every rank must call it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def hold(make, tensors):
+def wrap_weights(make, tensors):
     """A module of make() around given tensors {name: tensor}, without gradients, without drawing or copying any."""
     with torch.device("meta"):
         module = make()
@@ -233,13 +238,13 @@ def hold(make, tensors):
     return module.requires_grad_(False)
 
 
-def whole(make, module, dtype):
+def gather_model(make, module, dtype):
     """A plain, whole module with the weights of `module`, on every rank: anything may be called on it, by one rank alone.
     Sampling calls other methods than forward, a different number of times on each rank; on shards that would not end.
     7B in bfloat16 takes 13.5 GB for as long as it is held. A module that is whole already is returned as it is."""
     if not any(isinstance(p, DTensor) for p in module.parameters()):
         return module
-    return hold(make, {k: full(v).to(dtype) for k, v in module.state_dict().items()})
+    return wrap_weights(make, {k: gather(v).to(dtype) for k, v in module.state_dict().items()})
 
 
 # ------------------------------------------------------------------------------------------------------------- checkpoints
@@ -248,7 +253,7 @@ def folder_of(out, step):
     return Path(out) / "checkpoints" / f"step_{step:06d}"
 
 
-def found(out):
+def list_checkpoints(out):
     """(steps of complete checkpoints, steps of incomplete ones), ascending. Complete: .metadata is written last, by rank 0,
     when every rank's file is on the disk."""
     both = [], []
@@ -278,7 +283,7 @@ class Saver:
     def save(self, step, *parts):
         """Begin to write the checkpoint of a step. parts: model, average, optimizer."""
         self.wait()
-        if step in found(self.out)[0]:
+        if step in list_checkpoints(self.out)[0]:
             return
         path = folder_of(self.out, step)
         with rank_0_first():
@@ -296,7 +301,7 @@ class Saver:
         except (Exception, dcp.api.CheckpointException) as problem:     # the latter is no Exception
             raise UserError(f"{path} could not be written ({problem}): is the disk full?") from None
         if rank() == 0:
-            complete, incomplete = found(self.out)
+            complete, incomplete = list_checkpoints(self.out)
             for step in complete[:-self.keep] + incomplete:
                 remove(folder_of(self.out, step))
 

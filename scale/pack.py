@@ -31,11 +31,14 @@ import torch
 from tqdm import tqdm
 
 import data
-import scenes
 import vae as vae_module
-from data import UserError
-from shards import Pieces, cut_row, fingerprint, load_tokenizer, read_header
-from streams import collect_words, find_sources, items_of
+from data import Pieces
+from scale.shards import cut_row, fingerprint, read_header
+from scale.streams import collect_words, find_sources, items_of
+from sources import scenes
+from support import checkpoint
+from support.checkpoint import load_tokenizer
+from support.common import DEVICE, UserError, run_command
 
 
 # ---------------------------------------------------------------------------------------------------------------- packing
@@ -188,7 +191,7 @@ def pack_kind(kind, sources, words, vae, settings, out, args):
 def keep(path, content, thing, what):
     """Put the tokenizer or the VAE beside its shards. Raises UserError if another one is there already."""
     if path.exists():
-        there = load_tokenizer(path) if what == "tokenizer" else vae_module.load_vae(path, vae_module.EITHER)
+        there = load_tokenizer(path) if what == "tokenizer" else checkpoint.load_vae(path, checkpoint.ANY_VAE)
         if fingerprint(there) != fingerprint(thing):
             raise UserError(f"{path.parent} was packed with another {what} ({fingerprint(there)}, this one is "
                             f"{fingerprint(thing)}): name another --out")
@@ -273,7 +276,7 @@ def main(argv=None):
     """Pack as the command line says; returns the totals."""
     args = parse_arguments(argv)
     out, sources = Path(args.out), {kind: find_sources(kind, getattr(args, kind), args.scenes) for kind in ("text", "pairs")}
-    vae = vae_module.load_vae(args.vae, vae_module.EITHER) if args.pairs else None
+    vae = checkpoint.load_vae(args.vae, checkpoint.ANY_VAE) if args.pairs else None
     pictures = picture_settings(vae, args) if vae else {}
     before = out / "tokenizer.json"
     words = (load_tokenizer(Path(args.tokenizer)) if args.tokenizer != "words" else
@@ -283,10 +286,10 @@ def main(argv=None):
     if isinstance(words, Pieces):
         keep(out / "tokenizer.model", words.model, words, "tokenizer")
     else:
-        keep(before, json.dumps(words.words).encode(), words, "tokenizer")
+        keep(before, json.dumps(words.vocabulary).encode(), words, "tokenizer")
     if vae:
         keep(out / "vae.pt", Path(args.vae).read_bytes(), vae, "VAE")
-        vae.to(vae_module.DEVICE)
+        vae.to(DEVICE)
     settings, headers = {"version": 1, "seq_len": args.seq_len, "tokenizer": fingerprint(words)}, []
     for kind, found in sources.items():
         if found:
@@ -305,4 +308,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.run_command(main)
+    run_command(main)

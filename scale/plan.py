@@ -30,9 +30,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import UserError
 from model import PAPER_CODES, PAPER_SIZES, count, paper_model
 from patchify import PATCHES
+from support.common import UserError
 
 # Peak bf16 FLOP/s with fp32 accumulation, *dense*: the makers' data sheets print twice that, "with sparsity". A name is
 # found if all its words are in torch.cuda.get_device_name(); the first that fits counts, so cut-down versions come first.
@@ -71,9 +71,9 @@ def mfu(flops_per_token, tokens_per_second, device, gpus=1):
 # ------------------------------------------------------------------------------------------------------------- parameters
 def parts(model):
     """{part: parameters}; they add up to count(model)."""
-    found = {"embedding table": count(model.words), "blocks": count(model.blocks),
+    found = {"embedding table": count(model.embedding), "blocks": count(model.blocks),
              "norm and head": count(model.norm) + count(model.head),
-             f"patch encoder ({model.config.encoder})": count(model.pictures)}
+             f"patch encoder ({model.config.encoder})": count(model.patch_encoder)}
     return found if model.place is None else {**found, "place vectors": model.place.numel()}
 
 
@@ -135,7 +135,7 @@ def memory(model, gpus, rows=1, checkpointing=True, ema=False, number=2, patches
              ("AdamW", 8 * W / gpus, "2 x 4 bytes x parameters / GPUs")]
     if ema:
         lines.append(("average of the weights", 4 * W / gpus, "4 bytes x parameters / GPUs"))
-    lines.append(("table and patch encoder, gathered", number * (V * D + count(model.pictures)), f"{number} bytes each, for the whole step"))
+    lines.append(("table and patch encoder, gathered", number * (V * D + count(model.patch_encoder)), f"{number} bytes each, for the whole step"))
     one = positions * block_bytes(D, hidden, number)
     if checkpointing:
         lines.append(("checkpoints", blocks * positions * number * D, f"L x rows x T x d x {number} bytes"))

@@ -31,7 +31,6 @@ import hashlib
 import itertools
 import json
 import sys
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -41,68 +40,21 @@ from tqdm import tqdm
 
 import data
 import vae as vae_module
-from data import ASSETS, SPECIAL, UserError
+from data import Pieces
+from support import checkpoint
+from support.checkpoint import load_tokenizer
+from support.common import UserError, run_command
 
 
 # -------------------------------------------------------------------------------------------------------------- tokenizer
-class Pieces:
-    """A SentencePiece model behind the interface of data.Words: its piece k has id len(SPECIAL) + k. model: the bytes of
-    the .model file, which travel in the checkpoint. The model's own <s>, </s> stay unused: BOS and EOS do their work."""
-
-    def __init__(self, model):
-        try:
-            import sentencepiece
-        except ImportError:
-            raise UserError("this tokenizer is a SentencePiece model: pip install sentencepiece") from None
-        try:
-            self.model, self.processor = model, sentencepiece.SentencePieceProcessor(model_proto=model)
-            assert self.processor.get_piece_size()
-        except (RuntimeError, AssertionError):
-            raise UserError("the tokenizer's file is not a SentencePiece model: truncated, or of another kind?") from None
-        self.words = list(SPECIAL) + [self.processor.id_to_piece(k) for k in range(self.processor.get_piece_size())]
-
-    def __len__(self):
-        return len(self.words)
-
-    def encode(self, text):
-        """List of ids. "<boi>" in a text is letters like any others: it cannot forge the layout."""
-        return [len(SPECIAL) + k for k in self.processor.encode(text)]
-
-    def decode(self, ids):
-        """The text of a list of ids, special tokens left out."""
-        return self.processor.decode([int(k) - len(SPECIAL) for k in ids if k >= len(SPECIAL)])
-
-
-def dump_tokenizer(words):
-    """What a file or a checkpoint keeps of a tokenizer: the bytes of a SentencePiece model, or a list of words."""
-    return words.model if isinstance(words, Pieces) else words.words
-
-
-def load_tokenizer(kept):
-    """Words or Pieces of `dump_tokenizer`'s result, or of a path that ends in .json (a list of words) or .model."""
-    if isinstance(kept, Path) and kept.suffix == ".json":
-        try:
-            kept = list(map(str, json.loads(kept.read_text())))
-        except (ValueError, TypeError):
-            raise UserError(f"{kept} is not a list of words, as packing writes it") from None
-    elif isinstance(kept, Path):
-        kept = kept.read_bytes()
-    if isinstance(kept, bytes):
-        return Pieces(kept)
-    words = data.Words(kept)
-    if len(words) != len({*SPECIAL, *kept}) or set(words.words) != {*SPECIAL, *kept}:
-        raise UserError("this tokenizer has words with capital letters: write those of a tokenizer.json in lower case; a checkpoint that has "
-                        "them comes from an earlier version of this program, train it anew")
-    return words
-
-
 def fingerprint(thing):
     """16 hex digits that name a tokenizer, or a VAE, by its content."""
     if isinstance(thing, vae_module.VAE):
-        state = sorted(thing.state_dict().items())
+        # under its older name, so that shards packed before the change still fit their VAE
+        state = sorted((name.replace("x0_max", "reach"), tensor) for name, tensor in thing.state_dict().items())
         content = b"".join(k.encode() + v.cpu().contiguous().numpy().tobytes() for k, v in state)
     else:
-        content = thing.model if isinstance(thing, Pieces) else json.dumps(thing.words).encode()
+        content = thing.model if isinstance(thing, Pieces) else json.dumps(thing.vocabulary).encode()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
@@ -178,10 +130,10 @@ class Shards:
                 headers[header["kind"]][index.parent / name] = header
         beside = lambda names: next((p for index in found for name in names for p in index.parent.glob(name)), None)
         self.vae_path, tokenizer = beside(["vae.pt"]), beside(["tokenizer.model", "tokenizer.json"])
-        self.words = load_tokenizer(tokenizer) if tokenizer else data.Words([])
-        if fingerprint(self.words) != self.settings["tokenizer"]:
+        self.tokenizer = load_tokenizer(tokenizer) if tokenizer else data.Words([])
+        if fingerprint(self.tokenizer) != self.settings["tokenizer"]:
             raise UserError(f"the shards of {folder} were packed with another tokenizer ({self.settings['tokenizer']}) than "
-                            f"the one beside them ({tokenizer and fingerprint(self.words)}): put theirs there")
+                            f"the one beside them ({tokenizer and fingerprint(self.tokenizer)}): put theirs there")
         self.patches, self.codes = self.settings.get("patches", 0), self.settings.get("codes", 0)
         self.paths = {kind: list(headers[kind]) for kind in headers}
         self.begins = {kind: np.cumsum([0] + [h["rows"] for h in headers[kind].values()]) for kind in headers}
@@ -247,7 +199,7 @@ class Shards:
         micro-batches a step has in all, over all ranks; micro: which of them this is. see: what a model reads in place of a
         document, given the row's latents or codes (chameleon.seen_by): this file need not know the rivals."""
         drawn = [self.row(seed, (step * micros + micro) * rows + b) for b in range(rows)]
-        batch = data.to_batch([[data.lay_out(see(document, latents), self.words, self.patches) for document in documents]
+        batch = data.to_batch([[data.lay_out(see(document, latents), self.tokenizer, self.patches) for document in documents]
                                for documents, latents in drawn], self.settings["seq_len"])
         batch.images = torch.arange(len(batch.images))  # the pictures lie in the order in which they are read
         none = np.zeros((0, *self.settings.get("latent", (0, 0, 0))), np.float16)
@@ -289,7 +241,7 @@ class Shards:
     def vae(self, path=""):
         """The VAE of the latents, from beside the shards or from the path of one that must be the same."""
         path = path or self.vae_path or self.folder / "vae.pt"
-        vae = vae_module.load_vae(path, vae_module.EITHER)
+        vae = checkpoint.load_vae(path, checkpoint.ANY_VAE)
         if fingerprint(vae) != self.settings["vae"]:
             raise UserError(f"the latents of {self.folder} were made by another VAE ({self.settings['vae']}) than {path} "
                             f"({fingerprint(vae)}): leave out --vae, or pack again with it")
@@ -307,20 +259,11 @@ def check(folder):
 
 
 def demo():
-    """Pack a little of the toy world, then show one row of four steps, and the order of ten rows in three epochs."""
-    import pack
-    with tempfile.TemporaryDirectory() as folder:
-        toy = "--text scenes --pairs scenes --scenes 200 --image-size 32 --seq-len 64 --shard-rows 32"
-        pack.main([*toy.split(), "--vae", str(ASSETS / "scenes_vae.pt"), "--out", folder])
-        shards = Shards(folder)
-        print(f"\n{shards.share / 2 ** 32:.0%} of the rows are text. The first row of four steps; # is a patch:")
-        for step in range(4):
-            row = shards.batch(seed=0, step=step, micro=0, rows=1).tokens[0].tolist()
-            print(f"step {step}: " + " ".join(shards.words.words[k] for k in row).replace("<patch>", "#")[:150])
-    print("\nthe order of 10 rows, epoch by epoch:")
+    """The order of ten rows, epoch by epoch."""
+    print("the order of 10 rows:")
     for epoch in range(3):
-        print([shuffled(k, 10, f"0 pairs {epoch}") for k in range(10)])
+        print(f"  epoch {epoch}: {[shuffled(k, 10, f'0 pairs {epoch}') for k in range(10)]}")
 
 
 if __name__ == "__main__":
-    data.run_command(lambda argv: check(argv[0]) if argv else demo(), sys.argv[1:])
+    run_command(lambda argv: check(argv[0]) if argv else demo(), sys.argv[1:])

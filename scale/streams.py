@@ -21,9 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-import scenes
-import sources
-from data import UserError
+from sources import pairs
+from sources import scenes
+from support.common import UserError, open_picture
 
 
 def read_line(raw, where, keys, folder=None, size=None):
@@ -31,7 +31,7 @@ def read_line(raw, where, keys, folder=None, size=None):
     try:
         entry = json.loads(raw) if keys else raw.decode("utf-8")
         text = (entry[keys[0]] if keys else entry).strip()
-        return text, functools.partial(sources.open_picture, folder / entry[keys[1]], size) if folder else None
+        return text, functools.partial(open_picture, folder / entry[keys[1]], size) if folder else None
     except (ValueError, KeyError, TypeError, AttributeError):
         wanted = "{" + ", ".join(f'"{key}": ...' for key in keys) + "}" if keys else "text in UTF-8"
         raise UserError(f"{where} is not {wanted}: {raw[:40]!r}") from None
@@ -60,7 +60,7 @@ def read_member(tar, files, where, size):
     def pixels():
         file = io.BytesIO(tar.extractfile(picture).read())
         try:
-            return sources.open_picture(file, size)
+            return open_picture(file, size)
         except UserError as problem:                    # the name of the picture instead of that of the bytes
             raise UserError(str(problem).replace(str(file), f"{where}{PurePosixPath(picture.name).suffix}")) from None
     return text, pixels
@@ -83,7 +83,7 @@ def scenes_of(kind, world, n, size):
     """n items of the toy world: deductions (text), or pictures with captions (pairs)."""
     for k in range(n):
         if kind == "pairs" and k % 256 == 0:
-            drawn = sources.load_scenes(min(256, n - k), [0, 0, k], scenes.WORLDS[world], size, progress=False)
+            drawn = scenes.load_scenes(min(256, n - k), [0, 0, k], scenes.WORLDS[world], size, progress=False)
         text = (drawn.captions[k % 256] if kind == "pairs" else
                 scenes.World(scenes.WORLDS[world]).deduction(np.random.default_rng([0, 1, k])))
         yield k + 1, lambda: (text, (lambda: drawn.pixels[k % 256]) if kind == "pairs" else None)
@@ -124,7 +124,7 @@ def collect_words(named, args):
     found = set()
     for kind, source in ((kind, source) for kind in named for source in named[kind]):
         if source == "scenes":                          # the whole language, so that all worlds share one vocabulary
-            found |= sources.Pairs("scenes", [], None, scenes.World(scenes.WORLDS[args.world])).vocabulary()
+            found |= pairs.Pairs("scenes", [], None, scenes.World(scenes.WORLDS[args.world])).vocabulary()
             continue
         for _, read in tqdm(items_of(kind, source, args), desc=f"collecting the words of {source}", leave=False):
             try:

@@ -28,10 +28,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import data
-import scenes
-import sources
-from scenes import COLOURS, HELD_OUT, RELATIONS, SHAPES, Thing
+from sources import scenes
+from sources.scenes import COLOURS, HELD_OUT, RELATIONS, SHAPES, Thing
+from support.common import UserError, open_picture, read_lines
 
 KINDS = ("recolour", "reshape", "remove", "add", "move")
 NEAR = 2.0                                              # pixels that an untouched object may be off
@@ -232,18 +231,18 @@ def load_triples(folder, size=32, split="train"):
     """Edits of a folder of your own: edits.jsonl with one {"before": file, "instruction": words, "after": file} per line.
     Every tenth triple is the test split. A triple with a missing or broken picture is counted, named and skipped."""
     path = Path(folder) / "edits.jsonl"
-    lines = sources.read_lines(path, '{"before": file name, "instruction": words, "after": file name}')
+    lines = read_lines(path, '{"before": file name, "instruction": words, "after": file name}')
     pixels, chains, bad = [], [], []
     for number, line in tqdm(lines, desc=f"reading {folder}", leave=False):
         try:
             entry = json.loads(line)
             names, text = [path.parent / entry[k] for k in ("before", "after")], " ".join(entry["instruction"].lower().split())
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise data.UserError(f"{path} line {number} is not {{\"before\": ..., \"instruction\": ..., \"after\": ...}}: "
+            raise UserError(f"{path} line {number} is not {{\"before\": ..., \"instruction\": ..., \"after\": ...}}: "
                                  f"{line[:60]!r}") from None
         try:
-            two = [sources.open_picture(name, size) for name in names]
-        except data.UserError as problem:
+            two = [open_picture(name, size) for name in names]
+        except UserError as problem:
             bad.append(str(problem))
             continue
         chains.append(([len(pixels), len(pixels) + 1], [text]))
@@ -252,7 +251,7 @@ def load_triples(folder, size=32, split="train"):
         print(f"{folder}: skipped {len(bad)} of {len(lines)} triples: {'; '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}")
     kept = [chain for k, chain in enumerate(chains) if (k % 10 == 9) == (split == "test")]
     if not kept:
-        raise data.UserError(f"{folder} has no usable {split} triple: it needs at least ten with readable pictures")
+        raise UserError(f"{folder} has no usable {split} triple: it needs at least ten with readable pictures")
     return Edits(np.stack(pixels), kept, language=[text for _, said in chains for text in said])
 
 

@@ -31,6 +31,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
+
+from sources.pairs import Pairs
 
 SHAPES = ("circle", "square", "triangle", "cross")
 PLURALS = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross"}
@@ -114,17 +117,19 @@ class World:
 
     def deduction(self, rng):
         """One text-only document (18 or 20 words): a fact about two objects, then the same fact seen from the other side."""
-        (_, claim), rel = captions("color_attr")[rng.integers(len(captions("color_attr")))], list(RELATIONS)[rng.integers(4)]
-        return deduction_text(claim.objects, rel)
-
-    def deduction_words(self):
-        """The mean length of a deduction, in words ("left of" is two words, "above" is one)."""
-        pair = (("red", "circle"), ("blue", "square"))
-        return float(np.mean([len(deduction_text(pair, rel).split()) for rel in RELATIONS]))
+        group = deductions()[rng.integers(len(deductions()))]
+        return group[rng.integers(len(group))]
 
     def deduction_log_prob(self):
         """ln p(deduction), in nats: the pair and the relation are uniform."""
         return -math.log(len(captions("color_attr"))) - math.log(len(RELATIONS))
+
+
+@lru_cache(maxsize=None)
+def deductions():
+    """Every deduction there is, as a list of lists: for each pair of objects one per relation."""
+    return [[deduction_text(claim.objects, relation) for relation in RELATIONS]
+            for _, claim in captions("color_attr")]
 
 
 def deduction_text(objects, rel, wrong=False):
@@ -270,6 +275,18 @@ def holds(claim, things, exact=True):
         return any(relation_holds(a, b, claim.relation) for a in things for b in things
                    if a is not b and fits(a, first) and fits(b, second))
     return True
+
+
+def load_scenes(n, seed, categories=WORLDS["six"], size=32, held_out=False, progress=True):
+    """Pairs of n rendered scenes. held_out: only captions that name a held-out colour-shape pair (for evaluation)."""
+    rng, world = np.random.default_rng(seed), World(tuple(categories))
+    captions, pixels = [], np.empty((n, size, size, 3), dtype=np.uint8)
+    for k in tqdm(range(n), desc="drawing scenes", disable=not progress, leave=False):
+        text, claim = world.caption(rng, held_out)
+        captions.append(text)
+        pixels[k] = render(draw_scene(claim, rng, size, allow_held_out=held_out), size)
+    return Pairs("scenes", captions, pixels, texts=deductions(), words=vocabulary())
+
 
 
 if __name__ == "__main__":

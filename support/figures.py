@@ -20,8 +20,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from kit import decode_latents
-from vae import grid
+from support.checkpoint import decode_latents
 
 matplotlib.use("Agg")                                   # files, no windows
 
@@ -82,7 +81,7 @@ def save_picture(pixels, path, enlarge=8):
     Image.fromarray(pixels).resize((pixels.shape[1] * enlarge, pixels.shape[0] * enlarge), Image.Resampling.NEAREST).save(path)
 
 
-def save_page(kit, documents, path):
+def save_page(trained, documents, path):
     """One HTML file that holds everything: the words and pictures of each document, in order."""
     rows = []
     for parts in documents:
@@ -92,7 +91,7 @@ def save_page(kit, documents, path):
                 cells.append(f"<p>{html.escape(part)}</p>")
             else:
                 file = io.BytesIO()
-                Image.fromarray(decode_latents(kit, part[None])[0]).save(file, "PNG")
+                Image.fromarray(decode_latents(trained, part[None])[0]).save(file, "PNG")
                 cells.append(f'<img alt="picture" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
         rows.append("<section>" + "\n".join(cells) + "</section>")
     Path(path).write_text("<!doctype html><meta charset=utf-8><title>Transfusion</title><style>"
@@ -101,12 +100,12 @@ def save_page(kit, documents, path):
                           "p{max-width:12em;margin:0}img{width:128px;image-rendering:pixelated}</style>\n" + "\n".join(rows), encoding="utf-8")
 
 
-def save_film(kit, frames, path):
+def save_film(trained, frames, path):
     """The denoising of the first picture: a .gif, or ten moments side by side, x_t above and the guess at x0 below.
     frames: Events of mode "noise"."""
     last = next(k for k, event in enumerate(frames) if event.t == 0)
     shown = [frames[round(k * last / 9)] for k in range(10)]
-    rows = [decode_latents(kit, torch.stack([f[0].cpu() for f in states]))
+    rows = [decode_latents(trained, torch.stack([f[0].cpu() for f in states]))
             for states in ([e.x for e in shown], [e.x0 for e in shown])]
     if Path(path).suffix.lower() == ".gif":
         films = [Image.fromarray(p).resize((256, 256), Image.Resampling.NEAREST) for p in rows[0]]
@@ -115,11 +114,22 @@ def save_film(kit, frames, path):
         save_picture(grid(np.concatenate(rows), 10), path, enlarge=4)
 
 
-def print_event(kit, event):
+def print_event(trained, event):
     """One line of --trace: the mode, the rows, and how far each row's cache has grown. Of the steps of a picture, the first
     and the last."""
     say = {"prompt": lambda: "prompt read", "picture": lambda: "picture read again at t = 0, then <eoi>",
-           "word": lambda: "LM mode: " + " | ".join(kit.words.words[k] for k in event.tokens),
-           "noise": lambda: f"diffusion mode: t = {event.t}, {kit.model.config.patches} patches over the same places"}[event.mode]
-    if event.mode != "noise" or event.t in (0, kit.diffusion.T):
+           "word": lambda: "LM mode: " + " | ".join(trained.tokenizer.vocabulary[k] for k in event.tokens),
+           "noise": lambda: f"diffusion mode: t = {event.t}, {trained.model.config.patches} patches over the same places"}[event.mode]
+    if event.mode != "noise" or event.t in (0, trained.diffusion.T):
         tqdm.write(f"rows {','.join(map(str, event.rows)):8s} cache {','.join(map(str, event.filled)):12s} {say()}")
+
+
+def grid(pictures, columns, gap=2):
+    """One (H, W, 3) uint8 picture of many (M, h, w, 1 or 3), in rows, on grey."""
+    M, h, w, _ = pictures.shape
+    rows = -(-M // columns)
+    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 96, dtype=np.uint8)
+    for k, picture in enumerate(pictures):
+        y, x = gap + (k // columns) * (h + gap), gap + (k % columns) * (w + gap)
+        sheet[y: y + h, x: x + w] = picture
+    return sheet

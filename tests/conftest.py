@@ -1,4 +1,5 @@
 """conftest.py: what all tests share: the path, one seed, and a tiny model that has something to say."""
+from model import ModelConfig, Transfusion
 import sys
 from pathlib import Path
 
@@ -19,7 +20,6 @@ def seed():
 @pytest.fixture
 def make_model():
     """A function (encoder, **ModelConfig) -> Transfusion of 2 layers, width 32, P = 4 patches per picture of (4, 4, 4)."""
-    from model import ModelConfig, Transfusion
 
     def make(encoder="linear", **options):
         small = dict(vocabulary=16, layers=2, width=32, heads=2, latent=(4, 4, 4), patch=2, context=64)

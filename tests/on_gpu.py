@@ -29,18 +29,20 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import data                                             # noqa: E402
-import mixtures                                         # noqa: E402
-import plan                                             # noqa: E402
-import scale                                            # noqa: E402
-import scenes                                           # noqa: E402
-import sources                                          # noqa: E402
-import train                                            # noqa: E402
-import vae                                              # noqa: E402
-from attention_mask import attend, dense_mask, intervals, tile_mask     # noqa: E402
-from diffusion import Diffusion                         # noqa: E402
-from kit import encode_pixels, load_kit                 # noqa: E402
-from model import PAPER_LATENT, ModelConfig, Transfusion, count, losses, sized  # noqa: E402
+import data
+import train
+import vae
+from attention_mask import attend, dense_mask, intervals, tile_mask
+from diffusion import Diffusion
+from metrics import mixtures
+from model import ModelConfig, PAPER_LATENT, Transfusion, count, losses, sized
+from scale import distributed
+from scale import plan
+from sources import choose
+from sources import scenes
+from support import checkpoint
+from support.checkpoint import encode_pixels, load_trained
+from support.common import ASSETS, UserError, run_command
 
 DIFFUSION = Diffusion()
 GiB = 2 ** 30
@@ -58,7 +60,7 @@ def vocabulary(words):
 def one_row(config, T, seed, documents=1):
     """A Batch of one full row of T: documents of captions of 20 words, each with its picture. Random, and always the same."""
     rng, words = np.random.default_rng(seed), vocabulary(config.vocabulary - len(data.SPECIAL))
-    text = lambda n: " ".join(words.words[k] for k in rng.integers(len(data.SPECIAL), len(words), n))
+    text = lambda n: " ".join(words.vocabulary[k] for k in rng.integers(len(data.SPECIAL), len(words), n))
     cuts = [T * k // documents for k in range(documents + 1)]
     rows = []
     for room in (b - a - 2 for a, b in zip(cuts, cuts[1:])):            # without BOS and EOS
@@ -80,7 +82,7 @@ def on_one(config, device, checkpointing=False, compiled=False):
         model = Transfusion(config).train()
     backend = "inductor" if device.type == "cuda" else "eager"
     with mock.patch("torch.compile", functools.partial(torch.compile, backend=backend)):
-        scale.prepare_blocks(model, checkpointing, compiled)
+        distributed.prepare_blocks(model, checkpointing, compiled)
     half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if device.type == "cuda" else {}
     how = dict(mesh=dist.init_device_mesh(device.type, (1,)), mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False, **half))
     for module in (*model.blocks, [model.norm, model.head], model):
@@ -188,7 +190,7 @@ def steps_of_width_7b(n, device, dense=False):
         took = seconds(lambda k: step(model, optimizer, batches[k % 4]), device, n["steps"], warmup=1)
     # The head works only where a word is to be learned, here in an eighth of the places, and six layers are few beside it:
     # counted at every place, as `flops_per_token` has it, it would flatter the MFU by a twelfth.
-    learned = sum(int(b.learn.sum()) for b in batches) / (len(batches) * n["T"])
+    learned = sum(int(b.has_loss.sum()) for b in batches) / (len(batches) * n["T"])
     return took, counters["stats"]["unique_graphs"] - before, plan.flops_per_token(model) - 6 * (1 - learned) * count(model.head)
 
 
@@ -224,9 +226,9 @@ def full_size(n, device):
 
 def toy_in_bf16(n, device):
     """The one-object toy, the same weights, batches and noise, in float32 and as above: do the losses stay together?"""
-    pairs = sources.load_pairs("scenes", None, 32, n=512, seed=0, categories=scenes.WORLDS["one"], progress=False)
+    pairs = choose.load_pairs("scenes", None, 32, n=512, seed=0, categories=scenes.WORLDS["one"], progress=False)
     words = data.Words(pairs.vocabulary())
-    encoder = vae.load_vae(data.ASSETS / "scenes_vae.pt")
+    encoder = checkpoint.load_vae(ASSETS / "scenes_vae.pt")
     mean, _ = vae.encode_all(encoder, pairs.pixels, progress=False)
     config = sized("toy", vocabulary=len(words), latent=tuple(mean.shape[1:]), context=128)
     documents = data.Documents(pairs, config.patches, drop=0.1, t_limit=500)
@@ -264,8 +266,8 @@ def a_whole_run(n, device):
         ends = []
         for more in ([], ["--resume"]):
             train.main(options + more)
-            ends.append(load_kit(Path(folder) / "model.pt").model.state_dict())
-            scale.remove(scale.folder_of(folder, 4))
+            ends.append(load_trained(Path(folder) / "model.pt").model.state_dict())
+            distributed.remove(distributed.folder_of(folder, 4))
     apart = max(((a - b).norm() / a.norm().clamp(min=1e-6)).item() for a, b in zip(*(e.values() for e in ends)))
     return apart, 0.01, apart <= 0.01, "largest relative difference of a weight, resumed against uninterrupted"
 
@@ -273,10 +275,10 @@ def a_whole_run(n, device):
 def mixed_batch(n, device):
     """16 mixed prompts to the shipped model, as one batch and one at a time. Two CPU cores, which a single picture keeps half
     busy already, reach 2.9."""
-    kit, pairs = load_kit(data.ASSETS / "scenes.pt", device), sources.load_scenes(16, 0, progress=False)
-    pictures, steps = encode_pixels(kit, pairs.pixels), 25 if n is FULL else 2
+    trained, pairs = load_trained(ASSETS / "scenes.pt", device), scenes.load_scenes(16, 0, progress=False)
+    pictures, steps = encode_pixels(trained, pairs.pixels), 25 if n is FULL else 2
     for _ in range(2):                                  # the first time is the kernels' first, too
-        faster = mixtures.batch_speed(kit, pairs.captions, pictures, steps=steps, sampler="dpm++")
+        faster = mixtures.batch_speed(trained, pairs.captions, pictures, steps=steps, sampler="dpm++")
     return faster, 4, faster >= 4, f"times faster, {steps} steps"
 
 
@@ -311,9 +313,9 @@ def main(argv=None):
     options = parser.parse_args(argv)
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise data.UserError("PyTorch finds no GPU here; --tiny --device cpu only checks that the script runs")
+        raise UserError("PyTorch finds no GPU here; --tiny --device cpu only checks that the script runs")
     if device.type == "cpu" and not options.tiny:
-        raise data.UserError("the full sizes need a GPU: add --tiny to run on a CPU")
+        raise UserError("the full sizes need a GPU: add --tiny to run on a CPU")
     print(f"{plan.device_name(device)}, torch {torch.__version__}{', TINY: these numbers mean nothing' if options.tiny else ''}")
     found = measure(TINY if options.tiny else FULL, device)
     if options.out:
@@ -325,4 +327,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    data.run_command(main)
+    run_command(main)

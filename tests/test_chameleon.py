@@ -17,25 +17,27 @@ import evaluate
 import model as model_module
 import sample
 import train
-import vae as vae_module
-from chameleon import Decoder, code_gap, seen_by
-from data import BOI, BOS, DROP, EOI, EOS, UserError
+from chameleon import Decoder, seen_by
+from data import BOI, BOS, DROP, EOI, EOS
 from diffusion import Diffusion
-from kit import Kit, decode_latents, encode_pixels, load_kit, save_kit
+from metrics.gap import code_gap
 from sample import generate
-from test_train import log, small_run, write_files
+from support import checkpoint
+from support.checkpoint import Trained, decode_latents, encode_pixels, load_trained, save_trained
+from support.common import ASSETS, UserError
 from vae import VAE, VAEConfig
+from test_train import log, small_run, write_files
 
 WORDS, CODES = data.Words("a and blue circle red square the".split()), 11
 V = len(WORDS)
 
 
 @pytest.fixture
-def kit(make_model):
+def trained(make_model):
     """A Kit with a random Chameleon, stable blocks included, and a VQ-VAE that has learned nothing."""
     torch.manual_seed(0)
     vae = VAE(VAEConfig(channels=8, multipliers=(1, 2), codes=CODES))
-    return Kit(make_model("linear", vocabulary=V + CODES, latent=(4, 4, 4), patch=1, stable=True, context=64).requires_grad_(False),
+    return Trained(make_model("linear", vocabulary=V + CODES, latent=(4, 4, 4), patch=1, stable=True, context=64).requires_grad_(False),
                WORDS, vae.eval(), Diffusion("ddpm"), "chameleon")
 
 
@@ -44,23 +46,23 @@ def some_codes(n, seed=0):
     return torch.randint(CODES, (n, 4, 4), generator=torch.Generator().manual_seed(seed))
 
 
-def forward(kit, document, pictures):
+def forward(trained, document, pictures):
     """Logits (n, V + K) at all n positions of a document, by one training forward. document: as `data.lay_out` takes it."""
     row = data.lay_out(seen_by("chameleon", document, pictures, V), WORDS, 0, ends=False)
     batch = data.pack([row], len(row.tokens))
-    return kit.model(batch.tokens, batch.image_id, batch.doc_id, torch.ones_like(batch.learn), torch.zeros(0, 4, 4, 4),
+    return trained.model(batch.tokens, batch.image_id, batch.doc_id, torch.ones_like(batch.has_loss), torch.zeros(0, 4, 4, 4),
                      torch.zeros(0, dtype=torch.long))[0]
 
 
-def slowly(kit, text, seed, guidance):
+def slowly(trained, text, seed, guidance):
     """The codes of a picture for a text, by one forward of the whole sequence for each code."""
     generator, codes = torch.Generator().manual_seed(seed), torch.zeros(1, 4, 4, dtype=torch.long)
-    torch.randn(kit.model.config.latent, generator=generator)           # `grow` draws noise first, for both decoders alike
+    torch.randn(trained.model.config.latent, generator=generator)           # `grow` draws noise first, for both decoders alike
     for k in range(16):
         at = -2 - (16 - k)                                              # the position that predicts code k: BOI, code 0, ...
-        logits = forward(kit, [text, ("image", 0, 0)], codes)[at, V:]
+        logits = forward(trained, [text, ("image", 0, 0)], codes)[at, V:]
         if guidance != 1:
-            without = forward(kit, [("dropped", text), ("image", 0, 0)], codes)[at, V:]
+            without = forward(trained, [("dropped", text), ("image", 0, 0)], codes)[at, V:]
             logits = without + guidance * (logits - without)
         codes.view(-1)[k] = torch.multinomial(logits.softmax(-1), 1, generator=generator)
     return codes[0]
@@ -76,17 +78,17 @@ def test_what_each_model_reads():
     spelled = [[BOI, *(V + codes[k].flatten()).tolist(), EOI] for k in (1, 0)]
     assert row.tokens == [BOS, DROP, DROP, DROP, *spelled[0], *spelled[1], *WORDS.encode("the square"), EOS]
     assert row.images == [] and set(row.image_id) == {-1} and min(spelled[0][1:-1]) >= V
-    assert row.learn == [False] * 4 + [True] * 38 + [False]             # all of both pictures: from BOI, from codes, from EOI
+    assert row.has_loss == [False] * 4 + [True] * 38 + [False]             # all of both pictures: from BOI, from codes, from EOI
     llama = data.lay_out(seen_by("llama", document, None, None), WORDS, 0)
-    assert llama.tokens == [BOS, *WORDS.encode("a red circle the square"), EOS] and all(llama.learn[:-1])
+    assert llama.tokens == [BOS, *WORDS.encode("a red circle the square"), EOS] and all(llama.has_loss[:-1])
     assert seen_by("transfusion", document) is document
 
 
-def test_codes_are_read_in_order(kit):
+def test_codes_are_read_in_order(trained):
     """Catches a picture whose codes may look at later ones (Transfusion's mask), which would make them trivial to predict."""
     one, two = some_codes(1), some_codes(1)
     two[0, 2, 3] = (two[0, 2, 3] + 1) % CODES                           # the twelfth code
-    a, b = (forward(kit, ["a circle", ("image", 0, 0)], codes) for codes in (one, two))
+    a, b = (forward(trained, ["a circle", ("image", 0, 0)], codes) for codes in (one, two))
     changed = (a - b).abs().amax(-1) > 1e-6
     first = 1 + 2 + 1 + 11                                              # BOS, words, BOI, eleven codes
     assert not changed[:first].any() and changed[first:].all()
@@ -94,50 +96,50 @@ def test_codes_are_read_in_order(kit):
 
 # --------------------------------------------------------------------------------------------------------------- decoding
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_cached_is_uncached(kit, guidance):
+def test_cached_is_uncached(trained, guidance):
     """Catches a code at the wrong place of the cache, a blind row of another length, guidance on words' logits too, and a
     first code that is not predicted by BOI."""
-    drawn = generate(kit, [["a red circle"]], draw_now=True, max_words=0, seed=[5], guidance=guidance)[0]
-    assert drawn[0] == "a red circle" and torch.equal(drawn[1], slowly(kit, "a red circle", 5, guidance))
+    drawn = generate(trained, [["a red circle"]], draw_now=True, max_words=0, seed=[5], guidance=guidance)[0]
+    assert drawn[0] == "a red circle" and torch.equal(drawn[1], slowly(trained, "a red circle", 5, guidance))
 
 
-def test_a_batch_is_its_rows(kit):
+def test_a_batch_is_its_rows(trained):
     """Rows of unequal length, one of them with a picture in its prompt, decode as they do alone, words and codes."""
     prompts = [["a red circle"], ["the"], ["a square", some_codes(1)[0], "and the blue circle"]]
-    together = generate(kit, prompts, draw_now=True, max_words=3, max_pictures=2, seed=[1, 2, 3])
+    together = generate(trained, prompts, draw_now=True, max_words=3, max_pictures=2, seed=[1, 2, 3])
     for prompt, seed, row in zip(prompts, (1, 2, 3), together):
-        alone = generate(kit, [prompt], draw_now=True, max_words=3, max_pictures=2, seed=[seed])[0]
+        alone = generate(trained, [prompt], draw_now=True, max_words=3, max_pictures=2, seed=[seed])[0]
         assert len(alone) == len(row) and all(a == b if isinstance(a, str) else torch.equal(a, b) for a, b in zip(alone, row))
         assert sum(not isinstance(part, str) for part in row) > sum(not isinstance(part, str) for part in prompt)
 
 
-def test_after_a_picture_the_model_has_read_it(kit):
+def test_after_a_picture_the_model_has_read_it(trained):
     """Catches a cache that keeps other codes than were drawn, or the blind branch's: what follows must read the picture."""
-    decoder = Decoder(kit, [["a circle"], ["the red square"]], draw_now=True)
+    decoder = Decoder(trained, [["a circle"], ["the red square"]], draw_now=True)
     for _ in decoder.diffusion_steps([0, 1], torch.zeros(2, 4, 4, 4), generator=[torch.Generator().manual_seed(k) for k in (0, 1)]):
         pass
     for b, text in enumerate(["a circle", "the red square"]):
-        whole = forward(kit, [text, ("image", 0, 0)], decoder.latents[b][0][None])
+        whole = forward(trained, [text, ("image", 0, 0)], decoder.latents[b][0][None])
         assert torch.allclose(decoder.logits[b], whole[-1], atol=1e-5)
 
 
-def test_words_and_codes_keep_apart(kit):
+def test_words_and_codes_keep_apart(trained):
     """Catches a code in a caption, or a word in a picture: the random model likes either."""
-    kit.model.head.weight[V:] += 5                                      # codes are the likeliest everywhere, or the unlikeliest
+    trained.model.head.weight[V:] += 5                                      # codes are the likeliest everywhere, or the unlikeliest
     for sign in (1, -1):
-        kit.model.head.weight *= sign
-        document = generate(kit, [[some_codes(1)[0]], ["a"]], max_words=4, max_pictures=1, temperature=1.0)
+        trained.model.head.weight *= sign
+        document = generate(trained, [[some_codes(1)[0]], ["a"]], max_words=4, max_pictures=1, temperature=1.0)
         text = " ".join(part for parts in document for part in parts if isinstance(part, str))
         assert all(word in WORDS.ids for word in text.split())
-    codes = generate(kit, [["a"]], draw_now=True, max_words=0)[0][-1]
+    codes = generate(trained, [["a"]], draw_now=True, max_words=0)[0][-1]
     assert codes.shape == (4, 4) and 0 <= codes.min() <= codes.max() < CODES
 
 
-def test_codes_and_pixels(kit):
+def test_codes_and_pixels(trained):
     """kit.py's two functions serve both kinds of model: codes there and back are the codes."""
     pixels = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), dtype=np.uint8)
-    codes = encode_pixels(kit, pixels)
-    assert codes.shape == (3, 4, 4) and codes.dtype == torch.long and decode_latents(kit, codes).shape == pixels.shape
+    codes = encode_pixels(trained, pixels)
+    assert codes.shape == (3, 4, 4) and codes.dtype == torch.long and decode_latents(trained, codes).shape == pixels.shape
 
 
 # ------------------------------------------------------------------------------------------------ the network and its loss
@@ -187,49 +189,49 @@ def test_stable_block_is_chameleons():
     assert torch.allclose(block(x, model_module.rope_tables(pos, K), mask[None, None]), wanted, atol=1e-4)
 
 
-def test_denominator_loss(kit):
+def test_denominator_loss(trained):
     """1e-5 (ln Z)^2 per token, and only for the stable model. Catches Z without its logarithm, a mean in place of the sum."""
     row = data.lay_out(seen_by("chameleon", ["a red circle", ("image", 0, 0)], some_codes(1), V), WORDS, 0)
     batch = replace(data.pack([row], 32), latents=torch.zeros(0, 4, 4, 4), t=torch.zeros(0, dtype=torch.long), eps=torch.zeros(0, 4, 4, 4))
-    kit.model.head.weight *= 100
-    plain, n, each = model_module.losses(kit.model, batch, kit.diffusion)
-    with_it, *_ = model_module.losses(kit.model, batch, kit.diffusion, stable=True)
-    logits = forward(kit, ["a red circle", ("image", 0, 0)], some_codes(1))
+    trained.model.head.weight *= 100
+    plain, n, each = model_module.losses(trained.model, batch, trained.diffusion)
+    with_it, *_ = model_module.losses(trained.model, batch, trained.diffusion, stable=True)
+    logits = forward(trained, ["a red circle", ("image", 0, 0)], some_codes(1))
     z = torch.log(torch.exp(logits.double()).sum(-1))                   # all but EOS predict something
     assert n == len(logits) == 22 and len(each) == 0
     assert (with_it - plain).item() == pytest.approx(1e-5 * z.square().sum().item(), rel=1e-3) and with_it > plain + 1e-3
 
 
-def test_the_gap_tells_a_caption_that_is_heard(kit):
+def test_the_gap_tells_a_caption_that_is_heard(trained):
     """A model of codes that depend on the caption's first word alone has a gap; a deaf one has none. Catches right against
     right, and words that are counted as codes."""
     class Says(torch.nn.Module):
         def __init__(self, heard):
             super().__init__()
-            self.config, self.heard, self.one = kit.model.config, heard, torch.nn.Parameter(torch.zeros(1))
+            self.config, self.heard, self.one = trained.model.config, heard, torch.nn.Parameter(torch.zeros(1))
 
-        def forward(self, tokens, image_id, doc_id, learn, xt, t):
+        def forward(self, tokens, image_id, doc_id, has_loss, xt, t):
             logits = torch.zeros(*tokens.shape, V + CODES)
             for b in range(len(tokens)):
                 for q in range(1, tokens.shape[1]):
                     start = (doc_id[b] == doc_id[b, q]).nonzero()[0, 0]
                     logits[b, q, V + (3 if tokens[b, start + 1] == WORDS.ids["a"] else 7)] = 4.0 * self.heard
-            return logits[learn], None
+            return logits[has_loss], None
     captions, codes = ["a circle", "the circle", "a square"], torch.tensor([3, 7, 3]).view(3, 1, 1).expand(3, 4, 4)
     assert code_gap(Says(True), WORDS, captions, codes) == pytest.approx(4.0 * 2 / 3)     # the third's other caption begins alike
     assert code_gap(Says(False), WORDS, captions, codes) == 0
 
 
-def test_the_gap_reads_what_training_lays_out(kit):
+def test_the_gap_reads_what_training_lays_out(trained):
     """Against one forward of each document as training has it. Catches a missing BOI, or codes of another picture."""
     captions, codes = ["a circle", "the red square"], some_codes(2)
 
     def nats(text, k):
         at = len(text.split()) + 1                      # BOI, behind <bos> and the words
-        logits = forward(kit, [text, ("image", k, 0)], codes)[at: at + 16].log_softmax(-1)
+        logits = forward(trained, [text, ("image", k, 0)], codes)[at: at + 16].log_softmax(-1)
         return -logits.gather(1, codes[k].flatten()[:, None] + V).mean().item()
     wanted = sum(nats(captions[1 - k], k) - nats(captions[k], k) for k in range(2)) / 2
-    assert code_gap(kit.model, WORDS, captions, codes) == pytest.approx(wanted, abs=1e-5) and abs(wanted) > 1e-3
+    assert code_gap(trained.model, WORDS, captions, codes) == pytest.approx(wanted, abs=1e-5) and abs(wanted) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------------------- whole runs
@@ -238,7 +240,7 @@ def tiny_vq(tmp_path_factory):
     """A file with an untrained VQ-VAE of pictures of 32 x 32: 8 x 8 codes of 19."""
     path = tmp_path_factory.mktemp("vq") / "vae.pt"
     torch.manual_seed(0)
-    vae_module.save(path, vae_module.pack_vae(VAE(VAEConfig(channels=4, multipliers=(1, 1, 1), z=2, codes=19))))
+    checkpoint.save(path, checkpoint.pack_vae(VAE(VAEConfig(channels=4, multipliers=(1, 1, 1), z=2, codes=19))))
     return path
 
 
@@ -256,8 +258,8 @@ def test_a_chameleon_from_training_to_picture(tiny_vq, tmp_path, capsys):
     assert all(row["diffusion"] is None for row in rows) and {"gap"} <= rows[-1].keys()
     assert {"exact", "captions", "alone", "deductions", "conditioning_gap"} <= found.keys() and "excess_nats" not in found
     assert (run / "samples.png").stat().st_size > 1000
-    kit = load_kit(run / "model.pt")
-    assert kit.model.config.stable and kit.model.config.vocabulary == len(kit.words) + 19 and kit.vae.config.codes == 19
+    trained = load_trained(run / "model.pt")
+    assert trained.model.config.stable and trained.model.config.vocabulary == len(trained.tokenizer) + 19 and trained.vae.config.codes == 19
     sample.main(["a red circle", "--checkpoint", str(run / "model.pt"), "-o", str(tmp_path / "x.png")])
     sample.main(["--image", str(tmp_path / "x.png"), "--checkpoint", str(run / "model.pt")])
     evaluate.main(["--checkpoint", str(run / "model.pt"), "--n", "3", "--world", "one"])
@@ -274,7 +276,7 @@ def test_a_chameleon_stops_and_goes_on(tiny_vq, tmp_path):
         train.main(rival("chameleon", tiny_vq, tmp_path / "two", samples=0))
     assert not (tmp_path / "two/model.pt").exists()
     train.main(rival("chameleon", tiny_vq, tmp_path / "two", "--resume", samples=0))
-    one, two = (load_kit(tmp_path / name / "model.pt").model.state_dict() for name in ("one", "two"))
+    one, two = (load_trained(tmp_path / name / "model.pt").model.state_dict() for name in ("one", "two"))
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
@@ -283,7 +285,7 @@ def test_a_chameleon_of_digits(tmp_path):
     write_files("mnist", tmp_path / "files")
     found = train.main(["--preset", "chameleon", "--data", "mnist", "--data-dir", str(tmp_path / "files"), "--documents", "6", "--steps", "2",
                         "--samples", "2", "--codes", "30", "--vae-steps", "2", "--out", str(tmp_path / "run")])
-    assert load_kit(tmp_path / "run/model.pt").vae.config.codes == 30 and {"guided", "captions"} <= found.keys()
+    assert load_trained(tmp_path / "run/model.pt").vae.config.codes == 30 and {"guided", "captions"} <= found.keys()
 
 
 def test_a_llama_learns_words_alone(tmp_path):
@@ -297,11 +299,11 @@ def test_a_llama_learns_words_alone(tmp_path):
 
 def mistakes(tiny_vq):
     return {
-        "a VAE without codes": (["--model", "chameleon", "--vae", str(data.ASSETS / "scenes_vae.pt")], "vqvae"),
+        "a VAE without codes": (["--model", "chameleon", "--vae", str(ASSETS / "scenes_vae.pt")], "vqvae"),
         "a VQ-VAE for Transfusion": (["--vae", str(tiny_vq)], "'vae'"),
         "edits": (["--model", "llama", "--preset", "edit"], "learns from scenes"),
         "patches that it has not": (["--model", "chameleon", "--encoder", "unet"], "is Transfusion's"),
-        "init of another kind": (["--model", "chameleon", "--init", str(data.ASSETS / "scenes.pt")], "is a transfusion"),
+        "init of another kind": (["--model", "chameleon", "--init", str(ASSETS / "scenes.pt")], "is a transfusion"),
         "codes that the file has not": (["--model", "chameleon", "--vae", str(tiny_vq), "--codes", "20"], "19 codes, not 20"),
         "codes for no one": (["--codes", "20"], "--model chameleon"),
         "a Llama of digits": (["--model", "llama", "--data", "mnist"], "learns from scenes"),
@@ -320,10 +322,10 @@ def test_mistakes(tiny_vq, tmp_path, what):
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_chameleon_cannot_do(kit, tmp_path):
+def test_what_a_chameleon_cannot_do(trained, tmp_path):
     """Edits and films of the noise belong to Transfusion, pictures not to a Llama; said before anything is drawn."""
-    kit.vae = VAE(VAEConfig(channels=4, multipliers=(1, 2), codes=CODES)).eval()
-    save_kit(tmp_path / "model.pt", kit)
+    trained.vae = VAE(VAEConfig(channels=4, multipliers=(1, 2), codes=CODES)).eval()
+    save_trained(tmp_path / "model.pt", trained)
     from PIL import Image
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     picture = ["--checkpoint", str(tmp_path / "model.pt"), "--out", str(tmp_path / "y.png")]
@@ -333,7 +335,7 @@ def test_what_a_chameleon_cannot_do(kit, tmp_path):
     for what in ("edits", "mixtures"):
         with pytest.raises(UserError, match="cannot be measured"):
             evaluate.main(["--checkpoint", str(tmp_path / "model.pt"), "--data", what])
-    kit.kind = "llama"
-    save_kit(tmp_path / "model.pt", kit)
+    trained.kind = "llama"
+    save_trained(tmp_path / "model.pt", trained)
     with pytest.raises(UserError, match="words only"):
         sample.main(["a circle", *picture])

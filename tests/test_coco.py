@@ -12,12 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-import coco
 import data
 import sample
-import scenes
-import sources
-from data import UserError
+from metrics import coco
+from sources import scenes
+from support.common import UserError, open_picture
 
 
 def some_texts(n, seed=0, most=9):
@@ -147,7 +146,7 @@ def test_scenes_have_true_captions_of_their_own():
 
 
 @pytest.fixture
-def kit():
+def trained():
     """No model, but what `judge` asks of one: words, and how long its context is."""
     weight = torch.zeros(3)
     return SimpleNamespace(words=data.Words(scenes.vocabulary()), vae=SimpleNamespace(f=4), model=SimpleNamespace(
@@ -157,37 +156,37 @@ def kit():
 
 def play(monkeypatch, items, draws, says):
     """Stand-ins: draws(text) -> picture; says(number of the picture) -> caption. Pictures carry their number."""
-    monkeypatch.setattr(coco, "encode_pixels", lambda kit, pixels: pixels[:, 0, 0, 0])
-    monkeypatch.setattr(sample, "draw", lambda kit, texts, seed, first=0, **_: np.stack([draws(text) for text in texts]))
-    monkeypatch.setattr(sample, "describe", lambda kit, numbers: [says(int(k)) for k in numbers])
+    monkeypatch.setattr(coco, "encode_pixels", lambda trained, pixels: pixels[:, 0, 0, 0])
+    monkeypatch.setattr(sample, "draw", lambda trained, texts, seed, first=0, **_: np.stack([draws(text) for text in texts]))
+    monkeypatch.setattr(sample, "describe", lambda trained, numbers: [says(int(k)) for k in numbers])
 
 
-def test_judge(monkeypatch, kit, folder, capsys):
+def test_judge(monkeypatch, trained, folder, capsys):
     """An artist who hands in the photo, and a writer who knows a caption of it; then ones who mix them up. Catches captions
     beside another picture's references, also after one that cannot be read; and prompts judged with another's picture."""
     words = "circle square triangle cross circles squares triangles crosses red".split()
     photo = lambda k: np.full((32, 32, 3), 25 * k, np.uint8)
-    items = [((lambda k=k: photo(k)) if k != 4 else (lambda: sources.open_picture(folder / "9.png", 32)), [f"a {w}", f"A {w} above"])
+    items = [((lambda k=k: photo(k)) if k != 4 else (lambda: open_picture(folder / "9.png", 32)), [f"a {w}", f"A {w} above"])
              for k, w in enumerate(words)]
     number = lambda text: words.index(text.split()[1])
     see, clip = lambda pixels: torch.from_numpy(pixels[:, 0, 0, :2] / 25.0), lambda pixels, texts: torch.tensor([
         float(p[0, 0, 0] == 25 * number(t)) for p, t in zip(pixels, texts)])
     play(monkeypatch, items, lambda text: photo(number(text)), lambda k: f"a {words[k // 25]} above")
-    found, said = coco.judge(kit, items, see, clip, steps=3)
+    found, said = coco.judge(trained, items, see, clip, steps=3)
     assert found["distance"] == pytest.approx(0, abs=1e-9) and found["clip"] == 100 and (found["n"], found["references"]) == (8, 2)
     assert all(answer == texts[1].lower() for answer, texts in said) and "skipped 1 of 9" in capsys.readouterr().out
     play(monkeypatch, items, lambda text: photo(8 - number(text)), lambda k: f"a {words[8 - k // 25]} above")
-    mixed, _ = coco.judge(kit, items, see, clip, steps=3)
+    mixed, _ = coco.judge(trained, items, see, clip, steps=3)
     assert mixed["cider"] < 0.2 * found["cider"] and mixed["clip"] == 0
     assert mixed["distance"] == pytest.approx(0, abs=1e-9)              # a crowd is a crowd: FID cannot see it
     play(monkeypatch, items, lambda text: photo(1), lambda k: "a circle")
-    assert coco.judge(kit, items, see, steps=3)[0]["distance"] > 1
-    only = coco.judge(kit, items, steps=3)[0]
+    assert coco.judge(trained, items, see, steps=3)[0]["distance"] > 1
+    only = coco.judge(trained, items, steps=3)[0]
     assert {"cider"} < only.keys() and not {"distance", "clip"} & only.keys()
-    assert {"distance"} < coco.judge(kit, items, see, captions=False, steps=3)[0].keys() - {"cider"}
+    assert {"distance"} < coco.judge(trained, items, see, captions=False, steps=3)[0].keys() - {"cider"}
 
 
-def test_judge_is_the_same_in_any_pieces(monkeypatch, kit):
+def test_judge_is_the_same_in_any_pieces(monkeypatch, trained):
     """Noise belongs to a picture, not to its place in a batch, among the ranks, or behind one that cannot be read. Catches parts put
     together in another order, and noise that is drawn twice."""
     def missing():
@@ -196,55 +195,55 @@ def test_judge_is_the_same_in_any_pieces(monkeypatch, kit):
     items = [(missing if k % 7 == 3 else (lambda k=k: photo(k)), ["a circle", "a square"]) for k in range(50)]
     play(monkeypatch, items, None, lambda k: f"{k}")
     seen = []
-    monkeypatch.setattr(sample, "draw", lambda kit, texts, seed, **_: seen.extend(seed) or np.stack([
+    monkeypatch.setattr(sample, "draw", lambda trained, texts, seed, **_: seen.extend(seed) or np.stack([
         np.full((32, 32, 3), s * 37 % 251, np.uint8) for s in seed]))
     features, found = lambda pixels: torch.from_numpy(pixels[:, 0, 0, :2] * [1.0, 0.5]), []
     whole = lambda work, part: [work(part, 0)]
     for pieces, divided in ((64, whole), (9, whole), (9, lambda work, part: [work(part[:20], 0), work(part[20:], 20)]), (1, whole)):
-        monkeypatch.setattr(coco, "together", lambda kit: pieces)
+        monkeypatch.setattr(coco, "pictures_per_batch", lambda trained: pieces)
         monkeypatch.setattr(coco.scale, "divided", divided)
-        found.append(coco.judge(kit, items, features, seed=1))
+        found.append(coco.judge(trained, items, features, seed=1))
         assert seen == [100003 + k for k in range(50) if k % 7 != 3]
         seen.clear()
     assert all(other == found[0] for other in found) and [answer for answer, _ in found[0][1]] == [str(k) for k in range(50) if k % 7 != 3]
 
 
-def test_judge_looks_before_it_draws(monkeypatch, kit):
+def test_judge_looks_before_it_draws(monkeypatch, trained):
     """Catches a mistake that is found after hours: an unknown word, a caption that is too long, and nothing that can be read."""
     monkeypatch.setattr(sample, "draw", lambda *_, **__: pytest.fail("drawn"))
-    absent = lambda: sources.open_picture("absent.png", 32)
+    absent = lambda: open_picture("absent.png", 32)
     for text, message in (("a purple circle", "'purple'"), ("a red circle " * 4, "31 positions"), ("a circle", "absent.png")):
         with pytest.raises(UserError, match=message):
-            coco.judge(kit, [(absent, [text])] * 5, lambda pixels: torch.zeros(2, 2))
+            coco.judge(trained, [(absent, [text])] * 5, lambda pixels: torch.zeros(2, 2))
 
 
-def test_geneval_folders(monkeypatch, kit, tmp_path):
+def test_geneval_folders(monkeypatch, trained, tmp_path):
     """The folders that GenEval's script reads. Catches a prompt's pictures in the next one's folder, finished work done again, and
     a folder that a stop left half full taken for whole."""
     lines = [json.dumps({"tag": "colors", "include": [], "prompt": text}) for text in ("a red circle", "a square")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     drawn = []
-    monkeypatch.setattr(sample, "draw", lambda kit, texts, seed, first=0, **_: drawn.append(texts) or np.full((len(texts), 8, 8, 3), len(texts[0]), np.uint8))
-    assert coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out") == 2
+    monkeypatch.setattr(sample, "draw", lambda trained, texts, seed, first=0, **_: drawn.append(texts) or np.full((len(texts), 8, 8, 3), len(texts[0]), np.uint8))
+    assert coco.geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out") == 2
     assert drawn == [["a red circle"] * 4, ["a square"] * 4]
     for k, text in enumerate(("a red circle", "a square")):
         folder = tmp_path / f"out/0000{k}"
         assert json.loads((folder / "metadata.jsonl").read_text())["prompt"] == text
         assert [np.array(Image.open(folder / f"samples/000{j}.png"))[0, 0, 0] for j in range(4)] == [len(text)] * 4
     (tmp_path / "out/00001/metadata.jsonl").unlink()
-    coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out")
+    coco.geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out")
     (tmp_path / "metadata.jsonl").write_text("\n".join([lines[0], lines[1].replace("square", "cross")]))      # another set of prompts
-    coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out")
+    coco.geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out")
     assert drawn[2:] == [["a square"] * 4, ["a cross"] * 4]
     with pytest.raises(UserError, match="of another|name another --out"):
-        coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out", guidance=5.0)
-    kit.model.head.weight = torch.ones(3)               # another checkpoint
+        coco.geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out", guidance=5.0)
+    trained.model.head.weight = torch.ones(3)               # another checkpoint
     with pytest.raises(UserError, match="name another --out"):
-        coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out")
-    kit.model.head.weight = torch.zeros(3)
+        coco.geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out")
+    trained.model.head.weight = torch.zeros(3)
     (tmp_path / "metadata.jsonl").write_text('{"tag": "colors"}')
     with pytest.raises(UserError, match="metadata.jsonl is not GenEval's"):
-        coco.geneval(kit, tmp_path / "metadata.jsonl", tmp_path / "out")
+        coco.geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out")
 
 
 def test_the_command_line(tmp_path, folder, capsys):
@@ -268,7 +267,7 @@ def test_a_grey_vae_has_features(tmp_path):
 
 def test_how_many_at_a_time(make_model):
     """Catches 64 rows of a 7B's keys and values: 275 GB."""
-    kit = lambda **shape: SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(**shape), words=torch.nn.Embedding(1, 1)))
-    assert coco.together(kit(layers=4, width=128, patches=16)) == 64
-    many = coco.together(kit(layers=32, width=4096, patches=256))
+    trained = lambda **shape: SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(**shape), words=torch.nn.Embedding(1, 1)))
+    assert coco.pictures_per_batch(trained(layers=4, width=128, patches=16)) == 64
+    many = coco.pictures_per_batch(trained(layers=32, width=4096, patches=256))
     assert 1 <= many < 8 and many * 3 * 2 * 32 * 4096 * 356 * 4 <= 2 ** 32

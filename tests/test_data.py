@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 import data
-import scenes
-import sources
-from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH, UserError, lay_out, pack
+from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH, lay_out, pack
+from sources import pairs
+from sources import scenes
+from support.common import UserError
 
 P = 4                                                   # patches per picture, in the tests by hand
 
@@ -20,7 +21,7 @@ P = 4                                                   # patches per picture, i
 def scene_pairs(categories=scenes.WORLDS["one"], n=4000, seed=0):
     """Pairs whose pictures are empty: what a stream of documents needs, without drawing anything."""
     rng, world = np.random.default_rng(seed), scenes.World(categories)
-    return sources.Pairs("scenes", [world.caption(rng)[0] for _ in range(n)], np.zeros((n, 1, 1, 3), np.uint8), world)
+    return pairs.Pairs("scenes", [world.caption(rng)[0] for _ in range(n)], np.zeros((n, 1, 1, 3), np.uint8), world)
 
 
 PAIRS = scene_pairs()
@@ -96,7 +97,7 @@ def test_documents_hold_as_many_pairs_as_fit(context, most):
 @pytest.mark.parametrize("context, patches", [(96, 16), (64, 16), (21, 16), (128, 4)])
 def test_longest_is_the_true_maximum(context, patches):
     """Catches a run that is refused although every document fits, or that stops hours later at one that does not."""
-    pairs = sources.Pairs("scenes", ["a circle", "a red circle left of a blue square"], np.zeros((2, 1, 1, 3), np.uint8), PAIRS.world)
+    pairs = pairs.Pairs("scenes", ["a circle", "a red circle left of a blue square"], np.zeros((2, 1, 1, 3), np.uint8), PAIRS.world)
     stream, rng = data.Documents(pairs, patches, context, another=0.7), np.random.default_rng(0)
     lengths = [len(lay_out(stream.draw(rng), WORDS, patches).tokens) for _ in range(3000)]
     assert max(lengths) == stream.longest()
@@ -123,7 +124,7 @@ def test_as_many_words_as_patches(world, patches):
 
 def test_a_source_without_text_alone_gives_only_pairs():
     """Catches a stream that asks MNIST, or a folder, for deductions."""
-    stream = data.Documents(sources.Pairs("mnist", ["the digit two"], np.zeros((1, 1, 1, 1), np.uint8)), patches=16)
+    stream = data.Documents(pairs.Pairs("mnist", ["the digit two"], np.zeros((1, 1, 1, 1), np.uint8)), patches=16)
     rng = np.random.default_rng(0)
     assert all(len(stream.draw(rng)) > 1 for _ in range(100))
 
@@ -170,7 +171,7 @@ def spell(sequence):
     """(tokens as words, image_id as digits, learn as x) of a Sequence: three strings to compare by eye."""
     return (" ".join({"<patch>": "#"}.get(WORDS.words[t], WORDS.words[t]) for t in sequence.tokens),
             " ".join("." if i < 0 else str(i) for i in sequence.image_id),
-            " ".join("x" if x else "." for x in sequence.learn))
+            " ".join("x" if x else "." for x in sequence.has_loss))
 
 
 def test_lay_out_by_hand():
@@ -226,12 +227,12 @@ def test_what_is_learned_in_any_document():
     targets = Counter()
     for document in documents:
         sequence = lay_out(document, WORDS, 16)
-        assert len(sequence.tokens) == len(sequence.image_id) == len(sequence.learn)
-        assert sequence.learn[-1] is False
-        for token, following, learn in zip(sequence.tokens, sequence.tokens[1:], sequence.learn):
+        assert len(sequence.tokens) == len(sequence.image_id) == len(sequence.has_loss)
+        assert sequence.has_loss[-1] is False
+        for token, following, has_loss in zip(sequence.tokens, sequence.tokens[1:], sequence.has_loss):
             predictable = following in (BOI, EOS) or following >= len(data.SPECIAL)
-            assert learn == (predictable and token != DROP), (document, token, following)
-            targets.update([following] * learn)
+            assert has_loss == (predictable and token != DROP), (document, token, following)
+            targets.update([following] * has_loss)
     assert {BOI, EOS} <= set(targets) and not {EOI, PATCH, DROP, PAD, BOS} & set(targets)
 
 
@@ -259,7 +260,7 @@ def unpack(batch):
                 assert (np.diff(at) == 1).all()         # a document is one stretch
                 ids = batch.image_id[b][here].tolist()
                 own = sorted({i for i in ids if i >= 0})
-                found.append((tokens, ids, batch.learn[b][here].tolist(), *(x[own].tolist() for x in (batch.images, batch.t_max, batch.t_min))))
+                found.append((tokens, ids, batch.has_loss[b][here].tolist(), *(x[own].tolist() for x in (batch.images, batch.t_max, batch.t_min))))
     return found
 
 
@@ -267,7 +268,7 @@ def test_pack_loses_nothing_and_cuts_nothing():
     """Catches a document that is cut at the end of a row, lost, doubled, or given another document's picture or limit."""
     sequences, batch = packed()
     key = lambda *parts: tuple(map(tuple, parts))
-    assert Counter(key(s.tokens, s.learn, s.images, s.t_max, s.t_min) for s in sequences) == \
+    assert Counter(key(s.tokens, s.has_loss, s.images, s.t_max, s.t_min) for s in sequences) == \
            Counter(key(tokens, *rest) for tokens, _, *rest in unpack(batch))
 
 
@@ -283,7 +284,7 @@ def test_pack_fills_rows_and_marks_padding():
     """Catches padding that belongs to a document (it would be attended to), learns something, or fills half the batch."""
     sequences, batch = packed()
     pad = batch.tokens == PAD
-    assert not batch.learn[pad].any() and (batch.image_id[pad] == -1).all()
+    assert not batch.has_loss[pad].any() and (batch.image_id[pad] == -1).all()
     for b in range(len(batch.tokens)):
         ids = batch.doc_id[b]
         assert (ids.diff() >= 0).all() and (ids.diff() <= 1).all() and ids[0] == 0
@@ -296,7 +297,7 @@ def test_a_document_may_fill_its_row_exactly():
     """Catches the last token of a full row learning the first of the same row (roll), and a row without padding."""
     sequence = lay_out(["a red circle", ("image", 0, 1000)], WORDS, P)
     batch = pack([sequence, sequence], len(sequence.tokens))
-    assert batch.tokens.shape == (2, len(sequence.tokens)) and not batch.learn[:, -1].any()
+    assert batch.tokens.shape == (2, len(sequence.tokens)) and not batch.has_loss[:, -1].any()
     assert batch.images.tolist() == [0, 0] and batch.image_id.max() == 1
 
 
@@ -311,14 +312,14 @@ def test_a_document_longer_than_the_context_is_an_error():
 def test_words_roundtrip():
     """Catches ids that depend on the order of a set, and special tokens that the text can collide with."""
     words = data.Words({"red", "circle", "a", "<pad>"})
-    assert words.words == [*data.SPECIAL, "a", "circle", "red"] and len(words) == len(data.SPECIAL) + 3
+    assert words.vocabulary == [*data.SPECIAL, "a", "circle", "red"] and len(words) == len(data.SPECIAL) + 3
     assert words.decode(words.encode("a  red circle")) == words.decode(words.encode("A Red CIRCLE")) == "a red circle"
     assert data.Words({"Red", "red"}).words == [*data.SPECIAL, "red"]
     assert words.decode([BOS, *words.encode("a circle"), BOI, PATCH, EOI, EOS]) == "a circle"
     for text in scenes.all_claims():
         assert WORDS.decode(WORDS.encode(text)) == text
     again = data.Words(WORDS.words)                     # as a checkpoint gives it back
-    assert again.words == WORDS.words
+    assert again.tokenizer == WORDS.words
 
 
 def test_unknown_word():

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from diffusion import SAMPLERS, Diffusion, ancestral_step, cosine_alpha_bar, ddim_step, guide, respace, sample
+from diffusion import Diffusion, SAMPLERS, ancestral_step, cosine_alpha_bar, ddim_step, guide, respace, sample
 
 KINDS = ("ddpm", "flow")
 MEAN, DEV = 2.0, 0.5                                    # the Gaussian world of the sampler tests
@@ -71,7 +71,7 @@ def test_clipping_keeps_the_estimates_consistent(kind):
     """x0 clipped but eps left: the two no longer mix to xt, and DDIM drifts away from the chain."""
     d, t = Diffusion(kind), torch.tensor([200, 600, 1000])
     xt, out = pictures()
-    x0, eps = d.x0_and_eps(xt, 5 * out, t, reach=1.5)
+    x0, eps = d.x0_and_eps(xt, 5 * out, t, x0_max=1.5)
     assert x0.abs().max() <= 1.5
     assert torch.allclose(d.add_noise(x0, eps, t), xt, atol=1e-4)
 

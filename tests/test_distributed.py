@@ -19,19 +19,19 @@ from torch.distributed.fsdp import FSDPModule
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import data
-import evaluate
 import model
-import scale
 import train
 import vae as vae_module
-from data import UserError
-from kit import load_kit
+from metrics import drawing
+from scale import distributed
+from support import checkpoint
+from support.checkpoint import load_trained
+from support.common import ASSETS, UserError
 from test_train import log, same, small_run, states
 
 CAPTIONS = ["a red circle", "a circle", "a blue square", "a circle", "a white cross"]
 MODELS = {"linear": [], "unet": ["--encoder", "unet"],                # what is trained
-          "chameleon": ["--model", "chameleon", "--stable", "--vae", str(data.ASSETS / "scenes_vq.pt"), "--seq-len", "160"]}
+          "chameleon": ["--model", "chameleon", "--stable", "--vae", str(ASSETS / "scenes_vq.pt"), "--seq-len", "160"]}
 MANY = {"unet": ["--shard", "1", "--checkpointing"]}                    # how, by several processes; --shard 1: a 2 x 1 mesh
 
 
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
     """The folder in which two processes have done all that `work` does: two_linear/, stopped_linear/, ..., pictures.npz."""
     folder = tmp_path_factory.mktemp("scale")
     torch.manual_seed(0)
-    vae_module.save(folder / "vae.pt", vae_module.pack_vae(vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2))))
+    checkpoint.save(folder / "vae.pt", checkpoint.pack_vae(vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2))))
     torchrun(2, folder)
     return folder
 
@@ -133,8 +133,8 @@ def test_four_processes_on_a_2d_mesh_take_the_steps_of_one(folder):
 @pytest.mark.parametrize("encoder", MODELS)
 def test_the_small_file_is_whole(folder, encoder):
     """Catches a model.pt that holds rank 0's shard, or the weights of another step."""
-    average, kit = states(folder / f"two_{encoder}"), load_kit(folder / f"two_{encoder}/model.pt")
-    for k, v in kit.model.state_dict().items():
+    average, trained = states(folder / f"two_{encoder}"), load_trained(folder / f"two_{encoder}/model.pt")
+    for k, v in trained.model.state_dict().items():
         assert torch.allclose(v, average[f"average.{k}"], rtol=1e-3, atol=1e-6), k
 
 
@@ -143,7 +143,7 @@ def test_without_an_average_on_two(folder):
     one, two = states(folder / "two_linear"), states(folder / "two_without")
     weights = {k: v for k, v in two.items() if k.startswith("model.")}
     assert all(torch.equal(v, one[k]) for k, v in weights.items()) and not any(k.startswith("average.") for k in two)
-    for k, v in load_kit(folder / "two_without/model.pt").model.state_dict().items():
+    for k, v in load_trained(folder / "two_without/model.pt").model.state_dict().items():
         assert torch.allclose(v, weights[f"model.{k}"], rtol=1e-3, atol=1e-6), k
 
 
@@ -161,21 +161,21 @@ def test_resume_on_one_what_two_have_saved(folder, capsys, encoder):
     two, out = folder / f"two_{encoder}", f"resumed_{encoder}"
     shutil.copytree(two, folder / out)
     (folder / out / "checkpoints/step_000006/.metadata").unlink()       # killed while step 6 was being written
-    assert scale.found(folder / out) == ([3], [6])
+    assert distributed.list_checkpoints(folder / out) == ([3], [6])
     with tiny_and_uneven():
         train.main(command(folder, out, "--resume", *MODELS[encoder]))          # --shard and --checkpointing may change
     said = capsys.readouterr().out
     assert "resuming from" in said and "step_000003" in said and "step_000006 was not finished" in said
-    assert close(log(folder / out), log(two), 1e-5) and scale.found(folder / out) == ([3, 6], [])
+    assert close(log(folder / out), log(two), 1e-5) and distributed.list_checkpoints(folder / out) == ([3, 6], [])
     assert far(folder / out, two) < 1e-3
 
 
 def test_pictures_do_not_depend_on_who_draws_them(folder):
     """Catches ranks that all draw with the same noise, or hand the pictures back in another order."""
-    kit, two = load_kit(folder / "two_linear/model.pt"), np.load(folder / "pictures.npz")
-    pictures = evaluate.draw(kit, CAPTIONS, steps=3)
+    trained, two = load_trained(folder / "two_linear/model.pt"), np.load(folder / "pictures.npz")
+    pictures = drawing.draw(trained, CAPTIONS, steps=3)
     assert np.abs(pictures.astype(int) - two["pictures"]).max() <= 1 and (pictures[1] != pictures[3]).any()
-    assert evaluate.describe(kit, torch.from_numpy(two["latents"])) == two["said"].tolist()
+    assert drawing.describe(trained, torch.from_numpy(two["latents"])) == two["said"].tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------- checkpoints
@@ -184,18 +184,18 @@ def test_a_checkpoint_is_of_the_moment_of_saving(tmp_path, make_model):
     one, two = make_model(), make_model()
     optimizers = [torch.optim.AdamW(m.parameters()) for m in (one, two)]
     before = {k: v.clone() for k, v in one.state_dict().items()}
-    saver = scale.Saver(tmp_path, scale.Ranks(torch.device("cpu")))
+    saver = distributed.Saver(tmp_path, distributed.Ranks(torch.device("cpu")))
     saver.save(1, one, one, optimizers[0])
     with torch.no_grad():
         for p in one.parameters():
             p.add_(1)
     saver.wait()
-    scale.load(tmp_path, 1, saver.ranks, two, two, optimizers[1])
+    distributed.load(tmp_path, 1, saver.ranks, two, two, optimizers[1])
     assert same(before, dict(two.state_dict())) == []
     for step in (2, 3):
         saver.save(step, one, one, optimizers[0])
     saver.wait()
-    assert scale.found(tmp_path) == ([2, 3], [])        # the last two are kept
+    assert distributed.list_checkpoints(tmp_path) == ([2, 3], [])        # the last two are kept
 
 
 # -------------------------------------------------------------------------------------------------------- the user's mistakes
@@ -205,26 +205,26 @@ def test_a_checkpoint_is_of_the_moment_of_saving(tmp_path, make_model):
     (dict(RANK="zero", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="1"), ["numbers"])], ids=str)
 def test_missing_variables(monkeypatch, variables, words):
     """Catches a start by hand, or from a cluster's leftovers, that ends in a traceback or waits for ever."""
-    for name in scale.TORCHRUN:
+    for name in distributed.TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError) as mistake:
-        scale.start()
+        distributed.start()
     assert all(word in str(mistake.value) for word in words)
 
 
 def test_sizes_that_do_not_fit(monkeypatch):
     """Catches ranks with unequal shares, and shards that are no part of the world."""
     with pytest.raises(UserError, match="--shard 3.*1"):
-        scale.start(3)
-    monkeypatch.setattr(scale, "size", lambda: 4)
+        distributed.start(3)
+    monkeypatch.setattr(distributed, "size", lambda: 4)
     with pytest.raises(UserError, match="4 processes.*6 micro-batches.*--accumulate.*--documents"):
-        scale.micro_batches(6)
+        distributed.micro_batches(6)
     shares = []
     for r in range(4):
-        monkeypatch.setattr(scale, "rank", lambda: r)
-        shares += scale.micro_batches(8)
+        monkeypatch.setattr(distributed, "rank", lambda: r)
+        shares += distributed.micro_batches(8)
     assert sorted(shares) == list(range(8))
 
 
@@ -242,7 +242,7 @@ def test_out_of_memory(folder, tmp_path, monkeypatch, memory_error):
         for name, what in (("spread", "first weights"), ("whole", "whole copy")):       # where else memory may end
             with monkeypatch.context() as patch:
                 patch.setattr(train, "train_step", real)
-                patch.setattr(scale, name, lambda *_, **__: memory_error())
+                patch.setattr(distributed, name, lambda *_, **__: memory_error())
                 with pytest.raises(UserError, match=f"GB for what happens now.*{what}.*--ema 0") as mistake:
                     train.main(command(folder, f"large_{name}"))
                 assert "--documents" not in str(mistake.value) and "--checkpointing" not in str(mistake.value)
@@ -270,7 +270,7 @@ def work(folder):
         real = train.train_step
 
         def step(run):
-            if run.step == 3 and scale.rank() == 1:     # Ctrl-C that reaches one of them only
+            if run.step == 3 and distributed.rank() == 1:     # Ctrl-C that reaches one of them only
                 signal.raise_signal(signal.SIGINT)
             return real(run)
         for encoder, options in MODELS.items():
@@ -279,14 +279,14 @@ def work(folder):
             with patch.context() as press:
                 press.setattr(train, "train_step", step)
                 train.main(command(folder, stopped.name, *options))
-            assert scale.found(stopped) == ([3, 4], []) and not (stopped / "model.pt").exists()
+            assert distributed.list_checkpoints(stopped) == ([3, 4], []) and not (stopped / "model.pt").exists()
             train.main(command(folder, stopped.name, "--resume", *options))
-    kit = load_kit(folder / "two_linear/model.pt")
-    latents = torch.randn(3, *kit.model.config.latent, generator=torch.Generator().manual_seed(0))
-    pictures, said = evaluate.draw(kit, CAPTIONS, steps=3), evaluate.describe(kit, latents)
-    if scale.rank() == 0:
+    trained = load_trained(folder / "two_linear/model.pt")
+    latents = torch.randn(3, *trained.model.config.latent, generator=torch.Generator().manual_seed(0))
+    pictures, said = drawing.draw(trained, CAPTIONS, steps=3), drawing.describe(trained, latents)
+    if distributed.rank() == 0:
         np.savez(folder / "pictures.npz", pictures=pictures, latents=latents.numpy(), said=np.array(said))
-    scale.divided(lambda part, first: part, [0] * scale.size())     # a message just before the end: see scale.stop
+    distributed.split_work(lambda part, first: part, [0] * distributed.size())     # a message just before the end: see scale.stop
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 
 import data
-import edits
-import scenes
-import sources
-from edits import KINDS, NEAR, EditDocuments, apply, carry_out, cell_of, find, judge, judge_end, name_of, propose
-from scenes import COLOURS, HELD_OUT, SHAPES, Thing
+from sources import edits
+from sources import scenes
+from sources.edits import EditDocuments, KINDS, NEAR, apply, carry_out, cell_of, find, judge, judge_end, name_of, propose
+from sources.scenes import COLOURS, HELD_OUT, SHAPES, Thing
+from support.common import UserError
 
 RED, BLUE = Thing("red", "circle", 8, 8, 5), Thing("blue", "square", 24, 8, 5)        # the circle stands left of the square
 GREEN = Thing("green", "square", 8, 24, 5)
-WORDS = data.Words(sources.load_scenes(1, 0, progress=False).vocabulary())
+WORDS = data.Words(scenes.load_scenes(1, 0, progress=False).vocabulary())
 
 
 def random_edits(n=600, seed=0, size=32):
@@ -254,7 +254,7 @@ def test_what_is_learned_of_an_edit():
     """§4.5, both losses: the instruction is learned, the answer to "what changed ?" is, what was dropped is not (§4.8)."""
     def spell(document):
         s = data.lay_out(document, WORDS, 4)
-        return " ".join(WORDS.words[following] for following, learn in zip(s.tokens[1:], s.learn) if learn)
+        return " ".join(WORDS.words[following] for following, has_loss in zip(s.tokens[1:], s.has_loss) if has_loss)
     before, after = ("image", 0, 500), ("image", 1, 1000)
     assert spell([before, "make the circle blue", after]) == "<boi> make the circle blue <boi> <eos>"
     assert spell([("image", 0, 1000, 1000), "make the circle blue", after]) == "<boi> make the circle blue <boi> <eos>"
@@ -341,14 +341,14 @@ def test_missing_and_broken_pictures_are_counted_named_and_skipped(tmp_path, cap
 def test_broken_lines_are_named(tmp_path, line):
     """Catches a mistake in line 13 that is reported without its number, or trained on."""
     write_triples(tmp_path, 12, [line])
-    with pytest.raises(data.UserError, match="edits.jsonl line 13"):
+    with pytest.raises(UserError, match="edits.jsonl line 13"):
         edits.load_triples(tmp_path, 8)
 
 
 def test_folders_that_cannot_be_used(tmp_path):
     """Catches a missing file, or nine triples (no test split), found out in the middle of a run."""
-    with pytest.raises(data.UserError, match="edits.jsonl is missing.*instruction"):
+    with pytest.raises(UserError, match="edits.jsonl is missing.*instruction"):
         edits.load_triples(tmp_path)
     write_triples(tmp_path, 9)
-    with pytest.raises(data.UserError, match="at least ten"):
+    with pytest.raises(UserError, match="at least ten"):
         edits.load_triples(tmp_path, 8, "test")

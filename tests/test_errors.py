@@ -14,21 +14,24 @@ import pytest
 import torch
 from PIL import Image
 
-import coco
 import data
 import evaluate
-import kit as kit_module
-import likelihood
 import sample
-import sources
 import train
-import train_vae
 import vae as vae_module
+from autoencoder import train as vae_training
 from diffusion import Diffusion
+from metrics import coco
+from metrics import likelihood
+from metrics import scenes as scene_metrics
 from model import Transfusion, sized
+from sources import choose
+from sources import scenes
+from support import checkpoint
+from support.common import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-MAINS = {"sample.py": sample.main, "train.py": train.main, "evaluate.py": evaluate.main, "train_vae.py": train_vae.main,
+MAINS = {"sample.py": sample.main, "train.py": train.main, "evaluate.py": evaluate.main, "train_vae.py": vae_training.main,
          "likelihood.py": likelihood.main, "coco.py": coco.main}
 
 
@@ -38,10 +41,10 @@ def shelf(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("shelf")
     vae = vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2)).eval()
-    words = data.Words(sources.load_scenes(1, 0, progress=False).vocabulary())
+    words = data.Words(scenes.load_scenes(1, 0, progress=False).vocabulary())
     network = Transfusion(sized("toy", vocabulary=len(words), latent=(2, 8, 8), patch=4, context=24)).eval()
-    kit_module.save_kit(folder / "model.pt", kit_module.Kit(network, words, vae, Diffusion()))
-    vae_module.save(folder / "vae.pt", vae_module.pack_vae(vae))
+    checkpoint.save_trained(folder / "model.pt", checkpoint.Trained(network, words, vae, Diffusion()))
+    checkpoint.save(folder / "vae.pt", checkpoint.pack_vae(vae))
     whole, content = (folder / "model.pt").read_bytes(), torch.load(folder / "model.pt", weights_only=True)
     (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
     (folder / "text.pt").write_text("not a checkpoint")
@@ -77,7 +80,7 @@ def mistake(capsys, monkeypatch, folder, program, arguments, *words):
     before = contents(folder)
     monkeypatch.chdir(folder)
     with pytest.raises(SystemExit) as stop:
-        data.run_command(MAINS[program], [str(a) for a in arguments])
+        run_command(MAINS[program], [str(a) for a in arguments])
     captured = capsys.readouterr()
     check_sentence(stop.value.code, captured.out, captured.err, *words)
     assert contents(folder) == before
@@ -223,8 +226,8 @@ def test_too_few_pictures(capsys, monkeypatch, tmp_path, shelf):
 def test_out_is_a_file(capsys, monkeypatch, tmp_path, shelf, program):
     """Catches a run that fails at its end because it cannot write, and a file of the user's that is overwritten."""
     (tmp_path / "run").write_text("precious")
-    load_pairs = sources.load_pairs
-    monkeypatch.setattr(sources, "load_pairs", lambda *a, **k: load_pairs(*a, **{**k, "n": 20}))
+    load_pairs = choose.load_pairs
+    monkeypatch.setattr(choose, "load_pairs", lambda *a, **k: load_pairs(*a, **{**k, "n": 20}))
     arguments = [*SMALL, "--vae", shelf / "vae.pt"] if program == "train.py" else ["--steps", "2", "--out", "run"]
     mistake(capsys, monkeypatch, tmp_path, program, arguments, "run")
 
@@ -271,9 +274,9 @@ def test_resume_with_a_changed_option(capsys, monkeypatch, tmp_path, shelf):
 ], ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else v)
 def test_vae_and_evaluate(capsys, monkeypatch, tmp_path, shelf, program, arguments, words):
     """Catches a traceback, or a mistake found out after the work is done."""
-    load_pairs = sources.load_pairs
-    monkeypatch.setattr(sources, "load_pairs", lambda *a, **k: load_pairs(*a, **{**k, "n": 20}))
-    monkeypatch.setattr(evaluate, "captioning", lambda *a, **k: pytest.fail("measured before it looked at the options"))
+    load_pairs = choose.load_pairs
+    monkeypatch.setattr(choose, "load_pairs", lambda *a, **k: load_pairs(*a, **{**k, "n": 20}))
+    monkeypatch.setattr(scene_metrics, "captioning", lambda *a, **k: pytest.fail("measured before it looked at the options"))
     few = ["--checkpoint", shelf / "model.pt", "--n", "6", "--steps", "2"] if program == "evaluate.py" else []
     mistake(capsys, monkeypatch, tmp_path, program, [*few, *arguments], *words)
 
@@ -333,14 +336,14 @@ def test_bugs_keep_their_traceback():
     def broken(argv):
         raise KeyError("a bug")
     with pytest.raises(KeyError):
-        data.run_command(broken)
+        run_command(broken)
 
 
 def test_the_models_answer_when_nothing_is_wrong(monkeypatch, tmp_path, shelf, capsys):
     """Catches checks so strict that nothing passes: the same commands, without the mistakes."""
     monkeypatch.chdir(tmp_path)
     model = ["--checkpoint", str(shelf / "model.pt")]
-    data.run_command(sample.main, ["a red circle", "a circle", "--steps", "2", "--film", "film.png", *model])
+    run_command(sample.main, ["a red circle", "a circle", "--steps", "2", "--film", "film.png", *model])
     assert {p.name for p in tmp_path.iterdir()} == {"sample.png", "film.png"}
-    data.run_command(sample.main, ["--image", str(shelf / "good.png"), *model])
+    run_command(sample.main, ["--image", str(shelf / "good.png"), *model])
     assert "good.png: " in capsys.readouterr().out

@@ -14,13 +14,19 @@ import torch
 
 import data
 import evaluate
-import kit as kit_module
 import model as model_module
-import scenes
-import sources
 import vae as vae_module
-from data import BOI, UserError
+from data import BOI
 from diffusion import Diffusion
+from metrics import digits
+from metrics import drawing
+from metrics import gap
+from metrics import scenes as scene_metrics
+from sources import mnist
+from sources import pairs
+from sources import scenes
+from support import checkpoint
+from support.common import UserError
 
 P = 16                                                  # fewer patches than words, and there would be no text alone
 MNIST = Path(__file__).resolve().parents[2] / "shared/data/mnist"
@@ -31,7 +37,7 @@ def documents():
     """Documents about one object, with one pair or two: small enough to list them all."""
     world, rng = scenes.World(scenes.WORLDS["one"]), np.random.default_rng(0)
     captions = [world.caption(rng)[0] for _ in range(500)]
-    return data.Documents(sources.Pairs("scenes", captions, np.zeros((500, 1, 1, 3), np.uint8), world), patches=P, context=44)
+    return data.Documents(pairs.Pairs("scenes", captions, np.zeros((500, 1, 1, 3), np.uint8), world), patches=P, context=44)
 
 
 def stub(answer, documents, **more):
@@ -57,10 +63,10 @@ class Oracle:
                 after[tokens[k]] = after.get(tokens[k], 0.0) + p
         self.counts[(data.BOS,)][BOI] = (1 - documents.text_share) * 0.2        # or a picture comes first
 
-    def __call__(self, tokens, image_id, doc_id, learn, xt, t):
+    def __call__(self, tokens, image_id, doc_id, has_loss, xt, t):
         self.told.append(t)
         rows = []
-        for b, q in learn.nonzero().tolist():
+        for b, q in has_loss.nonzero().tolist():
             start = (doc_id[b] == doc_id[b, q]).nonzero()[0].item()
             after = self.counts.get(tuple(tokens[b, start: q + 1].tolist()), {BOI: 1.0})
             logits = torch.full((self.V,), -1e4)
@@ -78,7 +84,7 @@ def oracle(documents):
 # ------------------------------------------------------------------------------------------------------------------- text
 def test_a_perfect_model_has_no_excess(documents, oracle):
     """Catches a wrong floor, a lost or doubled word, or log-probabilities of other documents than those the model read."""
-    excess, entropy = evaluate.excess_nats(oracle, documents, n=150, seed=1)
+    excess, entropy = scene_metrics.excess_nats(oracle, documents, n=150, seed=1)
     assert excess == pytest.approx(0, abs=1e-4)
     assert 0.1 < entropy < 2
     assert all((t == 1000).all() for t in oracle.model.told)            # pictures are pure noise: no word depends on them
@@ -86,26 +92,26 @@ def test_a_perfect_model_has_no_excess(documents, oracle):
 
 def test_an_ignorant_model_has_the_excess_of_a_uniform_one(documents):
     """Catches an excess per document, or per position, where nats per word are meant."""
-    kit = stub(lambda tokens, image_id, doc_id, learn, xt, t: (torch.zeros(int(learn.sum()), len(kit.words)), None), documents)
-    excess, entropy = evaluate.excess_nats(kit, documents, n=150, seed=1)
-    assert excess == pytest.approx(np.log(len(kit.words)) - entropy, abs=1e-4) and excess > 1
+    trained = stub(lambda tokens, image_id, doc_id, has_loss, xt, t: (torch.zeros(int(has_loss.sum()), len(trained.tokenizer)), None), documents)
+    excess, entropy = scene_metrics.excess_nats(trained, documents, n=150, seed=1)
+    assert excess == pytest.approx(np.log(len(trained.tokenizer)) - entropy, abs=1e-4) and excess > 1
 
 
 def test_text_alone(documents, oracle):
     """Of deductions, whatever share of the documents they are: 0 for a model that knows them, and for one that knows nothing
     ln V above the choice of a relation and of a second object, over 15 or 17 tokens, <eos> included. Catches an entropy of the
     first object, too."""
-    assert evaluate.deduction_nats(oracle, n=150) == pytest.approx(0, abs=1e-4)
-    kit = stub(lambda tokens, image_id, doc_id, learn, xt, t: (torch.zeros(int(learn.sum()), len(kit.words)), None), documents)
+    assert scene_metrics.deduction_nats(oracle, n=150) == pytest.approx(0, abs=1e-4)
+    trained = stub(lambda tokens, image_id, doc_id, has_loss, xt, t: (torch.zeros(int(has_loss.sum()), len(trained.tokenizer)), None), documents)
     choices = len(scenes.captions("color_attr")) / 26 * 4               # 28 pairs of colour and shape, two of them held out
-    assert evaluate.deduction_nats(kit, n=150) == pytest.approx(np.log(len(kit.words)) - np.log(choices) / 16, abs=0.006)
+    assert scene_metrics.deduction_nats(trained, n=150) == pytest.approx(np.log(len(trained.tokenizer)) - np.log(choices) / 16, abs=0.006)
 
 
 def test_deductions_are_ranked_by_likelihood(documents, oracle):
     """Catches a two-choice test that compares with the wrong sign, or ranks an ending that is not the wrong one."""
-    assert evaluate.deductions(oracle, n=25) == 1.0
+    assert scene_metrics.deductions(oracle, n=25) == 1.0
     contrary = stub(lambda *a: (-oracle.model(*a)[0], None), documents)
-    assert evaluate.deductions(contrary, n=25) == 0.0
+    assert scene_metrics.deductions(contrary, n=25) == 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ conditioning gap
@@ -122,7 +128,7 @@ def code(text):
 
 def reader(diffusion, obeys):
     """A model that predicts the noise exactly if the picture is `code` of its caption; or that never looks at its caption."""
-    def answer(tokens, image_id, doc_id, learn, xt, t):
+    def answer(tokens, image_id, doc_id, has_loss, xt, t):
         x0 = torch.zeros_like(xt)
         answer.told.append(t)
         for m in range(len(xt)):
@@ -141,7 +147,7 @@ def test_a_model_that_ignores_its_caption_has_no_gap():
     """PAPER §4.12: catches a gap that comes from other noise or another t, not from the caption."""
     captions = TEXTS[:12]
     latents = torch.stack([code(text) for text in captions])
-    assert evaluate.conditioning_gap(reader(Diffusion(), False), WORDS, Diffusion(), captions, latents) == 0.0
+    assert gap.conditioning_gap(reader(Diffusion(), False), WORDS, Diffusion(), captions, latents) == 0.0
 
 
 def test_a_model_that_obeys_its_caption_has_a_gap():
@@ -149,7 +155,7 @@ def test_a_model_that_obeys_its_caption_has_a_gap():
     world, rng = scenes.World(("single_object", "colors")), np.random.default_rng(0)
     captions = [world.caption(rng)[0] for _ in range(12)]
     model, diffusion = reader(Diffusion(), True), Diffusion()
-    gap = evaluate.conditioning_gap(model, WORDS, diffusion, captions, torch.stack([code(text) for text in captions]))
+    gap = gap.conditioning_gap(model, WORDS, diffusion, captions, torch.stack([code(text) for text in captions]))
     right, other = (dict(zip(t.tolist(), texts)) for t, texts in zip(model.told, (model.read[:12], model.read[12:])))
     assert sorted(right.values()) == sorted(captions) and right.keys() == other.keys()
     assert len(right) == 12 and min(right) <= 100 and max(right) > 900  # every noise level alike
@@ -161,11 +167,11 @@ def test_the_wrong_caption_is_wrong():
     """Catches a "wrong" caption that says the same as the right one: every such picture pulls the gap towards 0."""
     captions = [TEXTS[k] for k in (0, 0, 1, 1, 1, 2, 0)]                # the same strings again, as World.caption returns them
     model = reader(Diffusion(), True)
-    evaluate.conditioning_gap(model, WORDS, Diffusion(), captions, torch.stack([code(text) for text in captions]))
+    gap.conditioning_gap(model, WORDS, Diffusion(), captions, torch.stack([code(text) for text in captions]))
     right, other = model.read[:7], model.read[7:]
     assert all(a != b for a, b in zip(right, other))
     alike = [TEXTS[0]] * 3, torch.stack([code(TEXTS[0])] * 3)           # where all captions are the same, there is no other
-    assert evaluate.conditioning_gap(model, WORDS, Diffusion(), *alike) == pytest.approx(0, abs=1e-6)
+    assert gap.conditioning_gap(model, WORDS, Diffusion(), *alike) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_gap_of_a_real_model_without_attention_to_words(monkeypatch, make_model):
@@ -174,7 +180,7 @@ def test_the_gap_of_a_real_model_without_attention_to_words(monkeypatch, make_mo
     network, diffusion, captions = make_model("linear", vocabulary=len(WORDS)), Diffusion(), TEXTS[:10]
     side = network.config.patches                       # a picture's patches, side by side
     latents = torch.randn(10, *network.config.latent)
-    assert abs(evaluate.conditioning_gap(network, WORDS, diffusion, captions, latents)) > 1e-4
+    assert abs(gap.conditioning_gap(network, WORDS, diffusion, captions, latents)) > 1e-4
     dense = model_module.dense_mask
 
     def pictures_only(lo, hi, keys=None):
@@ -183,7 +189,7 @@ def test_the_gap_of_a_real_model_without_attention_to_words(monkeypatch, make_mo
         last[:, 1:] = (hi[:, 1:] == torch.arange(1, hi.shape[1])) & (hi[:, :-1] > torch.arange(hi.shape[1] - 1))
         return dense(torch.where(last, hi - side + 1, first), hi, keys)
     monkeypatch.setattr(model_module, "dense_mask", pictures_only)
-    assert abs(evaluate.conditioning_gap(network, WORDS, diffusion, captions, latents)) < 1e-5
+    assert abs(gap.conditioning_gap(network, WORDS, diffusion, captions, latents)) < 1e-5
 
 
 # --------------------------------------------------------------------------------------------------------------- GenEval
@@ -191,7 +197,7 @@ def artist(seed=0, confuse=False):
     """A `draw` that renders a scene of each caption; confused, it mixes up the orders."""
     rng = np.random.default_rng(seed)
 
-    def draw(kit, texts, seed=None, **drawing):
+    def draw(trained, texts, seed=None, **drawing):
         texts = [texts[k] for k in np.roll(np.arange(len(texts)), 1 + len(texts) // 3)] if confuse else texts
         return np.stack([scenes.render(scenes.draw_scene(scenes.read_caption(text), rng, allow_held_out=True)) for text in texts])
     return draw
@@ -200,8 +206,8 @@ def artist(seed=0, confuse=False):
 @pytest.mark.parametrize("held_out", [False, True])
 def test_geneval_of_a_perfect_artist(monkeypatch, held_out):
     """Catches a judge that fails true pictures, asks for seen pairs where unseen ones are meant, or counts badly."""
-    monkeypatch.setattr(evaluate, "draw", artist())
-    table, shown = evaluate.geneval(None, scenes.WORLDS["six"], n=9, held_out=held_out)
+    monkeypatch.setattr(drawing, "draw", artist())
+    table, shown = scene_metrics.geneval(None, scenes.WORLDS["six"], n=9, held_out=held_out)
     named = [c for c in scenes.WORLDS["six"] if scenes.captions(c, held_out)]
     assert list(table) == named and table == {c: {"rule": 1.0, "exact": 1.0, "n": 9} for c in named}
     assert len(shown) == 9 * len(named) and all(right for *_, right in shown)
@@ -212,8 +218,8 @@ def test_geneval_of_a_perfect_artist(monkeypatch, held_out):
 
 def test_geneval_of_a_confused_artist(monkeypatch):
     """Catches a judge that looks at the pictures and not at the captions."""
-    monkeypatch.setattr(evaluate, "draw", artist(confuse=True))
-    table, shown = evaluate.geneval(None, scenes.CATEGORIES, n=12)
+    monkeypatch.setattr(drawing, "draw", artist(confuse=True))
+    table, shown = scene_metrics.geneval(None, scenes.CATEGORIES, n=12)
     assert np.mean([row["exact"] for row in table.values()]) < 0.15
     assert all(row["exact"] <= row["rule"] for row in table.values())
     assert np.mean([right for *_, right in shown]) == pytest.approx(np.mean([row["exact"] for row in table.values()]))
@@ -223,22 +229,22 @@ def test_geneval_of_a_careless_artist(monkeypatch):
     """Catches `rule` and `exact` mixed up: something unnamed in the picture breaks only the second."""
     rng, draw_scene = np.random.default_rng(1), scenes.draw_scene
 
-    def draw(kit, texts, **drawing):                    # what was asked for, and a white cross in a free place
+    def draw(trained, texts, **drawing):                    # what was asked for, and a white cross in a free place
         pictures = []
         for text in texts:
             things = draw_scene(scenes.read_caption(text), rng)
             free = [(x, y) for x in (8, 24) for y in (8, 24) if all(abs(t.x - x) + abs(t.y - y) > 10 for t in things)]
             pictures.append(scenes.render([*things, scenes.Thing("white", "cross", *free[0], 5)]))
         return np.stack(pictures)
-    monkeypatch.setattr(evaluate, "draw", draw)
-    table, _ = evaluate.geneval(None, ("single_object", "colors"), n=10)
+    monkeypatch.setattr(drawing, "draw", draw)
+    table, _ = scene_metrics.geneval(None, ("single_object", "colors"), n=10)
     assert all(row["rule"] == 1.0 and row["exact"] == 0.0 for row in table.values())
 
 
 def test_geneval_asks_every_caption_in_turn(monkeypatch):
     """Catches prompts drawn with repetition: a model that knows half of them would score by luck."""
-    monkeypatch.setattr(evaluate, "draw", artist())
-    _, shown = evaluate.geneval(None, ("single_object", "counting"), n=12)
+    monkeypatch.setattr(drawing, "draw", artist())
+    _, shown = scene_metrics.geneval(None, ("single_object", "counting"), n=12)
     texts = [text for text, *_ in shown]
     assert {texts.count(text) for text, _ in scenes.captions("single_object")} == {3}
     assert {texts.count(text) for text, _ in scenes.captions("counting")} == {1}
@@ -246,13 +252,13 @@ def test_geneval_asks_every_caption_in_turn(monkeypatch):
 
 def test_captions_are_judged_by_the_picture(monkeypatch):
     """Catches captions compared with a text where truth is meant, nonsense that passes, and other pictures than those shown."""
-    monkeypatch.setattr(evaluate, "encode_pixels", lambda kit, pixels: pixels)
+    monkeypatch.setattr(evaluate, "encode_pixels", lambda trained, pixels: pixels)
     says = {"true": lambda t: f"a {t.colour} {t.shape}", "vague": lambda t: f"a {t.shape}", "nonsense": lambda t: f"a {t.colour}",
             "false": lambda t: f"a {t.colour} {scenes.SHAPES[scenes.SHAPES.index(t.shape) - 1]}"}
     scores = {}
     for name, say in says.items():
-        monkeypatch.setattr(evaluate, "describe", lambda kit, pixels, say=say: [say(scenes.parse(p)[0]) for p in pixels])
-        scores[name], rows = evaluate.captioning(None, ("colors",), n=20)
+        monkeypatch.setattr(drawing, "describe", lambda trained, pixels, say=say: [say(scenes.parse(p)[0]) for p in pixels])
+        scores[name], rows = scene_metrics.captioning(None, ("colors",), n=20)
         assert len(rows) == 20 and np.mean([true for *_, true in rows]) == scores[name]
     assert scores == {"true": 1.0, "vague": 1.0, "nonsense": 0.0, "false": 0.0}
 
@@ -265,9 +271,9 @@ def test_the_gap_of_edits(make_model):
     texts, latents, before = TEXTS[:10], torch.randn(10, *network.config.latent), torch.randn(10, *network.config.latent)
     read, real = [], type(network).forward
     network.forward = lambda tokens, image_id, *a: read.append((tokens, image_id, *a)) or real(network, tokens, image_id, *a)
-    gap = evaluate.conditioning_gap(network, WORDS, diffusion, texts, latents, before)
+    gap = gap.conditioning_gap(network, WORDS, diffusion, texts, latents, before)
     assert abs(gap) > 1e-4 and len(read) == 2
-    for tokens, image_id, doc_id, learn, x, t in read:
+    for tokens, image_id, doc_id, has_loss, x, t in read:
         assert len(x) == 20 and sorted(t.tolist())[:10] == [0] * 10 and sorted(t.tolist())[10] > 0
         clean = x[t == 0]
         assert {tuple(p.flatten().tolist()) for p in clean} == {tuple(p.flatten().tolist()) for p in before}
@@ -278,7 +284,7 @@ def test_the_gap_of_edits(make_model):
             eps = (x[m + 1] - a * latents[k]) / s
             assert eps.abs().max() < 6 and abs(eps.std() - 1) < 0.5
     assert torch.equal(read[0][4], read[1][4]) and not torch.equal(read[0][0], read[1][0])
-    other = evaluate.conditioning_gap(network, WORDS, diffusion, texts, latents, before.roll(1, 0))
+    other = gap.conditioning_gap(network, WORDS, diffusion, texts, latents, before.roll(1, 0))
     assert abs(gap - other) > 1e-5
 
 
@@ -289,10 +295,10 @@ def test_the_command_line_takes_the_models_size(tmp_path, monkeypatch, capsys, w
     vae = vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2)).eval()
     words = data.Words(scenes.vocabulary())
     network = model_module.Transfusion(model_module.sized("toy", vocabulary=len(words), latent=(2, 12, 12), patch=6, context=96)).eval()
-    kit_module.save_kit(tmp_path / "model.pt", kit_module.Kit(network, words, vae, Diffusion()))
-    monkeypatch.setattr(evaluate, "deductions", lambda *a, **k: 0.5)
-    monkeypatch.setattr(evaluate, "excess_nats", lambda *a, **k: (0.0, 1.0))
-    monkeypatch.setattr(evaluate, "geneval", lambda *a, **k: ({"colors": {"rule": 0.0, "exact": 0.0, "n": 1}}, []))
+    checkpoint.save_trained(tmp_path / "model.pt", checkpoint.Trained(network, words, vae, Diffusion()))
+    monkeypatch.setattr(scene_metrics, "deductions", lambda *a, **k: 0.5)
+    monkeypatch.setattr(scene_metrics, "excess_nats", lambda *a, **k: (0.0, 1.0))
+    monkeypatch.setattr(scene_metrics, "geneval", lambda *a, **k: ({"colors": {"rule": 0.0, "exact": 0.0, "n": 1}}, []))
     evaluate.main(["--checkpoint", str(tmp_path / "model.pt"), "--data", what, "--n", "2", "--steps", "1", "--json", str(tmp_path / "found.json")])
     assert abs(json.loads((tmp_path / "found.json").read_text())["conditioning_gap"]) < 1
 
@@ -301,33 +307,33 @@ def test_the_command_line_takes_the_models_size(tmp_path, monkeypatch, capsys, w
 @pytest.fixture(scope="module")
 def digits():
     """1000 test digits, and the judge."""
-    if not evaluate.CLASSIFIER.exists():
-        pytest.skip(f"{evaluate.CLASSIFIER} is missing: python evaluate.py --data mnist --train-classifier makes it")
+    if not digits.CLASSIFIER.exists():
+        pytest.skip(f"{digits.CLASSIFIER} is missing: python evaluate.py --data mnist --train-classifier makes it")
     if not MNIST.exists():
         pytest.skip(f"{MNIST} is not here: the real MNIST files were not given to this checkout")
-    pairs = sources.load_mnist(MNIST, "test")
-    return sources.Pairs("mnist", pairs.captions[:1000], pairs.pixels[:1000], labels=pairs.labels[:1000])
+    pairs = mnist.load_mnist(MNIST, "test")
+    return pairs.Pairs("mnist", pairs.captions[:1000], pairs.pixels[:1000], labels=pairs.labels[:1000])
 
 
 def test_the_judge_of_digits(digits):
     """Catches a classifier saved badly, or fed another scale than it was trained on: then `digits` measures nothing."""
-    net = evaluate.load_classifier()
-    assert (evaluate.classify(net, digits.pixels) == digits.labels).mean() > 0.98
-    assert (evaluate.classify(net, np.repeat(digits.pixels[:100], 3, -1)) == digits.labels[:100]).mean() > 0.97
+    net = digits.load_classifier()
+    assert (digits.classify(net, digits.pixels) == digits.labels).mean() > 0.98
+    assert (digits.classify(net, np.repeat(digits.pixels[:100], 3, -1)) == digits.labels[:100]).mean() > 0.97
 
 
 def test_digits_of_a_perfect_and_of_a_confused_artist(digits, monkeypatch):
     """Catches a score that does not look at what was asked for, and captions compared with another picture's."""
-    by_name = {name: digits.pixels[digits.labels == k] for k, name in enumerate(sources.DIGITS)}
+    by_name = {name: digits.pixels[digits.labels == k] for k, name in enumerate(mnist.DIGITS)}
     known = {p.tobytes(): text for p, text in zip(digits.pixels, digits.captions)}
 
-    def draw(kit, prompts, guidance, seed, **drawing):  # unguided, the artist draws the digits in another order
+    def draw(trained, prompts, guidance, seed, **drawing):  # unguided, the artist draws the digits in another order
         prompts = prompts if guidance != 1 else prompts[1:] + prompts[:1]
         return np.repeat(np.stack([by_name[p.split()[-1]][k] for k, p in enumerate(prompts)]), 3, -1)
-    monkeypatch.setattr(evaluate, "draw", draw)
-    monkeypatch.setattr(evaluate, "encode_pixels", lambda kit, pixels: pixels)
-    monkeypatch.setattr(evaluate, "describe", lambda kit, pixels: [known[p.tobytes()] for p in pixels])
-    found, shown = evaluate.digits(None, digits, n=40)
+    monkeypatch.setattr(drawing, "draw", draw)
+    monkeypatch.setattr(evaluate, "encode_pixels", lambda trained, pixels: pixels)
+    monkeypatch.setattr(drawing, "describe", lambda trained, pixels: [known[p.tobytes()] for p in pixels])
+    found, shown = digits.digits(None, digits, n=40)
     assert found["guided"] > 0.9 and found["unguided"] < 0.1 and found["captions"] == 1.0 and found["classifier"] > 0.98
     assert [text for text, *_ in shown[:3]] == ["the digit zero", "the digit one", "the digit two"]
 
@@ -337,9 +343,9 @@ def test_train_a_judge(tmp_path, capsys):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 300)
     pixels = (rng.integers(0, 60, (300, 32, 32, 1)) + 190 * labels[:, None, None, None]).astype(np.uint8)
-    pairs = sources.Pairs("mnist", ["the digit zero"] * 300, pixels, labels=labels)
-    evaluate.train_classifier(pairs, pairs, tmp_path / "judge.pt", epochs=6)
-    assert (evaluate.classify(evaluate.load_classifier(tmp_path / "judge.pt"), pixels) == labels).mean() > 0.95
+    pairs = pairs.Pairs("mnist", ["the digit zero"] * 300, pixels, labels=labels)
+    digits.train_classifier(pairs, pairs, tmp_path / "judge.pt", epochs=6)
+    assert (digits.classify(digits.load_classifier(tmp_path / "judge.pt"), pixels) == labels).mean() > 0.95
     assert "judge.pt" in capsys.readouterr().out
     with pytest.raises(UserError, match="there is no checkpoint"):
-        evaluate.load_classifier(tmp_path / "none.pt")
+        digits.load_classifier(tmp_path / "none.pt")

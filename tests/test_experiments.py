@@ -6,10 +6,9 @@ import pytest
 
 import data
 import experiments
-import presets
-import scenes
-import sources
-from data import UserError
+from config import parse_arguments
+from sources import scenes
+from support.common import UserError
 
 TINY = "--steps 2 --samples 6 --sample-steps 2 --gap-every 2 --save-every 2 --pairs 60 --documents 6 --warmup 1"
 
@@ -25,10 +24,10 @@ def test_every_row_is_a_run():
     """Each row's options are train.py's; within a table no two rows are the same run; and each differs from the base as its
     name says. Catches a typo that would show only after an hour."""
     for number, (title, rows) in experiments.TABLES.items():
-        configs = [presets.parse_arguments(experiments.argv_of(options, 0, "x"))[0] for options in rows.values()]
+        configs = [parse_arguments(experiments.argv_of(options, 0, "x"))[0] for options in rows.values()]
         assert len({str(config) for config in configs}) == len(rows) and "Table" in title, number
         assert all(config.seed == 0 and config.samples == 400 for config in configs)
-    find = lambda number, row: presets.parse_arguments(experiments.argv_of(experiments.TABLES[number][1][row], 0, "x"))[0]
+    find = lambda number, row: parse_arguments(experiments.argv_of(experiments.TABLES[number][1][row], 0, "x"))[0]
     a, b = find("2", "Llama"), find("2", "+ stability modifications")
     assert {k for k, v in vars(a).items() if vars(b)[k] != v} == {"stable", "lr"} and a.model == "llama"
     assert [(find("5", row).size, find("5", row).encoder) for row in experiments.TABLES["5"][1]] == \
@@ -40,10 +39,10 @@ def test_every_row_is_a_run():
 
 def test_a_step_is_as_large_in_every_row():
     """Tokens and text per step. Catches numbers that were found for other captions (as they were once)."""
-    pairs, steps = sources.load_scenes(500, seed=0, categories=scenes.WORLDS["one"], progress=False), []
+    pairs, steps = scenes.load_scenes(500, seed=0, categories=scenes.WORLDS["one"], progress=False), []
     words, rng = data.Words(pairs.vocabulary()), np.random.default_rng(0)
     for options in [*experiments.PATCHES.values(), "--preset chameleon"]:
-        config, *_ = presets.parse_arguments(experiments.argv_of(options, 0, "x"))
+        config, *_ = parse_arguments(experiments.argv_of(options, 0, "x"))
         P = (8 // (1 if config.model == "chameleon" else config.patch)) ** 2
         stream = data.Documents(pairs, P, config.seq_len, text_share=config.text_share)
         tokens = np.mean([len(data.lay_out(stream.draw(rng), words, P).tokens) for _ in range(8000)])

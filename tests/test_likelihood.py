@@ -15,16 +15,17 @@ import pytest
 import torch
 
 import data
-import likelihood
-import scenes
-from data import BOS, UserError
+from data import BOS
+from metrics import likelihood
+from sources import scenes
+from support.common import UserError
 
 WORDS = data.Words("a b c d e f g h i".split())         # V = 16, as make_model has it
 HOME = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def kit(make_model):
+def trained(make_model):
     """A random model whose context is 20 tokens."""
     return SimpleNamespace(model=make_model(context=20).requires_grad_(False), words=WORDS)
 
@@ -36,58 +37,58 @@ def some_requests(n, longest, seed=0):
     return [(ids(0), ids(1)) for _ in range(n)]
 
 
-def slowly(kit, context, answer):
+def slowly(trained, context, answer):
     """ln p of an answer, token by token, each by a forward of its own."""
     nats, tokens = 0.0, [BOS] + context
     for token in answer:
         row = torch.tensor([tokens])
-        learn = torch.zeros_like(row, dtype=torch.bool)
-        learn[0, -1] = True
-        logits, _ = kit.model(row, torch.full_like(row, -1), torch.zeros_like(row), learn, torch.zeros(0, 4, 4, 4), torch.zeros(0, dtype=torch.long))
+        has_loss = torch.zeros_like(row, dtype=torch.bool)
+        has_loss[0, -1] = True
+        logits, _ = trained.model(row, torch.full_like(row, -1), torch.zeros_like(row), has_loss, torch.zeros(0, 4, 4, 4), torch.zeros(0, dtype=torch.long))
         nats, tokens = nats + float(logits[0].log_softmax(-1)[token]), tokens + [token]
     return nats
 
 
 @pytest.mark.parametrize("together", [1, 40, 8192])
-def test_log_likelihood_is_the_slow_one(kit, monkeypatch, together):
+def test_log_likelihood_is_the_slow_one(trained, monkeypatch, together):
     """Catches scores one position off, of a neighbour in the batch, in the order of their lengths, or with padding counted."""
-    monkeypatch.setattr(likelihood, "TOGETHER", together)
+    monkeypatch.setattr(likelihood, "TOKENS_PER_FORWARD", together)
     requests = some_requests(13, 9)
-    found = likelihood.log_likelihood(kit.model, requests)
-    assert [nats for nats, _ in found] == pytest.approx([slowly(kit, *request) for request in requests], abs=1e-4)
+    found = likelihood.log_likelihood(trained.model, requests)
+    assert [nats for nats, _ in found] == pytest.approx([slowly(trained, *request) for request in requests], abs=1e-4)
 
 
-def test_the_next_token_is_one_of_all(kit):
+def test_the_next_token_is_one_of_all(trained):
     """Catches a softmax over anything but the vocabulary: the probabilities of all continuations of one token add up to 1."""
-    found = likelihood.log_likelihood(kit.model, [([8, 9], [token]) for token in range(16)])
+    found = likelihood.log_likelihood(trained.model, [([8, 9], [token]) for token in range(16)])
     assert sum(math.exp(nats) for nats, _ in found) == pytest.approx(1, abs=1e-5)
     assert sum(greedy for _, greedy in found) == 1 and max(found)[1]    # the likeliest is the greedy one
 
 
-def test_a_long_context_loses_its_beginning(kit):
+def test_a_long_context_loses_its_beginning(trained):
     """Catches one that loses its end, or pushes <bos> out; and an answer that is cut instead of refused."""
     context, answer = (some_requests(1, 99, seed=3)[0][0] * 9)[:40], [7, 8, 9]
-    assert likelihood.log_likelihood(kit.model, [(context, answer)])[0][0] == pytest.approx(slowly(kit, context[-16:], answer), abs=1e-4)
-    assert likelihood.log_likelihood(kit.model, [([], [7] * 19)])[0][0] == pytest.approx(slowly(kit, [], [7] * 19), abs=1e-4)
+    assert likelihood.log_likelihood(trained.model, [(context, answer)])[0][0] == pytest.approx(slowly(trained, context[-16:], answer), abs=1e-4)
+    assert likelihood.log_likelihood(trained.model, [([], [7] * 19)])[0][0] == pytest.approx(slowly(trained, [], [7] * 19), abs=1e-4)
     with pytest.raises(UserError, match="a continuation is empty"):
-        likelihood.log_likelihood(kit.model, [([8], [9]), ([8], [])])
+        likelihood.log_likelihood(trained.model, [([8], [9]), ([8], [])])
     with pytest.raises(UserError, match="continuation of 20 tokens.*context of 20"):
-        likelihood.log_likelihood(kit.model, [([], [7] * 20)])
+        likelihood.log_likelihood(trained.model, [([], [7] * 20)])
 
 
-def test_perplexity(kit):
+def test_perplexity(trained):
     """Of a model that knows nothing: V, whatever the text. Of any: the mean over all tokens, each predicted once, also those of
     a text longer than the context. Catches a mean of means, and a token between two pieces that is lost."""
     texts = ["a b c", "", "a " * 50 + "b", "d"]
-    found = likelihood.perplexity(kit, texts)
+    found = likelihood.perplexity(trained, texts)
     ids = [WORDS.encode(text) for text in texts]
-    nats = -sum(slowly(kit, [], row[k: k + 19]) for row in ids for k in range(0, len(row), 19))
+    nats = -sum(slowly(trained, [], row[k: k + 19]) for row in ids for k in range(0, len(row), 19))
     assert found["tokens"] == 55 and math.log(found["perplexity"]) == pytest.approx(nats / 55, abs=1e-4)
-    kit.model.head.weight.zero_()
-    found = likelihood.perplexity(kit, texts)
+    trained.model.head.weight.zero_()
+    found = likelihood.perplexity(trained, texts)
     assert found["perplexity"] == pytest.approx(16, rel=1e-5)
     with pytest.raises(UserError, match="empty"):
-        likelihood.perplexity(kit, ["", " "])
+        likelihood.perplexity(trained, ["", " "])
 
 
 class Joining:
@@ -125,16 +126,16 @@ def test_split_is_lm_evaluation_harness():
     assert same > 15
 
 
-def test_ranked(kit, monkeypatch):
+def test_ranked(trained, monkeypatch):
     """Catches answers ranked across questions, the lowest taken, or the sum and the mean per character given for one another."""
     scores = {" a": -1.0, " b": -2.0, " a a a": -2.4, " c": -0.5, " d d": -1.4}
     monkeypatch.setattr(likelihood, "split", lambda words, context, answer: (context, answer))
     monkeypatch.setattr(likelihood, "log_likelihood", lambda model, requests, progress: [(scores[a], False) for _, a in requests])
     questions = [("x", ["a", "b"], 0), ("y", ["b", "a a a", "a"], 2), ("z", ["c", "d d"], 1)]
     # sums: a; a; c (wrong). Per character: a; "a a a" (-0.48 against -2 and -1: wrong); "d d" (-0.47 against -0.5)
-    assert likelihood.ranked(kit, questions) == {"acc": pytest.approx(2 / 3), "acc_norm": pytest.approx(2 / 3), "n": 3,
+    assert likelihood.ranked(trained, questions) == {"acc": pytest.approx(2 / 3), "acc_norm": pytest.approx(2 / 3), "n": 3,
                                                  "chance": pytest.approx((1 / 2 + 1 / 3 + 1 / 2) / 3)}
-    assert likelihood.ranked(kit, questions[1:2])["acc_norm"] == 0 and likelihood.ranked(kit, questions[2:])["acc"] == 0
+    assert likelihood.ranked(trained, questions[1:2])["acc_norm"] == 0 and likelihood.ranked(trained, questions[2:])["acc"] == 0
 
 
 def test_the_worlds_questions_have_one_right_answer():
@@ -148,7 +149,7 @@ def test_the_worlds_questions_have_one_right_answer():
     assert {truth for *_, truth in questions} == {0, 1} and questions == likelihood.read_questions("scenes", 40)
 
 
-def test_ours_is_lm_evaluation_harness(kit, tmp_path):
+def test_ours_is_lm_evaluation_harness(trained, tmp_path):
     """The same questions, asked by the library through `suite` and by `ranked`: accuracy, and that per character."""
     pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
@@ -161,12 +162,12 @@ def test_ours_is_lm_evaluation_harness(kit, tmp_path):
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{context}}'\ndoc_to_choice: choices\ndoc_to_target: answer\n"
         "metric_list: [{metric: acc}, {metric: acc_norm}]\n")
     manager = TaskManager(include_path=str(tmp_path))
-    found = likelihood.suite(kit, ["ours"], task_manager=manager, bootstrap_iters=0)
+    found = likelihood.suite(trained, ["ours"], task_manager=manager, bootstrap_iters=0)
     theirs = found["ours"]
     assert found["mean"]["acc"] == theirs["acc,none"]
     with pytest.raises(UserError, match="has no task 'theirs'"):
-        likelihood.suite(kit, ["ours", "theirs"], task_manager=manager)
-    ours = likelihood.ranked(kit, likelihood.read_questions(str(tmp_path / "questions.jsonl"), 30))
+        likelihood.suite(trained, ["ours", "theirs"], task_manager=manager)
+    ours = likelihood.ranked(trained, likelihood.read_questions(str(tmp_path / "questions.jsonl"), 30))
     assert (theirs["acc,none"], theirs["acc_norm,none"]) == (ours["acc"], ours["acc_norm"])
     assert 0.05 < ours["acc"] < 0.9 and ours["acc"] != ours["acc_norm"]     # or the questions tell nothing
 

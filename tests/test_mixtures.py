@@ -12,19 +12,20 @@ import pytest
 import torch
 
 import data
-import edits
-import mixtures
-import scenes
-import vae as vae_module
 from data import BOI
+from metrics import mixtures
+from sources import edits
+from sources import scenes
+from support import checkpoint
+from support.common import ASSETS
 
 P = 16                                                  # patches per picture
 
 
 @pytest.fixture(scope="module")
-def kit():
+def trained():
     """Only a VAE, the shipped one: the editors below need no model."""
-    return SimpleNamespace(vae=vae_module.load_vae(data.ASSETS / "scenes_vae.pt"), model=None)
+    return SimpleNamespace(vae=checkpoint.load_vae(ASSETS / "scenes_vae.pt"), model=None)
 
 
 @pytest.mark.parametrize("document, right", [
@@ -40,24 +41,24 @@ def test_well_formed(document, right):
 
 
 @pytest.mark.parametrize("forgets, always", [(False, None), (True, None), (False, True), (False, False)])
-def test_mixtures(monkeypatch, kit, forgets, always):
+def test_mixtures(monkeypatch, trained, forgets, always):
     """With stand-ins: an artist who draws the last caption, or (forgets) the first one; a writer who knows where BOI stands,
     or puts it everywhere, or nowhere. Catches the numbers of one part given for another's, and pictures judged by the
     caption beside theirs."""
     rng, words = np.random.default_rng(2), data.Words(scenes.vocabulary())
     follow = mixtures.next_words(scenes.all_claims())
 
-    def answer(tokens, image_id, doc_id, learn, xt, t):
+    def answer(tokens, image_id, doc_id, has_loss, xt, t):
         assert (t == 0).all() and len(xt) == len(t)     # finished pictures stand between the words
         rows = []
-        for b, q in learn.nonzero().tolist():
-            so_far = tuple(words.words[k] for k in tokens[b, 1: q + 1].tolist())
+        for b, q in has_loss.nonzero().tolist():
+            so_far = tuple(words.vocabulary[k] for k in tokens[b, 1: q + 1].tolist())
             after = follow.get(so_far, {"<boi>"})       # a deduction may follow a pair of colour and shape, a BOI as well
             boi = after == {"<boi>"} if always is None else always
             rows.append(torch.nn.functional.one_hot(torch.tensor(BOI if boi else words.ids["a"]), len(words)).float())
         return torch.stack(rows), None
 
-    def generate(kit, prompts, draw_now=False, **options):
+    def generate(trained, prompts, draw_now=False, **options):
         time.sleep(0.02)
         if not draw_now:
             bad = 2 if options.get("temperature") else 4                # who begins by chance errs twice as often
@@ -65,10 +66,10 @@ def test_mixtures(monkeypatch, kit, forgets, always):
             return [["a circle", 0] if k % bad else ["a circle is", 0] for k in range(len(prompts))]
         texts = [prompt[0 if forgets else -1] for prompt in prompts]
         drawn = [scenes.render(scenes.draw_scene(scenes.read_caption(text), rng)) for text in texts]
-        return [[*prompt, x] for prompt, x in zip(prompts, mixtures.encode_pixels(kit, np.stack(drawn)))]
+        return [[*prompt, x] for prompt, x in zip(prompts, mixtures.encode_pixels(trained, np.stack(drawn)))]
     answer.config = SimpleNamespace(patches=P, context=128)
     monkeypatch.setattr(mixtures, "generate", generate)
-    found = mixtures.mixing(SimpleNamespace(vae=kit.vae, model=answer, words=words), n=40)
+    found = mixtures.mixing(SimpleNamespace(vae=trained.vae, model=answer, words=words), n=40)
     assert found["single"] == 1 and (found["second"] < 0.5 if forgets else found["second"] == 1)
     assert found["well_formed"] == 0.75 and found["sampled"] == 0.5 and found["batch"] > 8
     assert found["boi"] == 1 if always is None else 0.05 < found["boi"] < 0.95
@@ -76,7 +77,7 @@ def test_mixtures(monkeypatch, kit, forgets, always):
 
 # ----------------------------------------------------------------------------------------------------------------- editing
 @pytest.fixture
-def editors(monkeypatch, kit):
+def editors(monkeypatch, trained):
     """A function (change, answer): put stand-ins for the model that know the true scenes. change(before, text, after), all
     scenes, returns the scene that is drawn; answer(text, after) what is said to "what changed ?". Returns the calls' seeds."""
     def put(change, answer):
@@ -87,20 +88,20 @@ def editors(monkeypatch, kit):
             return truth[0]
 
         def nearest(x, candidates, picture):            # which of the candidate pictures a latent shows
-            latents = encode(kit, truth[0].pixels[[c[picture] for c in candidates]])
+            latents = encode(trained, truth[0].pixels[[c[picture] for c in candidates]])
             return candidates[int((latents - x).square().flatten(1).sum(1).argmin())]
 
         encode = mixtures.encode_pixels
 
-        def edit(kit, x, said, seed=None, **drawing):
+        def edit(trained, x, said, seed=None, **drawing):
             seeds.append(seed)
             drawn, scene = [], truth[0].scenes
             for latent, text in zip(x, said):
                 a, _, b = nearest(latent, [c for c in truth[0].triples() if c[1] == text], 0)
                 drawn.append(scenes.render(change(scene[a], text, scene[b])))
-            return encode(kit, np.stack(drawn))
+            return encode(trained, np.stack(drawn))
 
-        def generate(kit, prompts, **options):
+        def generate(trained, prompts, **options):
             assert options["max_pictures"] == 0 and all(prompt[2:] == ["what changed ?"] for prompt in prompts)
             found = [nearest(x, truth[0].triples(), 0) for x, _, _ in prompts]
             assert all(nearest(y, [c for c in truth[0].triples() if c[0] == a], 2)[2] == b for (_, y, _), (a, _, b) in zip(prompts, found))
@@ -112,38 +113,38 @@ def editors(monkeypatch, kit):
     return put
 
 
-def test_editing_of_a_perfect_editor(editors, kit):
+def test_editing_of_a_perfect_editor(editors, trained):
     """Catches a judge that fails true edits (of single ones, of chains, of any kind), that compares with another scene's
     truth, or asks the same noise for every step; through the shipped VAE, as a model's pictures go."""
     seeds = editors(lambda before, text, after: after, lambda text, after: text)
-    found, shown = mixtures.editing(kit, n=24, seed=3, progress=False)
+    found, shown = mixtures.editing(trained, n=24, seed=3, progress=False)
     assert found["edits"] == found["kept"] == found["asked"] == 1.0 and found["chains"] >= 0.95         # 3 passages through the VAE
     assert set(found["kinds"]) == set(edits.KINDS) and set(found["kinds"].values()) == {1.0}
     assert len(shown) == 24 and all(right and picture.shape == (32, 66, 3) for _, picture, right in shown)
     assert len(set(seeds)) == len(seeds) >= 4
 
 
-def test_editing_of_one_who_does_nothing(editors, kit):
+def test_editing_of_one_who_does_nothing(editors, trained):
     """Catches a judge that does not look at what was asked, and `kept` that drops with the edits: leaving all alone keeps all."""
     editors(lambda before, text, after: before, lambda text, after: "")
-    found, shown = mixtures.editing(kit, n=24, seed=3, progress=False)
+    found, shown = mixtures.editing(trained, n=24, seed=3, progress=False)
     assert found["edits"] == found["asked"] == 0.0 and found["kept"] == 1.0 and found["chains"] < 0.1
     assert not any(right for *_, right in shown)
 
 
-def test_editing_of_one_who_draws_it_anew(editors, kit):
+def test_editing_of_one_who_draws_it_anew(editors, trained):
     """Catches `kept` blind to place: the right objects in the right cells, but each of them 3 pixels off."""
     def careless(before, text, after):
         return [t._replace(x=t.x + (3 if t.x % 16 < 8 else -3), r=4.8) if t in before else t for t in after]
     editors(careless, lambda text, after: "remove the circle" if not text.startswith("remove") else "what a circle")
-    found, _ = mixtures.editing(kit, n=24, seed=3, progress=False)
+    found, _ = mixtures.editing(trained, n=24, seed=3, progress=False)
     assert found["kept"] < 0.1 and found["edits"] < 0.5 and found["asked"] == 0.0
 
 
 @pytest.mark.parametrize("n, seed", [(1, 18), (1, 6), (2, 0)])
-def test_editing_with_few_samples(editors, kit, n, seed):
+def test_editing_with_few_samples(editors, trained, n, seed):
     """Catches a division by nothing: seed 18 begins with a picture of one object, so that none is untouched; seed 6 with two
     chains shorter than three."""
     editors(lambda before, text, after: after, lambda text, after: text)
-    found, shown = mixtures.editing(kit, n=n, seed=seed, progress=False)
+    found, shown = mixtures.editing(trained, n=n, seed=seed, progress=False)
     assert found["edits"] == found["asked"] == found["chains"] == 1.0 and found["kept"] in (0.0, 1.0) and len(shown) == n

@@ -10,8 +10,7 @@ import data
 from attention_mask import dense_mask, intervals, tile_mask
 from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH
 from diffusion import Diffusion
-from model import (PAPER_SIZES, PAPER_VOCABULARY, SIZES, Block, Cache, ModelConfig, Transfusion, count, losses, paper_model,
-                   rope_tables, sized)
+from model import Block, Cache, ModelConfig, PAPER_SIZES, PAPER_VOCABULARY, SIZES, Transfusion, count, losses, paper_model, rope_tables, sized
 
 WORDS = data.Words("a and blue circle red square the".split())
 LONG = ["a red circle", ("image", 0, 1000), "and a blue square", ("image", 1, 1000), "the circle"]
@@ -33,7 +32,7 @@ def make_batch(documents, T=48):
 
 def run(model, batch, xt):
     """(logits (B, T, V) at *every* position, picture outputs (M, c, h, w)) of one training forward."""
-    everywhere = torch.ones_like(batch.learn)
+    everywhere = torch.ones_like(batch.has_loss)
     with torch.no_grad():
         logits, out = model(batch.tokens, batch.image_id, batch.doc_id, everywhere, xt, batch.t)
     return logits.view(*batch.tokens.shape, -1), out
@@ -154,10 +153,10 @@ def test_network_is_told_the_t_that_noised_the_picture(model, kind, monkeypatch)
         def listening(x, t, *kept):
             told[name] = x, t
             return real(x, t, *kept)
-        monkeypatch.setattr(model.pictures, name, listening)
+        monkeypatch.setattr(model.patch_encoder, name, listening)
 
-    spy("encode", model.pictures.encode)
-    spy("decode", model.pictures.decode)
+    spy("encode", model.patch_encoder.encode)
+    spy("decode", model.patch_encoder.decode)
     losses(model, batch, d)
     assert told["encode"][1].tolist() == told["decode"][1].tolist() == batch.t.tolist() == [50, 400, 700]
     for m, t in enumerate(batch.t.tolist()):            # eq. 2 on the latent picture, one by one
@@ -195,9 +194,9 @@ def test_losses_by_hand(model, kind):
 def test_what_is_learned():
     """LM loss where the input is BOI or a patch, EOI predicted, BOI or a word never predicted (§3; §4.8)."""
     batch = make_batch([LONG, SHORT, DROPPED], T=64)
-    tokens, learn = batch.tokens[0].tolist(), batch.learn[0].tolist()
-    inputs = [tokens[k] for k in range(64) if learn[k]]
-    targets = [tokens[k + 1] for k in range(64) if learn[k]]
+    tokens, has_loss = batch.tokens[0].tolist(), batch.has_loss[0].tolist()
+    inputs = [tokens[k] for k in range(64) if has_loss[k]]
+    targets = [tokens[k + 1] for k in range(64) if has_loss[k]]
     assert not {BOI, PATCH, EOS, PAD, DROP} & set(inputs)
     assert not {EOI, PATCH, BOS, PAD, DROP} & set(targets)
     assert targets.count(BOI) == 3 and targets.count(EOS) == 3          # the dropped caption's BOI is not learned
@@ -266,7 +265,7 @@ def test_wrong_number_of_pictures_raises(model, how_many):
     batch = make_batch([DROPPED, SHORT])
     x = torch.randn(how_many, 4, 4, 4)
     with pytest.raises(ValueError, match=f"8 patch positions, but {how_many} pictures of 4 patches"):
-        model(batch.tokens, batch.image_id, batch.doc_id, batch.learn, x, torch.ones(how_many, dtype=torch.long))
+        model(batch.tokens, batch.image_id, batch.doc_id, batch.has_loss, x, torch.ones(how_many, dtype=torch.long))
 
 
 @pytest.mark.parametrize("shape, t", [((2, 4, 8, 8), (2,)), ((2, 3, 4, 4), (2,)), ((2, 4, 4, 4), (1,)), ((2, 4, 4, 4), ())])
@@ -331,7 +330,7 @@ def test_text_model_is_llama(make_model):
     theirs = llama(V=len(WORDS), L=2, hidden=model.blocks[0].down.in_features)
     for layer, block in zip(theirs.model.layers, model.blocks):
         copy_layer(layer, block)
-    for ours, weight in ((model.words, theirs.model.embed_tokens), (model.norm, theirs.model.norm), (model.head, theirs.lm_head)):
+    for ours, weight in ((model.embedding, theirs.model.embed_tokens), (model.norm, theirs.model.norm), (model.head, theirs.lm_head)):
         ours.load_state_dict(weight.state_dict())
     tokens = torch.randint(len(data.SPECIAL), len(WORDS), (2, 12))
     pos, cache = torch.arange(12).expand(2, 12), Cache(model.config, 2, 12, model.head.weight)
@@ -356,13 +355,13 @@ def test_parameter_counts():
     for size in PAPER_SIZES:
         model = paper_model(size)
         layers, D, _ = SIZES[size]
-        text = count(model) - count(model.pictures) - 2 * len(data.SPECIAL) * D         # with Llama 2's 32,000 pieces alone
+        text = count(model) - count(model.patch_encoder) - 2 * len(data.SPECIAL) * D         # with Llama 2's 32,000 pieces alone
         hidden = 256 * math.ceil(8 * D / 3 / 256)
         assert text == 2 * 32000 * D + layers * (4 * D * D + 3 * D * hidden + 2 * D) + D
         if size == "7b":
             assert text == 6_738_415_616
         assert text / 1e9 == pytest.approx(float(size[:-1]), rel=0.04), size
-        assert count(model.pictures) < 0.005 * count(model), "linear: below 0.5% in every configuration (§4.1)"
+        assert count(model.patch_encoder) < 0.005 * count(model), "linear: below 0.5% in every configuration (§4.1)"
 
 
 def test_sizes_are_table_8s():
@@ -408,7 +407,7 @@ def test_blocks_compile_once(make_model):
 def test_flex_trains_like_dense(make_model):
     """On a GPU, training takes FlexAttention, measuring the dense mask: both must see the same, forward and backward."""
     found, batch = [], make_batch([LONG, SHORT, LONG], T=256)
-    inputs = [x.cuda() for x in (batch.tokens, batch.image_id, batch.doc_id, batch.learn, batch.latents, batch.t)]
+    inputs = [x.cuda() for x in (batch.tokens, batch.image_id, batch.doc_id, batch.has_loss, batch.latents, batch.t)]
     torch.manual_seed(1)
     model = make_model().cuda()
     for training in (True, False):
@@ -427,8 +426,8 @@ def test_first_weights_speak_equally_loudly(size):
     torch.manual_seed(0)
     net = Transfusion(sized(size, vocabulary=500, patch_position=True))
     L, D = net.config.layers, net.config.width
-    patches = net.pictures.encode(torch.randn(64, *net.config.latent), torch.full((64,), 500))[0].std().item()
-    for vectors in (net.words.weight, net.place):
+    patches = net.patch_encoder.encode(torch.randn(64, *net.config.latent), torch.full((64,), 500))[0].std().item()
+    for vectors in (net.embedding.weight, net.place):
         assert 0.3 < vectors.std().item() / patches < 1
     for block in net.blocks:
         for layer, expected in ((block.qkv, D ** -0.5), (block.gate_up, D ** -0.5), (block.out, (2 * L * D) ** -0.5), (block.down, (2 * L * D) ** -0.5)):

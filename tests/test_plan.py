@@ -8,11 +8,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
-import on_gpu
-import plan
 import train
-from model import PAPER_SIZES, Block, ModelConfig, Transfusion, count, paper_model, rope_tables, sized
+from model import Block, ModelConfig, PAPER_SIZES, Transfusion, count, paper_model, rope_tables, sized
+from scale import plan
+from support.common import UserError
+import on_gpu
 
 
 def total(lines):
@@ -211,7 +211,7 @@ def test_impossible_plans_are_the_users_mistakes(options, words):
     """A traceback, or a plan of something that cannot run."""
     with pytest.raises(ValueError, match=words):
         train.main(["--preset", "7b", "--dry-run", *options])
-    assert issubclass(data.UserError, ValueError)
+    assert issubclass(UserError, ValueError)
 
 
 def test_weights_divided_among_fewer(capsys):
@@ -242,8 +242,8 @@ def test_the_gpu_script_runs(tmp_path):
 
 def test_the_gpu_script_says_what_is_missing():
     """Hours of the full sizes on a CPU, or a traceback on a machine without a GPU."""
-    with pytest.raises(data.UserError, match="add --tiny"):
+    with pytest.raises(UserError, match="add --tiny"):
         on_gpu.main(["--device", "cpu"])
     if not torch.cuda.is_available():
-        with pytest.raises(data.UserError, match="finds no GPU"):
+        with pytest.raises(UserError, match="finds no GPU"):
             on_gpu.main([])

@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 
 import data
-import kit as kit_module
 import sample
-import show
 from data import BOI, EOI, EOS, PATCH
-from diffusion import SAMPLERS, Diffusion
-from kit import Kit
+from diffusion import Diffusion, SAMPLERS
 from sample import Decoder, choose, generate
+from support import checkpoint
+from support import figures
+from support.checkpoint import Trained
+from support.common import UserError
 from vae import VAE, VAEConfig
 
 WORDS = data.Words("a and blue circle red square the".split())
@@ -28,7 +29,7 @@ def make_kit(make_model):
     """A function (encoder, **ModelConfig) -> Kit with a tiny random model and a VAE that has learned nothing."""
     def make(encoder="linear", kind="ddpm", **options):
         vae = VAE(VAEConfig(channels=8, multipliers=(1, 2)))            # latents (4, 4, 4) of 8x8 pixels
-        return Kit(make_model(encoder, vocabulary=len(WORDS), **options).requires_grad_(False), WORDS, vae.eval(), Diffusion(kind))
+        return Trained(make_model(encoder, vocabulary=len(WORDS), **options).requires_grad_(False), WORDS, vae.eval(), Diffusion(kind))
     return make
 
 
@@ -49,13 +50,13 @@ def finish(steps):
     return list(steps)
 
 
-def uncached(kit, document, latents, t):
+def uncached(trained, document, latents, t):
     """(logits (n, V) at all n positions of a laid-out document, picture outputs (M, c, h, w)) of one training forward.
     document: as `lay_out` takes it; latents: its pictures as the network reads them; t: of each."""
-    row = data.lay_out(document, WORDS, kit.model.config.patches, ends=False)
+    row = data.lay_out(document, WORDS, trained.model.config.patches, ends=False)
     batch = data.pack([row], len(row.tokens))
     xt = torch.stack(latents) if latents else torch.zeros(0, 4, 4, 4)
-    return kit.model(batch.tokens, batch.image_id, batch.doc_id, torch.ones_like(batch.learn), xt, torch.tensor(t, dtype=torch.long))
+    return trained.model(batch.tokens, batch.image_id, batch.doc_id, torch.ones_like(batch.has_loss), xt, torch.tensor(t, dtype=torch.long))
 
 
 def as_layout(document):
@@ -65,11 +66,11 @@ def as_layout(document):
     return [part if isinstance(part, str) else ("image", next(counter), 0) for part in document], pictures
 
 
-def check_against_uncached(kit, decoder, b):
+def check_against_uncached(trained, decoder, b):
     """The logits of row b equal those of a training forward of all it holds so far, with every picture clean."""
     document, pictures = as_layout(decoder.document(b))
     assert data.lay_out(document, WORDS, 4, ends=False).tokens == decoder.tokens[b]
-    logits, _ = uncached(kit, document, pictures, [0] * len(pictures))
+    logits, _ = uncached(trained, document, pictures, [0] * len(pictures))
     assert torch.allclose(decoder.logits[b], logits[-1], atol=1e-4)
 
 
@@ -79,15 +80,15 @@ def check_against_uncached(kit, decoder, b):
 @pytest.mark.parametrize("sampler, kind", [("ddpm", "ddpm"), ("ddim", "flow")])
 def test_cached_is_uncached_after_generated_pictures(make_kit, encoder, guidance, sampler, kind):
     """The cache keeps the last *noisy* step, or loses what came before; a finished picture is given another t than 0 (§4.7)."""
-    kit = make_kit(encoder, kind)
-    decoder = Decoder(kit, [["a red circle"]])
-    check_against_uncached(kit, decoder, 0)
+    trained = make_kit(encoder, kind)
+    decoder = Decoder(trained, [["a red circle"]])
+    check_against_uncached(trained, decoder, 0)
     for text, seed in (("and a <boi>", 1), ("the blue square <boi>", 2)):
         write(decoder, 0, text)
         finish(decoder.diffusion_steps([0], noise(seed=seed), guidance, torch.Generator().manual_seed(3), steps=4, sampler=sampler))
-        check_against_uncached(kit, decoder, 0)
+        check_against_uncached(trained, decoder, 0)
         write(decoder, 0, "the")
-        check_against_uncached(kit, decoder, 0)
+        check_against_uncached(trained, decoder, 0)
     decoder.lm_step([0])
     assert [type(part) for part in decoder.document(0)] == [str, torch.Tensor, str, torch.Tensor, str]
 
@@ -95,9 +96,9 @@ def test_cached_is_uncached_after_generated_pictures(make_kit, encoder, guidance
 @BOTH
 def test_a_different_picture_is_noticed(make_kit, encoder):
     """That the comparisons above can fail at all: the words after a picture do depend on it, and on its t."""
-    kit = make_kit(encoder)
+    trained = make_kit(encoder)
     layout = ["a red circle", ("image", 0, 0), "the"]
-    clean, other, noisy = (uncached(kit, layout, [x], [t])[0] for x, t in ((noise()[0], 0), (noise(seed=1)[0], 0), (noise()[0], 250)))
+    clean, other, noisy = (uncached(trained, layout, [x], [t])[0] for x, t in ((noise()[0], 0), (noise(seed=1)[0], 0), (noise()[0], 250)))
     assert (clean[-1] - other[-1]).abs().max() > 1e-2 and (clean[-1] - noisy[-1]).abs().max() > 1e-2
 
 
@@ -105,19 +106,19 @@ def test_a_different_picture_is_noticed(make_kit, encoder):
 def test_each_denoising_step_is_a_training_forward(make_kit, encoder, monkeypatch):
     """A context picture with a random t (§4.7); guidance whose blind branch is shorter, shifted, or has lost its BOI (§4.8);
     patches at other positions than in training (§4.2)."""
-    kit, seen = make_kit(encoder), []
-    decoder = Decoder(kit, [["a red circle"]])
+    trained, seen = make_kit(encoder), []
+    decoder = Decoder(trained, [["a red circle"]])
     write(decoder, 0, "<boi>")
     finish(decoder.diffusion_steps([0], noise(), 1, steps=3, sampler="ddim"))
     write(decoder, 0, "the blue square <boi>")
-    first, real = decoder.latents[0][0], kit.model.denoise
+    first, real = decoder.latents[0][0], trained.model.denoise
 
     def listening(xt, t, pos, cache):
         out = real(xt, t, pos, cache)
         seen.append((xt, t.tolist(), out))
         return out
 
-    monkeypatch.setattr(kit.model, "denoise", listening)
+    monkeypatch.setattr(trained.model, "denoise", listening)
     finish(decoder.diffusion_steps([0], noise(seed=1), 3.0, steps=3, sampler="ddim"))
     assert [t for _, t, _ in seen] == [[1000] * 2, [667] * 2, [333] * 2, [0]]           # the last one leaves the clean picture
     told = ["a red circle", ("image", 0, 0), "the blue square", ("image", 1, 0)]
@@ -125,17 +126,17 @@ def test_each_denoising_step_is_a_training_forward(make_kit, encoder, monkeypatc
     for xt, t, out in seen[:3]:
         assert torch.equal(xt[0], xt[1])
         for k, document in enumerate((told, blind)):
-            _, wanted = uncached(kit, document, [first, xt[k]], [0, t[k]])
+            _, wanted = uncached(trained, document, [first, xt[k]], [0, t[k]])
             assert torch.allclose(out[k], wanted[1], atol=1e-4), f"t = {t[k]}, {'blind' if k else 'told'}"
         assert not torch.allclose(out[0], out[1], atol=1e-2)                            # the caption matters
 
 
 def test_guidance_mixes_the_two_branches(make_kit):
     """Guidance with told and blind swapped: 1 must be the plain model, 0 must not read the caption at all (§4.8)."""
-    kit = make_kit()
+    trained = make_kit()
 
     def picture(caption, guidance):
-        decoder = Decoder(kit, [[caption]], draw_now=True)
+        decoder = Decoder(trained, [[caption]], draw_now=True)
         return finish(decoder.diffusion_steps([0], noise(), guidance, steps=4, sampler="ddim"))[-1][1]
 
     plain = picture("a red circle", 1)
@@ -148,24 +149,24 @@ def test_guidance_mixes_the_two_branches(make_kit):
 @BOTH
 def test_guidance_leaves_the_sequence_alone(make_kit, encoder):
     """The blind branch forgets the caption in the real cache too, and the words that follow never heard of it (§4.8)."""
-    kit = make_kit(encoder)
-    decoder = Decoder(kit, [["a red circle"]], draw_now=True)
+    trained = make_kit(encoder)
+    decoder = Decoder(trained, [["a red circle"]], draw_now=True)
     finish(decoder.diffusion_steps([0], noise(), 5.0, steps=3, sampler="ddim"))
     write(decoder, 0, "and the square")
-    check_against_uncached(kit, decoder, 0)
+    check_against_uncached(trained, decoder, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------- batches
 @BOTH
 def test_ragged_prompts_are_the_same_one_at_a_time(make_kit, encoder):
     """Padding that is read as text, positions counted from the row's end, a neighbour's picture."""
-    kit = make_kit(encoder)
+    trained = make_kit(encoder)
     prompts = [["a"], ["the blue square and a red circle"], [noise(seed=7)[0], "the square"], ["a", noise(seed=8)[0], noise(seed=9)[0], "red"]]
-    together = Decoder(kit, prompts)
-    alone = [Decoder(kit, [prompt]) for prompt in prompts]
+    together = Decoder(trained, prompts)
+    alone = [Decoder(trained, [prompt]) for prompt in prompts]
     for b, decoder in enumerate(alone):
         assert torch.allclose(together.logits[b], decoder.logits[0], atol=1e-4)
-        check_against_uncached(kit, together, b)
+        check_against_uncached(trained, together, b)
     for b, text in enumerate(("and a <boi>", "<boi>", "", "the <boi>")):
         write(together, b, text)
         write(alone[b], 0, text)
@@ -177,19 +178,19 @@ def test_ragged_prompts_are_the_same_one_at_a_time(make_kit, encoder):
         assert together.tokens[b] == decoder.tokens[0]
         assert all(torch.allclose(x, y, atol=1e-2) for x, y in zip(together.latents[b], decoder.latents[0]))
         assert torch.allclose(together.logits[b], decoder.logits[0], atol=1e-3)
-        check_against_uncached(kit, together, b)
+        check_against_uncached(trained, together, b)
 
 
 def test_lm_step_touches_only_active_rows(make_kit):
     """A finished row that goes on writing because its neighbour does."""
-    kit = make_kit()
-    decoder = Decoder(kit, [["a red"], ["the"]])
+    trained = make_kit()
+    decoder = Decoder(trained, [["a red"], ["the"]])
     before = list(decoder.tokens[0])
     (token,) = decoder.lm_step([1])
     assert decoder.tokens[0] == before and decoder.tokens[1][-1] == token
     for b in range(2):
         assert len(decoder.tokens[b]) == (3, 3)[b]
-        lone = Decoder(kit, [["a red"]] if b == 0 else [["the"]])
+        lone = Decoder(trained, [["a red"]] if b == 0 else [["the"]])
         if b == 1:
             lone.lm_step([0])
         assert torch.allclose(decoder.logits[b], lone.logits[0], atol=1e-4)
@@ -198,13 +199,13 @@ def test_lm_step_touches_only_active_rows(make_kit):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_picture_does_not_depend_on_its_neighbours(make_kit, sampler):
     """Noise drawn for the batch as a whole: the same prompt and seed give another picture in other company."""
-    kit = make_kit()
+    trained = make_kit()
     options = dict(draw_now=True, max_words=0, steps=4, seed=3, sampler=sampler)
-    alone = generate(kit, [["a red circle"]], **options)[0][1]
+    alone = generate(trained, [["a red circle"]], **options)[0][1]
     for neighbours in ([["the"]], [["a blue square"], ["and"]]):
-        assert torch.allclose(generate(kit, [["a red circle"], *neighbours], **options)[0][1], alone, atol=1e-3)
-    assert (generate(kit, [["a red circle"]], **{**options, "seed": 4})[0][1] - alone).abs().max() > 1e-2
-    two = generate(kit, [["a red circle"], ["a red circle"]], **options)
+        assert torch.allclose(generate(trained, [["a red circle"], *neighbours], **options)[0][1], alone, atol=1e-3)
+    assert (generate(trained, [["a red circle"]], **{**options, "seed": 4})[0][1] - alone).abs().max() > 1e-2
+    two = generate(trained, [["a red circle"], ["a red circle"]], **options)
     assert (two[0][1] - two[1][1]).abs().max() > 1e-2   # and two rows with the same words are not the same picture
 
 
@@ -233,11 +234,11 @@ def script(monkeypatch, *rows):
 
 def test_the_model_switches_modes_itself(make_kit, monkeypatch):
     """BOI or EOI put in twice when sampling (§4.2), the text before or after a picture lost, rows waiting for each other."""
-    kit = make_kit()
+    trained = make_kit()
     script(monkeypatch, "red circle <boi> and a square <boi> the", "blue", "<boi> the")
     decoders, real = [], Decoder.__init__
     monkeypatch.setattr(Decoder, "__init__", lambda self, *a, **o: decoders.append(self) or real(self, *a, **o))
-    documents = generate(kit, [["a"], ["the"], ["a red circle"]], max_pictures=2, steps=2)
+    documents = generate(trained, [["a"], ["the"], ["a red circle"]], max_pictures=2, steps=2)
     shown = [[part if isinstance(part, str) else tuple(part.shape) for part in document] for document in documents]
     assert shown == [["a red circle", (4, 4, 4), "and a square", (4, 4, 4), "the"], ["the blue"], ["a red circle", (4, 4, 4), "the"]]
     for b, document in enumerate(documents):            # sampled layout = training layout
@@ -255,33 +256,33 @@ def test_decoded_document_lays_out_as_it_was_sampled(make_kit):
 
 def test_generate_stops(make_kit, monkeypatch):
     """A limit that is off by one, or a document that never ends."""
-    kit = make_kit()
+    trained = make_kit()
     script(monkeypatch, "a " * 99)
-    assert generate(kit, [["the"]], max_words=5) == [["the a a a a a"]]
+    assert generate(trained, [["the"]], max_words=5) == [["the a a a a a"]]
     script(monkeypatch, "a <boi> a <boi> a <boi> a")
-    kinds = [type(part) for part in generate(kit, [["the"]], max_pictures=2, steps=2)[0]]
+    kinds = [type(part) for part in generate(trained, [["the"]], max_pictures=2, steps=2)[0]]
     assert kinds == [str, torch.Tensor, str, torch.Tensor, str]
     script(monkeypatch, "a " * 99)
-    assert len(generate(kit, [[]], max_words=99)[0][0].split()) == kit.model.config.context - 1
+    assert len(generate(trained, [[]], max_words=99)[0][0].split()) == trained.model.config.context - 1
 
 
 def test_a_full_context_ends_the_document(make_kit):
     """A prompt, or a prompt with its picture, that fills the context to the last place: the next word is out of bounds."""
-    kit = make_kit(context=12)
-    assert generate(kit, [["a " * 11]]) == [[("a " * 11).strip()]]
-    words, picture = generate(kit, [["a " * 5]], draw_now=True, steps=2)[0]              # 1 + 5 + BOI + 4 + EOI = 12
+    trained = make_kit(context=12)
+    assert generate(trained, [["a " * 11]]) == [[("a " * 11).strip()]]
+    words, picture = generate(trained, [["a " * 5]], draw_now=True, steps=2)[0]              # 1 + 5 + BOI + 4 + EOI = 12
     assert words == "a a a a a" and picture.shape == (4, 4, 4)
-    longer = generate(kit, [["a"], ["a " * 11]], max_pictures=0)                        # the other row still writes
+    longer = generate(trained, [["a"], ["a " * 11]], max_pictures=0)                        # the other row still writes
     assert longer[1] == [("a " * 11).strip()] and longer[0][0].startswith("a")
 
 
 def test_prompt_pictures_are_read_clean(make_kit, monkeypatch):
     """A picture in the prompt is given a random t, or noise (§4.7)."""
-    kit, told = make_kit(), []
-    real = kit.model.pictures.encode
-    monkeypatch.setattr(kit.model.pictures, "encode", lambda x, t: told.append((x.clone(), t.tolist())) or real(x, t))
+    trained, told = make_kit(), []
+    real = trained.model.patch_encoder.encode
+    monkeypatch.setattr(trained.model.patch_encoder, "encode", lambda x, t: told.append((x.clone(), t.tolist())) or real(x, t))
     latents = noise(2)
-    Decoder(kit, [["a", latents[0], "red", latents[1]]])
+    Decoder(trained, [["a", latents[0], "red", latents[1]]])
     assert len(told) == 1 and told[0][1] == [0, 0] and torch.equal(told[0][0], latents)
 
 
@@ -324,31 +325,31 @@ def test_special_tokens_are_never_chosen():
 
 def test_too_long_a_prompt_raises(make_kit):
     """An index error deep in the cache instead of a sentence with the two numbers."""
-    kit = make_kit(context=12)
-    with pytest.raises(data.UserError, match="needs 13 positions, but this model's context is 12: shorten it to 12 tokens"):
-        Decoder(kit, [["a " * 12]])
-    with pytest.raises(data.UserError, match="needs 13 positions, but this model's context is 12: shorten it to 7 tokens"):
-        Decoder(kit, [["a"], ["a " * 6]], draw_now=True)
+    trained = make_kit(context=12)
+    with pytest.raises(UserError, match="needs 13 positions, but this model's context is 12: shorten it to 12 tokens"):
+        Decoder(trained, [["a " * 12]])
+    with pytest.raises(UserError, match="needs 13 positions, but this model's context is 12: shorten it to 7 tokens"):
+        Decoder(trained, [["a"], ["a " * 6]], draw_now=True)
 
 
 def test_unknown_words_raise(make_kit):
     """An unknown word left out of the prompt without a sound."""
-    with pytest.raises(data.UserError, match="'purple' is not in this model's vocabulary of 7 words"):
+    with pytest.raises(UserError, match="'purple' is not in this model's vocabulary of 7 words"):
         Decoder(make_kit(), [["a purple circle"]])
 
 
 @pytest.mark.parametrize("word", data.SPECIAL)
 def test_special_tokens_are_not_words(make_kit, word):
     """A prompt with "<eoi>" or "<patch>" in it forges the layout, and crashes far from here."""
-    with pytest.raises(data.UserError, match="is not in this model's vocabulary"):
+    with pytest.raises(UserError, match="is not in this model's vocabulary"):
         generate(make_kit(), [[f"a {word} circle"]], max_words=2)
 
 
 def test_prompts_are_left_alone(make_kit):
     """A prompt list that grows with what was generated: the second call continues the first one's answer."""
-    kit, latent = make_kit(), noise()[0]
+    trained, latent = make_kit(), noise()[0]
     prompts, before = [["a", latent, "red"]], latent.clone()
-    generate(kit, prompts, max_words=3, steps=2)
+    generate(trained, prompts, max_words=3, steps=2)
     assert len(prompts) == 1 and len(prompts[0]) == 3 and torch.equal(latent, before)
 
 
@@ -356,27 +357,27 @@ def test_prompts_are_left_alone(make_kit):
 BEFORE = [["a red circle", noise(seed=5)[0], "the blue square"], [noise(seed=6)[0], "the"]]
 
 
-def seen_by_denoise(kit, monkeypatch):
+def seen_by_denoise(trained, monkeypatch):
     """Listen to every denoising forward: the list that (x, t, output) come to lie in."""
-    seen, real = [], kit.model.denoise
+    seen, real = [], trained.model.denoise
 
     def listening(x, t, pos, cache):
         out = real(x, t, pos, cache)
         seen.append((x, t.tolist(), out))
         return out
-    monkeypatch.setattr(kit.model, "denoise", listening)
+    monkeypatch.setattr(trained.model, "denoise", listening)
     return seen
 
 
 @BOTH
-@pytest.mark.parametrize("over", sample.OVER)
+@pytest.mark.parametrize("over", sample.GUIDE_OVER)
 def test_the_blind_branch_is_a_training_forward(make_kit, encoder, over, monkeypatch):
     """The unconditional branch of an edit: words that are still read, a picture that still is, one that is noise at another
     t than training had (t = T), a branch at other positions, an earlier picture or caption forgotten with the last (§4.8)."""
-    kit = make_kit(encoder)
-    decoder, seen, start = Decoder(kit, BEFORE, draw_now=True), seen_by_denoise(kit, monkeypatch), noise(2, seed=1)
-    told, real = [], kit.model.read
-    monkeypatch.setattr(kit.model, "read", lambda tokens, ids, latents, *a: told.append((latents.clone(), a[2:])) or real(tokens, ids, latents, *a))
+    trained = make_kit(encoder)
+    decoder, seen, start = Decoder(trained, BEFORE, draw_now=True), seen_by_denoise(trained, monkeypatch), noise(2, seed=1)
+    told, real = [], trained.model.read
+    monkeypatch.setattr(trained.model, "read", lambda tokens, ids, latents, *a: told.append((latents.clone(), a[2:])) or real(tokens, ids, latents, *a))
     finish(decoder.diffusion_steps([0, 1], start, 3.0, steps=2, sampler="ddim", over=over))
     forgotten, t_read = told[0][0], told[0][1]          # the blind branch is read first
     assert len(forgotten) == (0 if over == "words" else 2) and (over == "words" or t_read == (1000,))
@@ -386,7 +387,7 @@ def test_the_blind_branch_is_a_training_forward(make_kit, encoder, over, monkeyp
             for row, blind in ((k, False), (2 + k, True)):
                 gone = blind and over != "words"
                 document = [*first, ("image", 0, 0), ("dropped", words) if blind and over != "picture" else words, ("image", 1, 0)]
-                _, wanted = uncached(kit, document, [forgotten[k] if gone else picture, x[k]], [1000 if gone else 0, t[row]])
+                _, wanted = uncached(trained, document, [forgotten[k] if gone else picture, x[k]], [1000 if gone else 0, t[row]])
                 assert torch.allclose(out[row], wanted[1], atol=1e-4), f"row {k}, step {m}, {'blind' if blind else 'told'}"
             assert not torch.allclose(out[k], out[2 + k], atol=1e-2)    # what was left out matters
     if over != "words":                                 # and it is noise of its own: not the picture's, not the new one's
@@ -396,21 +397,21 @@ def test_the_blind_branch_is_a_training_forward(make_kit, encoder, over, monkeyp
 @BOTH
 def test_guidance_one_is_the_same_over_anything(make_kit, encoder):
     """Guidance 1 is the plain model, whatever would have been left out; 0 reads nothing of what is; 3 tells them apart."""
-    kit = make_kit(encoder)
+    trained = make_kit(encoder)
 
     def edited(prompt, over, guidance):
-        return generate(kit, [prompt], draw_now=True, max_words=0, steps=3, sampler="ddim", over=over, guidance=guidance)[0][-1]
+        return generate(trained, [prompt], draw_now=True, max_words=0, steps=3, sampler="ddim", over=over, guidance=guidance)[0][-1]
 
     words, other = [BEFORE[1][0], "the blue square"], [BEFORE[1][0], "a red circle"]
     picture = [BEFORE[0][1], "the blue square"]
-    plain = [edited(words, over, 1) for over in sample.OVER]
+    plain = [edited(words, over, 1) for over in sample.GUIDE_OVER]
     assert all(torch.equal(x, plain[0]) for x in plain)
-    for over in sample.OVER:
+    for over in sample.GUIDE_OVER:
         assert torch.allclose(edited(words, over, 1 + 1e-9), plain[0], atol=1e-2)
         blind = edited(words, over, 0)
         assert torch.allclose(edited(other, over, 0), blind, atol=1e-3) == (over != "picture")
         assert torch.allclose(edited(picture, over, 0), blind, atol=1e-3) == (over != "words")
-    strong = [edited(words, over, 3) for over in sample.OVER]
+    strong = [edited(words, over, 3) for over in sample.GUIDE_OVER]
     assert all((strong[k] - strong[k - 1]).abs().max() > 1e-2 for k in range(3))
 
 
@@ -419,9 +420,9 @@ def test_guidance_one_is_the_same_over_anything(make_kit, encoder):
 def test_guidance_over_a_picture_needs_one(make_kit, prompt, over):
     """An index error, or words forgotten in place of the picture that is not there. At guidance 1 nothing is left out."""
     options = dict(draw_now=True, max_words=0, steps=2, over=over)
-    with pytest.raises(data.UserError, match="needs a picture before the words"):
+    with pytest.raises(UserError, match="needs a picture before the words"):
         generate(make_kit(), [prompt], **options)
-    with pytest.raises(data.UserError, match="needs a picture before the words"):         # one row of two
+    with pytest.raises(UserError, match="needs a picture before the words"):         # one row of two
         generate(make_kit(), [[noise()[0], "a"], prompt], **options)
     assert generate(make_kit(), [prompt], guidance=1, **options)[0][-1].shape == (4, 4, 4)
 
@@ -454,14 +455,14 @@ def equal(one, two):
 def test_mixed_prompts_are_the_same_one_at_a_time(make_kit, eager, encoder, kind, options):
     """A row that draws other noise, or says other words, because its neighbour is still writing: rows wait for each other,
     and each must have a generator that nobody else uses up, not even while it waits."""
-    kit, options = make_kit(encoder, kind), {**GROWING, **options}
+    trained, options = make_kit(encoder, kind), {**GROWING, **options}
     seeds = [11, 3, 8, 5, 3]
-    together = generate(kit, MIXED, seed=seeds, **options)
+    together = generate(trained, MIXED, seed=seeds, **options)
     for b, prompt in enumerate(MIXED):
-        (alone,) = generate(kit, [prompt], seed=[seeds[b]], **options)
+        (alone,) = generate(trained, [prompt], seed=[seeds[b]], **options)
         assert equal(alone, together[b]), f"row {b}: {parts_of(alone)} alone, {parts_of(together[b])} in company"
     order = [3, 0, 4]                                   # other company, another order
-    for b, document in zip(order, generate(kit, [MIXED[b] for b in order], seed=[seeds[b] for b in order], **options)):
+    for b, document in zip(order, generate(trained, [MIXED[b] for b in order], seed=[seeds[b] for b in order], **options)):
         assert equal(document, together[b])
     grown = [len(parts_of(document)) - len(prompt) for document, prompt in zip(together, MIXED)]
     drawn = [sum(part == "[picture]" for part in parts_of(d)) - sum(part == "[picture]" for part in parts_of(p)) for d, p in zip(together, MIXED)]
@@ -470,17 +471,17 @@ def test_mixed_prompts_are_the_same_one_at_a_time(make_kit, eager, encoder, kind
 
 def test_a_seed_is_one_per_row(make_kit):
     """Two rows with one seed must be twins, with two seeds not; an int gives every row its own."""
-    kit, prompts = make_kit(), [["a red circle"]] * 2
-    twins = generate(kit, prompts, seed=[7, 7], **GROWING)
+    trained, prompts = make_kit(), [["a red circle"]] * 2
+    twins = generate(trained, prompts, seed=[7, 7], **GROWING)
     assert equal(*twins)
-    assert not equal(*generate(kit, prompts, seed=[7, 8], **GROWING)) and not equal(*generate(kit, prompts, seed=7, **GROWING))
+    assert not equal(*generate(trained, prompts, seed=[7, 8], **GROWING)) and not equal(*generate(trained, prompts, seed=7, **GROWING))
 
 
 def test_events_tell_the_truth(make_kit, eager):
     """A trace, a film or a notebook that shows another run than the one that happened: caches that did not grow so, steps of
     rows that were not drawn, a picture announced twice or too early."""
-    kit = make_kit()
-    decoder, modes, lengths, drawn, patches = Decoder(kit, MIXED), [], {}, {}, 4
+    trained = make_kit()
+    decoder, modes, lengths, drawn, patches = Decoder(trained, MIXED), [], {}, {}, 4
     start = [len(row) for row in decoder.tokens]
     for event in sample.grow(decoder, [11, 3, 8, 5, 3], **GROWING):
         modes.append(event.mode)
@@ -537,12 +538,12 @@ def test_limits_of_open_documents(make_kit, max_words, max_pictures, context):
 def test_the_cache_holds_what_may_come(make_kit, monkeypatch, draw_now, max_words, max_pictures, size):
     """A cache of the whole context, which at 4096 positions no GPU has room for; and one that is a position short: the same documents
     as with the whole. The longest prompt is <bos> the red; P = 4."""
-    kit, sizes, made, real = make_kit(context=64), [], [], sample.Cache
+    trained, sizes, made, real = make_kit(context=64), [], [], sample.Cache
     monkeypatch.setattr(sample, "Cache", lambda config, B, S, like: sizes.append(S) or real(config, B, S, like))
     for whole in (False, True):
         if whole:
-            monkeypatch.setattr(sample, "decoder_of", lambda kit: lambda kit, prompts, draw_now, room: Decoder(kit, prompts, draw_now))
-        made.append(generate(kit, [["a"], [], ["the red"]] * 6, draw_now=draw_now, max_words=max_words, max_pictures=max_pictures,
+            monkeypatch.setattr(sample, "decoder_of", lambda trained: lambda trained, prompts, draw_now, room: Decoder(trained, prompts, draw_now))
+        made.append(generate(trained, [["a"], [], ["the red"]] * 6, draw_now=draw_now, max_words=max_words, max_pictures=max_pictures,
                              temperature=1.0, steps=2, seed=3))
     assert sizes == [size, 64]
     for short, long in zip(*made):
@@ -554,28 +555,28 @@ def test_the_cache_holds_what_may_come(make_kit, monkeypatch, draw_now, max_word
 def test_the_second_picture_reads_the_first_one_clean(make_kit, encoder, monkeypatch):
     """§4.7 in one document that the model writes itself: while the second picture is denoised, the cache must hold the
     finished first one (t = 0), not its last noisy step, in the told and in the blind branch."""
-    kit = make_kit(encoder)
-    seen = seen_by_denoise(kit, monkeypatch)
+    trained = make_kit(encoder)
+    seen = seen_by_denoise(trained, monkeypatch)
     script(monkeypatch, "circle <boi> and a square <boi> the")
-    (document,) = generate(kit, [["a red"]], max_pictures=2, steps=2, sampler="ddim", seed=1)
+    (document,) = generate(trained, [["a red"]], max_pictures=2, steps=2, sampler="ddim", seed=1)
     assert parts_of(document) == ["a red circle", "[picture]", "and a square", "[picture]", "the"]
     first = document[1]
     assert [t[0] for _, t, _ in seen] == [1000, 500, 0, 1000, 500, 0]
     for x, t, out in seen[3:5]:
         for k, words in enumerate(("and a square", ("dropped", "and a square"))):
-            _, wanted = uncached(kit, ["a red circle", ("image", 0, 0), words, ("image", 1, 0)], [first, x[k]], [0, t[k]])
+            _, wanted = uncached(trained, ["a red circle", ("image", 0, 0), words, ("image", 1, 0)], [first, x[k]], [0, t[k]])
             assert torch.allclose(out[k], wanted[1], atol=1e-4)
-            _, noisy = uncached(kit, ["a red circle", ("image", 0, 0), words, ("image", 1, 0)], [seen[1][0][0], x[k]], [500, t[k]])
+            _, noisy = uncached(trained, ["a red circle", ("image", 0, 0), words, ("image", 1, 0)], [seen[1][0][0], x[k]], [500, t[k]])
             assert not torch.allclose(out[k], noisy[1], atol=1e-3)
 
 
 def test_edit_is_the_picture_after_the_words(make_kit):
     """An edit that gives back the picture before, or mixes up the rows of a batch."""
-    kit, before, said = make_kit(), noise(2, seed=3), ["the blue square", "a red circle"]
-    after = sample.edit(kit, before, said, steps=3, seed=[1, 2])
+    trained, before, said = make_kit(), noise(2, seed=3), ["the blue square", "a red circle"]
+    after = sample.edit(trained, before, said, steps=3, seed=[1, 2])
     assert after.shape == before.shape
     for k in range(2):
-        (document,) = generate(kit, [[before[k], said[k]]], draw_now=True, max_words=0, steps=3, over="both", seed=[k + 1])
+        (document,) = generate(trained, [[before[k], said[k]]], draw_now=True, max_words=0, steps=3, over="both", seed=[k + 1])
         assert torch.allclose(document[-1], after[k], atol=1e-2) and not torch.allclose(before[k], after[k], atol=1e-1)
 
 
@@ -583,8 +584,8 @@ def test_edit_is_the_picture_after_the_words(make_kit):
 @pytest.fixture
 def here(make_kit, tmp_path, monkeypatch):
     """The kit, saved as model.pt in this test's own folder, with pictures: plain.png is what the kit reads, the others not."""
-    kit, rng = make_kit(), np.random.default_rng(0)
-    kit_module.save_kit(tmp_path / "model.pt", kit)
+    trained, rng = make_kit(), np.random.default_rng(0)
+    checkpoint.save_trained(tmp_path / "model.pt", trained)
     pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "plain.png")
     Image.fromarray(pixels).resize((20, 12)).save(tmp_path / "wide.png")
@@ -593,7 +594,7 @@ def here(make_kit, tmp_path, monkeypatch):
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     monkeypatch.chdir(tmp_path)
-    return kit_module.load_kit(tmp_path / "model.pt")       # in 16 bits, as the command line loads it
+    return checkpoint.load_trained(tmp_path / "model.pt")       # in 16 bits, as the command line loads it
 
 
 def command(*arguments):
@@ -610,12 +611,12 @@ def test_prompts_with_pictures(here, capsys):
     said = capsys.readouterr().out
     assert "turned.png: 8x8 RGB, converted to 8x8 RGB" in said and "plain.png" not in said
     pixels = np.asarray(Image.open("plain.png"))
-    latents = kit_module.encode_pixels(here, np.stack([pixels, np.rot90(pixels, -1)]))
+    latents = checkpoint.encode_pixels(here, np.stack([pixels, np.rot90(pixels, -1)]))
     assert torch.allclose(parts[1], latents[0], atol=1e-5) and torch.allclose(parts[3], latents[1], atol=1e-5)
     assert parts_of(read("[wide.png][clear.png]")) == ["[picture]"] * 2 and read("a circle") == ["a circle"] and read(" ") == []
     said = capsys.readouterr().out
     assert "wide.png: 20x12 RGB, converted to 8x8 RGB" in said and "clear.png: 8x8 RGBA, converted" in said
-    with pytest.raises(data.UserError, match="absent.png"):
+    with pytest.raises(UserError, match="absent.png"):
         read("a [absent.png]")
 
 
@@ -646,10 +647,10 @@ class Page(HTMLParser):
 
 def test_a_page_shows_the_documents(here, tmp_path):
     """Pictures in another order, decoded from another latent, or as files beside the page; words that are read as markup."""
-    here.words.words[WORDS.ids["red"]] = "<red>"        # a folder of one's own may have such words
+    here.words.vocabulary[WORDS.ids["red"]] = "<red>"        # a folder of one's own may have such words
     documents = generate(here, [["a", noise()[0], "the square"], [], [noise(seed=1)[0]]], draw_now=True, max_words=0, steps=2)
     documents[0][0] = "a <b>&amp; circle"
-    show.save_page(here, documents, tmp_path / "page.html")
+    figures.save_page(here, documents, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>") and "src=\"data:" in text and "http" not in text
     page = Page(text).found
@@ -659,7 +660,7 @@ def test_a_page_shows_the_documents(here, tmp_path):
             if isinstance(part, str):
                 assert shown == part
             else:
-                assert (shown == kit_module.decode_latents(here, part[None])[0]).all() and shown.shape == (8, 8, 3)
+                assert (shown == checkpoint.decode_latents(here, part[None])[0]).all() and shown.shape == (8, 8, 3)
 
 
 def test_command_line(here, tmp_path, capsys):
@@ -683,8 +684,8 @@ def test_command_line(here, tmp_path, capsys):
     sheet = np.asarray(Image.open("sample.png"))[::8, ::8]
     assert (sheet[1: 9, 1: 9] == page[0][4]).all() and (sheet[1: 9, 10: 18] == page[1][4]).all()
     plain = np.asarray(Image.open("plain.png"))[None]
-    (after,) = sample.edit(here, kit_module.encode_pixels(here, plain), ["the blue square"], steps=2, seed=[0])
-    assert np.abs(kit_module.decode_latents(here, after[None])[0].astype(int) - page[0][2]).max() <= 2
+    (after,) = sample.edit(here, checkpoint.encode_pixels(here, plain), ["the blue square"], steps=2, seed=[0])
+    assert np.abs(checkpoint.decode_latents(here, after[None])[0].astype(int) - page[0][2]).max() <= 2
 
 
 def test_open_command_line(here, tmp_path, capsys, monkeypatch):

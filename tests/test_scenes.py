@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-import scenes
-from scenes import CATEGORIES, COLOURS, HELD_OUT, INVERSE, RELATIONS, WORLDS, Claim, Thing, World
+from sources import scenes
+from sources.scenes import CATEGORIES, COLOURS, Claim, HELD_OUT, INVERSE, RELATIONS, Thing, WORLDS, World
 
 EVERY = WORLDS["six"]                                   # GenEval's six categories and ours
 

@@ -23,17 +23,18 @@ import torch
 from PIL import Image
 
 import data
-import evaluate
 import model
-import pack
-import scenes
-import shards
-import sources
-import streams
 import train
 import vae as vae_module
-from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH, UserError
-from kit import load_kit
+from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH
+from metrics import drawing
+from scale import pack
+from scale import shards
+from scale import streams
+from sources import scenes
+from support import checkpoint
+from support.checkpoint import load_trained
+from support.common import UserError, open_picture, run_command
 from test_errors import check_sentence, contents
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +48,7 @@ def vae_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("vae") / "vae.pt"
     vae = vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2))
     vae.scale.fill_(0.1)
-    vae_module.save(path, vae_module.pack_vae(vae))
+    checkpoint.save(path, checkpoint.pack_vae(vae))
     return path
 
 
@@ -92,14 +93,14 @@ def documents_of(batch):
 # ------------------------------------------------------------------------------------------------------- disk against memory
 def test_every_item_of_the_sources_is_stored_once(packed, vae_path):
     """Catches a lost or doubled document, a caption with another's picture, latents in the wrong order or precision."""
-    stream, vae = shards.Shards(packed), vae_module.load_vae(vae_path)
+    stream, vae = shards.Shards(packed), checkpoint.load_vae(vae_path)
     said = [read()[0] for _, read in streams.scenes_of("text", "one", 150, 32)]
-    told = [stream.words.decode(part) for documents, _ in all_rows(stream, "text") for parts in documents for part in parts]
+    told = [stream.tokenizer.decode(part) for documents, _ in all_rows(stream, "text") for parts in documents for part in parts]
     assert sorted(told) == sorted(said) and len(set(said)) > 20
     items = [(text, pixels()) for _, read in streams.scenes_of("pairs", "one", 150, 32) for text, pixels in [read()]]
     with torch.no_grad():
         wanted = vae.encode(vae_module.to_float(np.stack([pixels for _, pixels in items])))[0].numpy()
-    found = [(stream.words.decode(part), latent) for documents, latents in all_rows(stream, "pairs")
+    found = [(stream.tokenizer.decode(part), latent) for documents, latents in all_rows(stream, "pairs")
              for part, latent in zip(itertools.chain(*documents), latents, strict=True)]
     assert len(found) == 150 and found[0][1].dtype == np.float16
     nearest = [int(np.abs(wanted - latent).reshape(150, -1).max(1).argmin()) for _, latent in found]
@@ -130,11 +131,11 @@ def test_rows_are_what_data_lays_out_and_packs(packed):
                     elif token != PATCH:
                         words.append(token)
                 parts += [words] * bool(words)
-                parts = [part if isinstance(part, tuple) else stream.words.decode(part) if DROP not in part else
+                parts = [part if isinstance(part, tuple) else stream.tokenizer.decode(part) if DROP not in part else
                          ("dropped", "a " * len(part)) for part in parts]
                 in_memory.append(parts)
                 seen[tuple("image" if isinstance(p, tuple) and p[0] == "image" else "text" for p in parts)] += 1
-            one = data.pack([data.lay_out(parts, stream.words, P) for parts in in_memory], T)
+            one = data.pack([data.lay_out(parts, stream.tokenizer, P) for parts in in_memory], T)
             assert len(one.tokens) == 1
             order = np.argsort([-len(d) for d in documents], kind="stable")              # pack puts the longest first
             assert [documents[k] for k in order] == documents_of(one)[0]
@@ -180,7 +181,7 @@ def test_long_texts_are_cut_and_nothing_is_lost(tmp_path):
     for k in range(total["rows"]):
         documents, _ = stream.stored("text", k)
         assert sum(2 + len(part) for parts in documents for part in parts) <= T
-        stored += [stream.words.decode(part).split() for parts in documents for part in parts]
+        stored += [stream.tokenizer.decode(part).split() for parts in documents for part in parts]
     pieces = [text[k: k + T - 2] for text in texts for k in range(0, len(text), T - 2)]
     assert sorted(stored) == sorted(pieces)
     assert total["text_tokens"] == sum(2 + len(piece) for piece in pieces)
@@ -267,7 +268,7 @@ def test_proportions(vae_path, tmp_path):
     for g in range(6 * sum(stream.rows.values())):
         laid, latents = stream.row(2, g)
         if latents is not None:
-            lengths = tuple(len(data.lay_out(d, stream.words, stream.patches).tokens) for d in laid)
+            lengths = tuple(len(data.lay_out(d, stream.tokenizer, stream.patches).tokens) for d in laid)
             orders[latents.tobytes()].add((lengths, tuple(isinstance(d[0], list) for d in laid), tuple(d[0][0] == "dropped" for d in laid)))
     assert all(len({lengths for lengths, _, _ in drawn}) == 1 for drawn in orders.values())
     assert np.mean([len(drawn) > 1 for drawn in orders.values()]) > 0.7
@@ -357,7 +358,7 @@ def test_a_flipped_bit_is_found(own, name):
         with pytest.raises(UserError, match="pairs-000002 is broken"):
             all_rows(shards.Shards(own), "pairs")
         with pytest.raises(SystemExit):
-            data.run_command(lambda _: shards.check(own))
+            run_command(lambda _: shards.check(own))
     path.write_bytes(raw)
     all_rows(shards.Shards(own), "pairs")
 
@@ -380,7 +381,7 @@ def other_vae(vae_path, tmp_path):
     """Path of a VAE that differs in one number."""
     content = torch.load(vae_path, weights_only=True)
     content["weights"]["shift"][0] += 1e-3
-    vae_module.save(tmp_path / "other.pt", content)
+    checkpoint.save(tmp_path / "other.pt", content)
     return tmp_path / "other.pt"
 
 
@@ -394,7 +395,7 @@ def test_mixed_folders(packed, own, vae_path, other_vae, tmp_path):
     assert sorted(str(d) for d, _ in all_rows(stream, "text")) == sorted(str(d) for s in (one, two) for d, _ in all_rows(s, "text"))
     for options, word in ((dict(vae=other_vae), "vae"), (dict(seq_len=48), "seq_len"), (dict(patch=4), "patch"),
                           (dict(tokenizer=tmp_path / "words.json"), "tokenizer")):
-        (tmp_path / "words.json").write_text(json.dumps([*stream.words.words, "zebra"]))
+        (tmp_path / "words.json").write_text(json.dumps([*stream.tokenizer.vocabulary, "zebra"]))
         shutil.rmtree(both / "b")
         pack.main(command(**{"vae": vae_path, "out": both / "b", "scenes": 40, **options}))
         with pytest.raises(UserError, match=f"b/.*-000000 was packed with another .*{word}"):
@@ -410,7 +411,7 @@ def test_other_tokenizer_and_other_vae(own, packed, other_vae, vae_path, tmp_pat
     shutil.copy(other_vae, own / "vae.pt")
     with pytest.raises(UserError, match="another VAE"):
         shards.Shards(own).vae()
-    (own / "tokenizer.json").write_text(json.dumps([*stream.words.words, "zebra"]))
+    (own / "tokenizer.json").write_text(json.dumps([*stream.tokenizer.vocabulary, "zebra"]))
     with pytest.raises(UserError, match="another tokenizer"):
         shards.Shards(own)
     (own / "tokenizer.json").unlink()
@@ -429,10 +430,10 @@ def test_other_tokenizer_and_other_vae(own, packed, other_vae, vae_path, tmp_pat
 ])
 def test_going_on_with_other_options_is_refused(capsys, own, packed, vae_path, other_vae, tmp_path, options, words):
     """One sentence, and the folder is as it was."""
-    (tmp_path / "words.json").write_text(json.dumps([*shards.Shards(own).words.words, "zebra"]))
+    (tmp_path / "words.json").write_text(json.dumps([*shards.Shards(own).words.vocabulary, "zebra"]))
     options = {k: {"vae": other_vae, "tokenizer": tmp_path / "words.json"}[k] if v == "other" else v for k, v in options.items()}
     with pytest.raises(SystemExit) as stop:
-        data.run_command(pack.main, command(**{"vae": vae_path, "out": own, **options}))
+        run_command(pack.main, command(**{"vae": vae_path, "out": own, **options}))
     captured = capsys.readouterr()
     check_sentence(stop.value.code, captured.out, captured.err, *words)
     assert contents(own) == contents(packed)
@@ -485,7 +486,7 @@ def test_sources(vae_path, tmp_path, capsys):
     (texts / "b.jsonl").write_text('{"text": "from json"}\n\n{"words": "no"}\nnot json\n{"text": 7}\n{"text": "last"}')
     total = pack.main(command(vae_path, tmp_path / "packed", text=texts, pairs=[folder, tars], another=0))
     stream, out = shards.Shards(tmp_path / "packed"), capsys.readouterr().out
-    told = lambda kind: sorted(stream.words.decode(p) for ds, _ in all_rows(stream, kind) for p in itertools.chain(*ds))
+    told = lambda kind: sorted(stream.tokenizer.decode(p) for ds, _ in all_rows(stream, kind) for p in itertools.chain(*ds))
     assert told("text") == ["from json", "last", "one line", "two lines, really"]
     assert told("pairs") == ["all red", "blue one", "green two", "red again"]
     assert total["skipped"] == 4 + 5 + 2 and "skipped 11" in out and "a.txt line 4" in out and "b.jsonl line 3" in out
@@ -494,8 +495,8 @@ def test_sources(vae_path, tmp_path, capsys):
         assert name in problem and "BytesIO" not in problem
     vae = stream.vae()
     with torch.no_grad():
-        red = vae.encode(vae_module.to_float(np.stack([sources.open_picture(folder / "red.png", 32)])))[0][0]
-    latents = {stream.words.decode(p): x for ds, xs in all_rows(stream, "pairs") for p, x in zip(itertools.chain(*ds), xs)}
+        red = vae.encode(vae_module.to_float(np.stack([open_picture(folder / "red.png", 32)])))[0][0]
+    latents = {stream.tokenizer.decode(p): x for ds, xs in all_rows(stream, "pairs") for p, x in zip(itertools.chain(*ds), xs)}
     np.testing.assert_allclose(latents["all red"], red, rtol=2 ** -10, atol=1e-4)
     assert not np.allclose(latents["blue one"], latents["green two"], atol=0.05)
 
@@ -547,7 +548,7 @@ def test_mistakes(capsys, monkeypatch, tmp_path, vae_path, options, words):
     """One sentence, and nothing is written."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        data.run_command(pack.main, command(**{"vae": vae_path, "out": "out", **options}))
+        run_command(pack.main, command(**{"vae": vae_path, "out": "out", **options}))
     captured = capsys.readouterr()
     check_sentence(stop.value.code, captured.out, captured.err, *words)
     assert not list(tmp_path.iterdir())
@@ -566,7 +567,7 @@ def test_without_sentencepiece(monkeypatch):
     """The extra is optional: the sentence says what to install."""
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(UserError, match="pip install sentencepiece"):
-        shards.load_tokenizer(b"model")
+        checkpoint.load_tokenizer(b"model")
 
 
 @pytest.fixture(scope="module")
@@ -582,25 +583,25 @@ def pieces(tmp_path_factory):
 
 def test_pieces(pieces):
     """Ids stand behind the special tokens; any text comes back; no text can forge the layout; the bytes are all of it."""
-    words = shards.load_tokenizer(pieces)
+    words = checkpoint.load_tokenizer(pieces)
     for text in ("a red circle", "<boi> <s> </s> <patch>", "Grüße, 世界 :-)"):
         ids = words.encode(text)
         assert min(ids) >= len(data.SPECIAL) and max(ids) < len(words) and words.decode([BOS, *ids, EOS]) == text
-    assert words.words[: len(data.SPECIAL)] == list(data.SPECIAL)
-    assert [words.words[k] for k in words.encode("a circle")][0].startswith("▁")
-    again = shards.load_tokenizer(shards.dump_tokenizer(words))
+    assert words.vocabulary[: len(data.SPECIAL)] == list(data.SPECIAL)
+    assert [words.vocabulary[k] for k in words.encode("a circle")][0].startswith("▁")
+    again = checkpoint.load_tokenizer(checkpoint.dump_tokenizer(words))
     assert again.encode("a red circle") == words.encode("a red circle") and shards.fingerprint(again) == shards.fingerprint(words)
     for bad in (b"", b"garbage" * 9):
         with pytest.raises(UserError, match="not a SentencePiece model"):
-            shards.load_tokenizer(bad)
+            checkpoint.load_tokenizer(bad)
 
 
 def test_words_that_capitals_told_apart():
     """Catches a checkpoint of an earlier version whose words move to other ids without a word."""
-    assert shards.load_tokenizer([*data.SPECIAL, "blue", "red"]).words == [*data.SPECIAL, "blue", "red"]
+    assert checkpoint.load_tokenizer([*data.SPECIAL, "blue", "red"]).words == [*data.SPECIAL, "blue", "red"]
     for kept in (["Red", "red"], ["Red"]):
         with pytest.raises(UserError, match="capital letters"):
-            shards.load_tokenizer([*data.SPECIAL, *kept])
+            checkpoint.load_tokenizer([*data.SPECIAL, *kept])
 
 
 def test_pieces_from_pack_to_checkpoint(pieces, vae_path, tmp_path, monkeypatch):
@@ -609,10 +610,10 @@ def test_pieces_from_pack_to_checkpoint(pieces, vae_path, tmp_path, monkeypatch)
     pack.main(command(vae_path, tmp_path / "packed", tokenizer=pieces, seq_len=192, shard_rows=2))
     assert (tmp_path / "packed/tokenizer.model").read_bytes() == pieces.read_bytes()
     stream = shards.Shards(tmp_path / "packed")
-    told = [stream.words.decode(part) for documents, _ in all_rows(stream, "text") for parts in documents for part in parts]
+    told = [stream.tokenizer.decode(part) for documents, _ in all_rows(stream, "text") for parts in documents for part in parts]
     assert sorted(told) == sorted(read()[0] for _, read in streams.scenes_of("text", "one", 150, 32))
     train.main(training(tmp_path / "packed", tmp_path / "run", steps=2, documents=2, seq_len=192))
-    words = load_kit(tmp_path / "run/model.pt").words
+    words = load_trained(tmp_path / "run/model.pt").words
     assert words.decode(words.encode("a red circle")) == "a red circle" and words.model == pieces.read_bytes()
 
 
@@ -642,18 +643,18 @@ def test_training_on_shards(packed, tmp_path, monkeypatch):
         with pytest.raises(Killed):
             train.main(training(packed, tmp_path / "again", **options))
     train.main(training(packed, tmp_path / "again", **options) + ["--resume"])
-    a, b = (vae_module.load(tmp_path / f"{name}/model.pt", "model")["weights"] for name in ("whole", "again"))
+    a, b = (checkpoint.load(tmp_path / f"{name}/model.pt", "model")["weights"] for name in ("whole", "again"))
     assert all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 def test_a_run_on_shards_ends_with_pictures(packed, tmp_path, monkeypatch, capsys):
     """Catches a run of weeks that shows nothing: the captions that were held out are drawn, in words, though shards keep ids."""
     monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
-    drawn, draw = [], evaluate.draw
-    monkeypatch.setattr(evaluate, "draw", lambda kit, texts, **more: drawn.extend(texts) or draw(kit, texts, **more))
+    drawn, draw = [], drawing.draw
+    monkeypatch.setattr(drawing, "draw", lambda trained, texts, **more: drawn.extend(texts) or draw(trained, texts, **more))
     train.main(training(packed, tmp_path / "run", steps=1, samples=3, sample_steps=2))
     stream = shards.Shards(packed)
-    assert len(drawn) == 3 and drawn == [stream.words.decode(ids) for ids in stream.held_out(3)[0]] and "a" in drawn[0].split()
+    assert len(drawn) == 3 and drawn == [stream.tokenizer.decode(ids) for ids in stream.held_out(3)[0]] and "a" in drawn[0].split()
     assert (tmp_path / "run/samples.png").stat().st_size > 1000 and "samples.png" in capsys.readouterr().out
 
 
@@ -663,12 +664,12 @@ def test_fine_tuning_on_shards_of_another_tokenizer_or_vae(packed, vae_path, oth
     train.main(training(packed, tmp_path / "run", steps=1))
     start = dict(init=tmp_path / "run/model.pt", steps=1)
     train.main(training(packed, tmp_path / "tuned", **start))           # its own: model.pt's 16 bits are no other VAE
-    words = data.Words([word[::-1] for word in shards.Shards(packed).words.words[len(data.SPECIAL):]])
+    words = data.Words([word[::-1] for word in shards.Shards(packed).words.vocabulary[len(data.SPECIAL):]])
     for what, options in (("VAE", dict(vae=other_vae)), ("tokenizer", dict(vae=vae_path))):
         out = tmp_path / "new" / what
         pack.main(command(**options, out=out))
         if what == "tokenizer":                         # as many words, spelt otherwise
-            (out / "tokenizer.json").write_text(json.dumps(words.words))
+            (out / "tokenizer.json").write_text(json.dumps(words.vocabulary))
             for header in out.glob("*/header.json"):
                 content = json.loads(header.read_text())
                 content["settings"]["tokenizer"] = shards.fingerprint(words)
@@ -703,18 +704,18 @@ def coded(tmp_path_factory):
     """A folder of the toy world in shards, packed with an untrained VQ-VAE: pictures of 8 x 8 codes of 19."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("coded")
-    vae_module.save(folder / "vq.pt", vae_module.pack_vae(vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2, codes=19))))
+    checkpoint.save(folder / "vq.pt", checkpoint.pack_vae(vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2, codes=19))))
     pack.main(command(folder / "vq.pt", folder / "packed", seq_len=160))
     return folder / "packed"
 
 
 def test_codes_are_those_of_the_captions_pictures(coded):
     """Catches codes beside another caption, in another order, or rounded like latents."""
-    stream, vq = shards.Shards(coded), vae_module.load_vae(coded / "vae.pt", "vqvae")
+    stream, vq = shards.Shards(coded), checkpoint.load_vae(coded / "vae.pt", "vqvae")
     assert (stream.codes, stream.patches, stream.settings["patch"]) == (19, 64, 1)
-    pairs = sources.load_scenes(150, [0, 0, 0], scenes.WORLDS["one"], progress=False)
+    pairs = scenes.load_scenes(150, [0, 0, 0], scenes.WORLDS["one"], progress=False)
     wanted = collections.Counter((text, codes.tobytes()) for text, codes in zip(pairs.captions, vae_module.encode_all_codes(vq, pairs.pixels, False).numpy()))
-    found = [(stream.words.decode(part), codes) for documents, pictures in all_rows(stream, "pairs")
+    found = [(stream.tokenizer.decode(part), codes) for documents, pictures in all_rows(stream, "pairs")
              for part, codes in zip(itertools.chain(*documents), pictures, strict=True)]
     assert collections.Counter((text, codes.tobytes()) for text, codes in found) == wanted and found[0][1].dtype == np.int64
     arrays = {p.stem: np.load(p) for p in sorted(coded.glob("pairs-*"))[0].glob("*.npy")}
@@ -727,7 +728,7 @@ def test_a_chameleon_reads_codes(coded, tmp_path, monkeypatch):
     monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
     options = dict(model="chameleon", patch=1, seq_len=160, lr=1e-3)
     run = train.prepare(train.parse_arguments(training(coded, tmp_path / "run", **options))[0], tmp_path / "run")
-    V, stored, dropped, several, checked = len(run.words), collections.defaultdict(set), 0, 0, 0
+    V, stored, dropped, several, checked = len(run.tokenizer), collections.defaultdict(set), 0, 0, 0
     for documents, pictures in all_rows(run.documents, "pairs"):
         for part, codes in zip(itertools.chain(*documents), pictures):
             stored[tuple(part)].add(tuple((codes.flatten() + V).tolist()))
@@ -759,8 +760,8 @@ def test_the_rivals_learn_from_shards(coded, packed, tmp_path, monkeypatch, caps
     log = [json.loads(line) for line in (tmp_path / "c/log.jsonl").read_text().splitlines()]
     assert "gap" in log[-1] and log[-1]["diffusion"] is None and (tmp_path / "c/samples.png").stat().st_size > 1000
     train.main(training(packed, tmp_path / "l", model="llama", steps=2, samples=2))
-    kit = load_kit(tmp_path / "l/model.pt")
-    assert kit.kind == "llama" and not (tmp_path / "l/samples.png").exists()
+    trained = load_trained(tmp_path / "l/model.pt")
+    assert trained.kind == "llama" and not (tmp_path / "l/samples.png").exists()
     run = train.prepare(train.parse_arguments(training(packed, tmp_path / "l", model="llama"))[0], tmp_path / "l")
     for step in range(20):
         tokens = train.draw_batch(run, step, 0).tokens
@@ -811,7 +812,7 @@ def test_training_with_other_numbers(capsys, packed, other_vae, tmp_path, option
         pack.main(command(None, tmp_path / "packed", pairs=None))
         capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        data.run_command(train.main, training(**{"folder": packed, "out": tmp_path / "run", **options}))
+        run_command(train.main, training(**{"folder": packed, "out": tmp_path / "run", **options}))
     captured = capsys.readouterr()
     check_sentence(stop.value.code, captured.out, captured.err, *words)
     assert not (tmp_path / "run").exists()

@@ -20,14 +20,16 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import data
 import diffusion
-import kit as kit_module
 import model
-import scale
-import sources
 import train
 import vae as vae_module
-from data import UserError
-from kit import load_kit
+from scale import distributed
+from sources import mnist
+from sources import scenes
+from support import checkpoint
+from support import common
+from support.checkpoint import load_trained
+from support.common import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +45,7 @@ def tiny_vae(tmp_path_factory):
     """Path of an untrained VAE: (3, 32, 32) -> (2, 8, 8). It stands in for a trained one; no test looks at pictures."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("vae") / "vae.pt"
-    vae_module.save(path, vae_module.pack_vae(vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2))))
+    checkpoint.save(path, checkpoint.pack_vae(vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2))))
     return path
 
 
@@ -79,8 +81,8 @@ def prepared(command, tmp_path):
 
 def states(out):
     """Everything in the last checkpoint that must be repeated: {name: tensor or number}."""
-    step = scale.found(out)[0][-1]
-    dcp_to_torch_save(scale.folder_of(out, step), out.parent / "state.pt")
+    step = distributed.list_checkpoints(out)[0][-1]
+    dcp_to_torch_save(distributed.folder_of(out, step), out.parent / "state.pt")
     saved = torch.load(out.parent / "state.pt", weights_only=False)
     flat = lambda value, name="": {name[1:]: value} if not isinstance(value, dict) else {
         k: v for key in value for k, v in flat(value[key], f"{name}.{key}").items()}
@@ -193,11 +195,11 @@ def joined(a, b):
 def test_accumulation_equals_the_joint_batch(prepared, monkeypatch):
     """PAPER §4.10, mean of micro-batch means: the gradient of a step must not depend on how it was cut into micro-batches."""
     run = prepared(accumulate=2, clip=1e9, drop=0.5)
-    run.model.pictures.out.weight.data.normal_(0, 0.1)                  # it starts at zero and would hide the trunk's part
+    run.model.patch_encoder.out.weight.data.normal_(0, 0.1)                  # it starts at zero and would hide the trunk's part
     large = train.draw_batch(run, 0, 0)
     run.config.documents = 2
     small = train.draw_batch(run, 0, 1)
-    assert int(large.learn.sum()) > 2 * int(small.learn.sum()) > 0 and len(large.images) > 2 * len(small.images) > 0
+    assert int(large.has_loss.sum()) > 2 * int(small.has_loss.sum()) > 0 and len(large.images) > 2 * len(small.images) > 0
     found = []
     for batches in ([large, small], [joined(large, small)]):
         again = copy.copy(run)
@@ -217,7 +219,7 @@ def test_accumulation_equals_the_joint_batch(prepared, monkeypatch):
 def test_a_micro_batch_without_pictures(prepared, monkeypatch):
     """Catches a model that cannot read words alone: a small micro-batch may hold no picture at all."""
     run = prepared()
-    batch = data.pack([data.lay_out(["a red circle"], run.words, run.documents.patches)], run.config.seq_len)
+    batch = data.pack([data.lay_out(["a red circle"], run.tokenizer, run.documents.patches)], run.config.seq_len)
     batch.latents, batch.t, batch.eps = torch.zeros(0, 2, 8, 8), torch.zeros(0, dtype=torch.long), torch.zeros(0, 2, 8, 8)
     monkeypatch.setattr(train, "draw_batch", lambda *a: batch)
     told = train.train_step(run)
@@ -234,7 +236,7 @@ def test_the_loss_is_equation_4(prepared, monkeypatch):
     train.train_step(run)
     lm, words, each = train.losses(other, batch, run.diffusion)
     (lm / words + 7.0 * each.mean()).backward()
-    assert words == int(batch.learn.sum()) and len(each) == len(batch.images)
+    assert words == int(batch.has_loss.sum()) and len(each) == len(batch.images)
     for a, p in zip(kept[0], other.parameters()):
         assert torch.allclose(a, p.grad, rtol=1e-3, atol=1e-6)
 
@@ -332,7 +334,7 @@ def test_resume_equals_uninterrupted(command, tmp_path, whole, monkeypatch, caps
     assert "step 3" in said and "--resume" in said and states(out)["step"] == 3 and not (out / "model.pt").exists()
     train.main(command() + ["--resume"])
     assert same(states(whole), states(out)) == [] and log(whole) == log(out)
-    one, two = (vae_module.load(path / "model.pt", "model")["weights"] for path in (whole, out))
+    one, two = (checkpoint.load(path / "model.pt", "model")["weights"] for path in (whole, out))
     assert same(one, two) == []
 
 
@@ -419,13 +421,13 @@ def test_without_an_average(command, tmp_path):
     remember (an average that forgets at once)."""
     train.main(command("none", ema=0, save_every=3))
     train.main(command("forgets", ema=1e-9, save_every=3))
-    one, two = (load_kit(tmp_path / name / "model.pt").model.state_dict() for name in ("none", "forgets"))
+    one, two = (load_trained(tmp_path / name / "model.pt").model.state_dict() for name in ("none", "forgets"))
     assert same(one, two) == []
     run = train.prepare(train.parse_arguments(command(ema=0))[0], tmp_path / "run")
     assert run.average is run.model
     train.train_step(run)
     assert not run.kit().model.training
-    scale.remove(scale.folder_of(tmp_path / "none", 6))
+    distributed.remove(distributed.folder_of(tmp_path / "none", 6))
     train.main(command("none", ema=0, save_every=3) + ["--resume"])
     none, forgets = states(tmp_path / "none"), states(tmp_path / "forgets")
     assert same(none, {k: v for k, v in forgets.items() if not k.startswith("average.")}) == []
@@ -450,10 +452,10 @@ def test_what_a_run_leaves_behind(command, tmp_path, capsys):
     assert all({"step", "lm", "diffusion", "by_t", "grad_norm", "lr", "tokens_per_s", "seconds_left"} <= set(row) for row in rows)
     assert all(len(row["by_t"]) == 5 and row["lm"] > 0 for row in rows) and "gap" in rows[-1]
     assert (out / "curves.png").stat().st_size > 5000
-    kit, average = load_kit(out / "model.pt"), states(out)
-    for k, v in kit.model.state_dict().items():         # the averaged weights, in 16 bits
+    trained, average = load_trained(out / "model.pt"), states(out)
+    for k, v in trained.model.state_dict().items():         # the averaged weights, in 16 bits
         assert torch.allclose(v, average[f"average.{k}"], rtol=1e-3, atol=1e-6), k
-    assert kit.words.words[:7] == list(data.SPECIAL) and kit.diffusion.kind == "ddpm"
+    assert trained.tokenizer.vocabulary[:7] == list(data.SPECIAL) and trained.diffusion.kind == "ddpm"
     assert "model.pt" in capsys.readouterr().out
 
 
@@ -483,9 +485,9 @@ ABLATIONS = [["--diffusion", "flow"], ["--encoder", "unet"], ["--patch-position"
 def test_every_ablation_runs(command, tmp_path, options):
     """Catches an option that nobody has run to its end, or that is read and not passed on: trained, saved, loaded."""
     train.main(command(steps=2) + options)
-    kit = load_kit(tmp_path / "run/model.pt")
-    config = kit.model.config
-    assert options in [["--diffusion", kit.diffusion.kind], ["--encoder", config.encoder],
+    trained = load_trained(tmp_path / "run/model.pt")
+    config = trained.model.config
+    assert options in [["--diffusion", trained.diffusion.kind], ["--encoder", config.encoder],
                        ["--patch-position"] * config.patch_position, ["--no-bidirectional"] * (not config.bidirectional)]
 
 
@@ -505,7 +507,7 @@ def write_files(source, files):
     files.mkdir()
     if source == "mnist":
         images, labels = rng.integers(0, 256, (12, 28, 28)).astype(np.uint8), np.arange(12).astype(np.uint8) % 10
-        for name in sources.MNIST_FILES:
+        for name in mnist.MNIST_FILES:
             array = images if "images" in name else labels
             (files / name).write_bytes(struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes())
     else:
@@ -521,7 +523,7 @@ def test_a_run_on_files(tmp_path, source):
     files = tmp_path / "files"
     write_files(source, files)
     grey = vae_module.VAEConfig(image_channels=1 if source == "mnist" else 3, channels=4, multipliers=(1, 1, 1), z=2)
-    vae_module.save(tmp_path / "vae.pt", vae_module.pack_vae(vae_module.VAE(grey)))
+    checkpoint.save(tmp_path / "vae.pt", checkpoint.pack_vae(vae_module.VAE(grey)))
     found = train.main(small_run(data=source, data_dir=files, vae=tmp_path / "vae.pt", out=tmp_path / "run", steps=2,
                                  samples=2, sample_steps=2))
     assert (tmp_path / "run/samples.png").stat().st_size > 1000 and "conditioning_gap" in found
@@ -530,16 +532,16 @@ def test_a_run_on_files(tmp_path, source):
 
 def test_the_vae_is_trained_when_there_is_none(tmp_path, monkeypatch):
     """Catches a VAE trained on the spot that is not kept: a resumed run would read other latents than it learned from."""
-    monkeypatch.setattr(data, "ASSETS", tmp_path)      # no VAE is shipped
+    monkeypatch.setattr(common, "ASSETS", tmp_path)      # no VAE is shipped
     options = small_run(out=tmp_path / "run", steps=2, vae_steps=3)
     train.main(options)
-    kept = vae_module.load(tmp_path / "run/vae.pt", "vae")["weights"]
+    kept = checkpoint.load(tmp_path / "run/vae.pt", "vae")["weights"]
     train.main(options + ["--resume"])
-    assert same(kept, vae_module.load(tmp_path / "run/vae.pt", "vae")["weights"]) == []
-    packed = vae_module.load(tmp_path / "run/model.pt", "model")["vae"]["weights"]
+    assert same(kept, checkpoint.load(tmp_path / "run/vae.pt", "vae")["weights"]) == []
+    packed = checkpoint.load(tmp_path / "run/model.pt", "model")["vae"]["weights"]
     assert all(torch.equal(v.half() if v.is_floating_point() else v, packed[k]) for k, v in kept.items())
     train.main(options + ["--overwrite", "--vae-steps", "2"])           # another run must not take the VAE that lies there
-    assert same(kept, vae_module.load(tmp_path / "run/vae.pt", "vae")["weights"]) != []
+    assert same(kept, checkpoint.load(tmp_path / "run/vae.pt", "vae")["weights"]) != []
 
 
 # ------------------------------------------------------------------------------------------------------------ fine-tuning
@@ -547,12 +549,12 @@ def test_the_vae_is_trained_when_there_is_none(tmp_path, monkeypatch):
 def pretrained(tiny_vae, tmp_path_factory):
     """Path of a tiny model.pt of 32x32 pixels, rectified flow, context 128: what --init starts from."""
     torch.manual_seed(1)
-    words, path = data.Words(sources.load_scenes(1, 0, progress=False).vocabulary()), tmp_path_factory.mktemp("pretrained") / "model.pt"
+    words, path = data.Words(scenes.load_scenes(1, 0, progress=False).vocabulary()), tmp_path_factory.mktemp("pretrained") / "model.pt"
     shape = model.sized("toy", vocabulary=len(words), latent=(2, 8, 8), patch=4, patch_position=True, context=128)
     network = model.Transfusion(shape)
-    network.pictures.out.weight.data.normal_(0, 0.1)
-    vae = vae_module.load_vae(tiny_vae)
-    kit_module.save_kit(path, kit_module.Kit(network, words, vae, diffusion.Diffusion("flow", shift=3.0)))
+    network.patch_encoder.out.weight.data.normal_(0, 0.1)
+    vae = checkpoint.load_vae(tiny_vae)
+    checkpoint.save_trained(path, checkpoint.Trained(network, words, vae, diffusion.Diffusion("flow", shift=3.0)))
     return path
 
 
@@ -566,12 +568,12 @@ def tuning(pretrained, out, **options):
 def test_fine_tuning_starts_from_its_model(pretrained, tmp_path):
     """§4.5: catches a fine-tuned model that started from nothing, that has other words, another shape, VAE or diffusion than
     --init, and a fine-tuning that moves no weight, or the average only."""
-    run, start = train.prepare(train.parse_arguments(tuning(pretrained, tmp_path / "run"))[0], tmp_path / "run"), load_kit(pretrained)
+    run, start = train.prepare(train.parse_arguments(tuning(pretrained, tmp_path / "run"))[0], tmp_path / "run"), load_trained(pretrained)
     assert same(run.model.state_dict(), start.model.state_dict()) == same(run.average.state_dict(), start.model.state_dict()) == []
     train.main(tuning(pretrained, tmp_path / "run"))
-    kit, saved = load_kit(tmp_path / "run/model.pt"), states(tmp_path / "run")
-    assert kit.model.config == start.model.config and kit.words.words == start.words.words
-    assert (kit.diffusion.kind, kit.diffusion.shift) == ("flow", 3.0) and same(kit.vae.state_dict(), start.vae.state_dict()) == []
+    trained, saved = load_trained(tmp_path / "run/model.pt"), states(tmp_path / "run")
+    assert trained.model.config == start.model.config and trained.tokenizer.vocabulary == start.tokenizer.vocabulary
+    assert (trained.diffusion.kind, trained.diffusion.shift) == ("flow", 3.0) and same(trained.vae.state_dict(), start.vae.state_dict()) == []
     for part in ("model", "average"):
         moved = [(saved[f"{part}.{k}"] - v).abs().max().item() for k, v in start.model.state_dict().items()]
         assert min(moved) > 0 and max(moved) < 0.1
@@ -621,7 +623,7 @@ def test_fine_tuning_ends_with_its_report(pretrained, tmp_path):
 def test_edits_from_nothing(command, tmp_path):
     """Catches --data edits without a preset and without --init: a KeyError, or words that its documents need and it lacks."""
     train.main(command(data="edits", init="", steps=2, pairs=40))
-    assert "changed" in load_kit(tmp_path / "run/model.pt").words.ids
+    assert "changed" in load_trained(tmp_path / "run/model.pt").words.ids
 
 
 def test_fine_tuning_on_a_folder(pretrained, tmp_path):

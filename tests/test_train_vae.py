@@ -14,13 +14,16 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-import sources
-import train_vae as training
-import vae_losses
-from data import UserError
-from train_vae import ctrl_c, loss_terms, prepare_training, resume_training, save_training, train_vae, training_step
-from vae import VAE, VAEConfig, load, to_float, unpack_vae
-from vae_losses import Judges, PatchGAN, SmallNet, stand_ins
+from autoencoder import perceptual
+from autoencoder import train as vae_training
+from autoencoder.losses import PatchGAN, VAELoss
+from autoencoder.perceptual import SmallNet, stand_ins
+from autoencoder.train import ctrl_c, loss_terms, prepare_training, resume_training, save_training, train_vae, training_step
+from sources import choose
+from sources import scenes
+from support.checkpoint import load, unpack_vae
+from support.common import UserError
+from vae import VAE, VAEConfig, to_float
 
 TINY = VAEConfig(channels=8, multipliers=(1, 2, 2), z=4)
 SMALL = dict(channels=4, multipliers=(1, 1), z=2)       # as small as it gets
@@ -30,13 +33,13 @@ OPTIONS = dict(steps=6, batch=4, lr=2e-3, kl_weight=1e-6, seed=0)
 @pytest.fixture(scope="module")
 def pictures():
     """(100, 32, 32, 3) uint8: small scenes."""
-    return sources.load_scenes(100, 0, progress=False).pixels
+    return scenes.load_scenes(100, 0, progress=False).pixels
 
 
 def make_judges(gan_start=2):
     """All of App. C's judges, small and untrained, the same each time."""
     torch.manual_seed(3)
-    return Judges(*stand_ins(SmallNet(5)), PatchGAN(width=8, layers=2), gan_start)
+    return VAELoss(*stand_ins(SmallNet(5)), PatchGAN(width=8, layers=2), gan_start)
 
 
 def weights(module):
@@ -117,7 +120,7 @@ def test_the_discriminators_gradient_is_its_own(pictures):
 
 def test_before_its_step_nothing_is_changed_by_it(pictures):
     """App. C: catches a discriminator that is felt before its step, through the loss, the random numbers or the schedule."""
-    without = Judges(*stand_ins(make_judges().lpips.net))
+    without = VAELoss(*stand_ins(make_judges().lpips.net))
     one = train_vae(pictures, VAEConfig(**SMALL), 4, batch=4, judges=make_judges(gan_start=4), progress=False)
     two = train_vae(pictures, VAEConfig(**SMALL), 4, batch=4, judges=without, progress=False)
     three = train_vae(pictures, VAEConfig(**SMALL), 4, batch=4, judges=make_judges(gan_start=3), progress=False)
@@ -148,10 +151,10 @@ def test_a_vqvae_learns(pictures):
     """Catches a codebook left where it began, a loss that does not fall, and a codebook loss that is not asked for."""
     run = prepare_training(VAEConfig(**SMALL, codes=16), None, {**OPTIONS, "steps": 40, "lr": 1e-2})
     training_step(run, pictures)
-    first, book = training.log_line(run), run.vae.quantiser.codebook.detach().clone()
+    first, book = vae_training.log_line(run), run.vae.quantiser.codebook.detach().clone()
     while run.step < 40:
         training_step(run, pictures)
-    row = training.log_line(run)
+    row = vae_training.log_line(run)
     assert row["L1+L2"] < 0.7 * first["L1+L2"] and row["codebook"] > 0
     assert not torch.allclose(book, run.vae.quantiser.codebook, atol=1e-3)
     assert 0 < row["codes_used"] <= 1 <= row["perplexity"] <= 16 and not run.vae.quantiser.uses.any()
@@ -223,14 +226,14 @@ def test_ctrl_c_waits_for_the_step():
 @pytest.fixture
 def few(monkeypatch):
     """Little data, whatever is asked for, and a stand-in that has learnt little."""
-    load_pairs, train_small_net = sources.load_pairs, vae_losses.train_small_net
-    monkeypatch.setattr(vae_losses, "train_small_net", lambda *a, seed: train_small_net(*a, steps=2, batch=4, seed=seed))
-    monkeypatch.setattr(sources, "load_pairs", lambda *args, n, **more: load_pairs(*args, n=20, **more))
+    load_pairs, train_small_net = choose.load_pairs, perceptual.train_small_net
+    monkeypatch.setattr(perceptual, "train_small_net", lambda *a, seed: train_small_net(*a, steps=2, batch=4, seed=seed))
+    monkeypatch.setattr(choose, "load_pairs", lambda *args, n, **more: load_pairs(*args, n=20, **more))
 
 
 def test_main_writes_a_vae_and_reconstructions(tmp_path, capsys, few):
     """Catches a command line that trains and then loses the result."""
-    training.main(["--steps", "3", "--out", str(tmp_path / "run")])
+    vae_training.main(["--steps", "3", "--out", str(tmp_path / "run")])
     vae, said = unpack_vae(load(tmp_path / "run/vae.pt", "vae")), capsys.readouterr().out
     assert vae.config.image_channels == 3 and (tmp_path / "run/reconstructions.png").stat().st_size > 1000
     assert "mean error" in said and "loss: L1 + L2 + 1e-06 KL" in said
@@ -240,21 +243,21 @@ def test_main_with_the_papers_loss_and_codes(tmp_path, capsys, few):
     """Catches a run that does not say who judges it, and a VQ-VAE that does not say how many of its codes it used."""
     command = ["--steps", "3", "--batch", "4", "--loss", "paper", "--gan-start", "1", "--codes", "16"]
     command += ["--out", str(tmp_path / "run")]
-    training.main(command)
+    vae_training.main(command)
     vae, said = unpack_vae(load(tmp_path / "run/vae.pt", "vqvae")), capsys.readouterr().out
     assert "L1 + LPIPS + 0.2 ID + 0.5 GAN from step 1 + codebook" in said and said.count("our small network") == 2
     assert "of 16 codes used" in said and vae.config.codes == 16
     row = json.loads((tmp_path / "run/log.jsonl").read_text())
     assert set(row) == {"step", "L1", "LPIPS", "ID", "GAN", "weight", "D", "codebook", "codes_used", "perplexity"}
     with pytest.raises(UserError, match="--resume"):
-        training.main(command)
+        vae_training.main(command)
 
 
 def test_terms_without_weights_are_off_and_it_is_said():
     """Catches a run at the paper's size that trains without LPIPS or ID in silence, or with our toy network in their place."""
-    pairs = sources.load_scenes(3, 0, progress=False)
+    pairs = scenes.load_scenes(3, 0, progress=False)
     args = argparse.Namespace(paper=True, lpips_weights=None, moco_weights=None, gan_start=50_000, seed=0)
-    judges, said = training.appoint_judges(args, pairs)
+    judges, said = vae_training.build_loss(args, pairs)
     assert judges.lpips is None and judges.identity is None and judges.describe() == "L1 + 0.5 GAN from step 50000"
     assert "LPIPS is OFF" in said and "ID is OFF" in said
     assert sum(p.numel() for p in judges.discriminator.parameters()) == 2_765_633
@@ -263,7 +266,7 @@ def test_terms_without_weights_are_off_and_it_is_said():
 def test_paper_is_the_papers(capsys):
     """App. C's numbers are what --paper sets. Catches a default of the toy that stays."""
     with pytest.raises(SystemExit):
-        training.main(["--paper", "--help"])
+        vae_training.main(["--paper", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     for number in ("1000000", "50000", "256", "1e-06", "paper"):
         assert f"(default: {number})" in said
@@ -285,7 +288,7 @@ def test_paper_is_the_papers(capsys):
 def test_mistakes(tmp_path, monkeypatch, few, arguments, words):
     """Catches a traceback, a mistake that is found after the work is done, and a folder left behind."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training, "train_vae", lambda *a, **k: pytest.fail("trained before it looked at the options"))
+    monkeypatch.setattr(vae_training, "train_vae", lambda *a, **k: pytest.fail("trained before it looked at the options"))
     with pytest.raises(UserError) as mistake:
-        training.main([*arguments, "--out", "run"])
+        vae_training.main([*arguments, "--out", "run"])
     assert all(word in str(mistake.value) for word in words) and os.listdir(tmp_path) == []

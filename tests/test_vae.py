@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-import sources
 import vae as vae_module
-from data import UserError
-from train_vae import train_vae
-from vae import (IDLE, VAE, Quantiser, VAEConfig, codebook_use, encode_all, encode_all_codes, load, pack_vae, save, to_float,
-                 to_pixels, unpack_vae)
+from autoencoder.train import train_vae
+from sources import scenes
+from support import figures
+from support.checkpoint import load, pack_vae, save, unpack_vae
+from support.common import UserError
+from vae import IDLE, Quantiser, VAE, VAEConfig, codebook_use, encode_all, encode_all_codes, to_float, to_pixels
 
 TINY = VAEConfig(channels=8, multipliers=(1, 2, 2), z=4)
 
@@ -24,7 +25,7 @@ TINY = VAEConfig(channels=8, multipliers=(1, 2, 2), z=4)
 @pytest.fixture(scope="module")
 def pictures():
     """(200, 32, 32, 3) uint8: small scenes."""
-    return sources.load_scenes(200, 0, progress=False).pixels
+    return scenes.load_scenes(200, 0, progress=False).pixels
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_latents_have_unit_deviation(pictures, trained):
     assert (z.std((0, 2, 3)) - 1).abs().max() < 0.02
     raw = trained.moments(to_float(pictures[:50]))[0].std((0, 2, 3))
     assert (raw - 1).abs().max() > 0.05                 # they did not have it by chance
-    assert trained.reach.item() == pytest.approx(mean.abs().max().item(), rel=1e-4)
+    assert trained.x0_max.item() == pytest.approx(mean.abs().max().item(), rel=1e-4)
 
 
 @torch.no_grad()
@@ -306,7 +307,7 @@ def test_the_wrong_kind_is_named(tmp_path):
 def test_grid():
     """Catches pictures out of order, overlapping, or cut at the right edge; grey ones must work too."""
     pictures = np.arange(1, 6, dtype=np.uint8).reshape(5, 1, 1, 1) * np.ones((5, 4, 6, 1), np.uint8)
-    sheet = vae_module.grid(pictures, columns=3, gap=2)
+    sheet = figures.grid(pictures, columns=3, gap=2)
     assert sheet.shape == (2 * 6 + 2, 3 * 8 + 2, 3)
     for k in range(5):
         y, x = 2 + (k // 3) * 6, 2 + (k % 3) * 8

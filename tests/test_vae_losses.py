@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-import vae_losses
-from data import UserError
-from vae_losses import (FeatureDistance, Judges, PatchGAN, ResNet50, SmallNet, VGG16, adaptive_weight, cosine_weights, fill,
-                        for_imagenet, hinge, load_lpips, load_moco, stand_ins, train_small_net)
+from autoencoder import losses as vae_losses
+from autoencoder.losses import PatchGAN, VAELoss, adaptive_weight, hinge
+from autoencoder.perceptual import FeatureDistance, ResNet50, SmallNet, VGG16, cosine_weights, fill, for_imagenet, load_lpips, load_moco, stand_ins, train_small_net
+from support.common import UserError
 
 VGG_LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)          # the convolutions among torchvision's vgg16.features
 VGG_WIDTHS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
@@ -81,7 +81,7 @@ def lpips(files):
 @pytest.fixture
 def judges():
     """App. C's judges for pictures of 16 x 16: an untrained small network and a small critic that comes in at step 10."""
-    return Judges(*stand_ins(SmallNet(5)), PatchGAN(width=8, layers=2), gan_start=10)
+    return VAELoss(*stand_ins(SmallNet(5)), PatchGAN(width=8, layers=2), gan_start=10)
 
 
 def pictures(*shape):
@@ -183,7 +183,7 @@ def test_judges_do_not_learn(files):
     identity = load_moco(files / "moco.pth.tar")
     before = {name: value.clone() for name, value in identity.state_dict().items()}
     y = pictures(2, 3, 32, 32).requires_grad_()
-    Judges(identity=identity).train().identity(pictures(2, 3, 32, 32), y).sum().backward()
+    VAELoss(identity=identity).train().identity(pictures(2, 3, 32, 32), y).sum().backward()
     assert all(torch.equal(value, before[name]) for name, value in identity.state_dict().items())
     assert y.grad.abs().max() > 0 and not any(p.requires_grad for p in identity.parameters())
 
@@ -302,7 +302,7 @@ def test_before_its_step_the_discriminator_is_silent(judges):
     loss, terms = judges(x, drawn, last.weight, step=9)
     wanted = (x - drawn).abs().mean() + judges.lpips(x, drawn).mean() + 0.2 * judges.identity(x, drawn).mean()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6) and "GAN" not in terms
-    assert not judges.awake(9) and judges.awake(10) and Judges().gan_start == 50_000
+    assert not judges.awake(9) and judges.awake(10) and VAELoss().gan_start == 50_000
 
 
 @pytest.mark.parametrize("name", ["L1", "LPIPS", "ID", "GAN"])
@@ -330,7 +330,7 @@ def test_a_discriminator_learns_to_tell():
     """Catches a hinge whose sign is turned, so that it learns to take the drawn for real."""
     critic = PatchGAN(width=8, layers=2)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=5e-3)
-    judges, x = Judges(discriminator=critic), pictures(8, 3, 16, 16)
+    judges, x = VAELoss(discriminator=critic), pictures(8, 3, 16, 16)
     blurred = nn.functional.avg_pool2d(x, 3, 1, 1)
     for _ in range(15):
         optimizer.zero_grad()
@@ -342,7 +342,7 @@ def test_a_discriminator_learns_to_tell():
 def test_describe_says_what_is_on(judges):
     """Catches a run that says it has a term which is off."""
     assert judges.describe() == "L1 + LPIPS + 0.2 ID + 0.5 GAN from step 10"
-    assert Judges().describe() == "L1" and Judges(identity=judges.identity).describe() == "L1 + 0.2 ID"
+    assert VAELoss().describe() == "L1" and VAELoss(identity=judges.identity).describe() == "L1 + 0.2 ID"
 
 
 # -------------------------------------------------------------------------------------------------------- the toy's network

@@ -1,0 +1,38 @@
+"""
+pairs.py: captioned pictures, and perhaps text alone                              (Transfusion §4.1 "Data")
+
+THE IDEA    All that training and measuring ask of a data set: captions, pictures, and perhaps texts without a picture. So a
+            source is a function that returns them, and a new data set is a new function.
+READ NEXT   scenes.py, mnist.py, folder.py        TEST  tests/test_sources.py
+"""
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class Pairs:
+    """Captioned pictures, and perhaps text alone.
+
+    name        of the source: "scenes", "mnist", "folder"
+    captions    list of N str
+    pixels      (N, h, w, 3 or 1) uint8
+    texts       documents without a picture, in groups: a list of lists of str. One is drawn in two steps, first a
+                group, then one of its texts. Empty: this source has none.
+    words       set of every word that the source can utter; None: those of its captions
+    labels      (N,) int, MNIST's classes, or None
+    language    captions beyond these whose words must be known, too
+    """
+    name: str
+    captions: list
+    pixels: np.ndarray
+    texts: list = field(default_factory=list)
+    words: set | None = None
+    labels: np.ndarray | None = None
+    language: list = field(default_factory=list)
+
+    def vocabulary(self):
+        """Set of every word that this source can utter."""
+        if self.words is not None:
+            return self.words
+        return {word for text in [*self.captions, *self.language] for word in text.split()}
