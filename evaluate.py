@@ -34,7 +34,7 @@ from sample import GUIDE_OVER
 from sources import choose, edits, mnist, scenes
 from sources.feed import probe
 from support.checkpoint import decode_latents, encode_pixels, load_trained
-from support.common import ASSETS, DEVICE, UserError, run_command
+from support.common import ASSETS, pick_device, UserError, run_command
 
 
 # ------------------------------------------------------------------------------------------------------------------ report
@@ -131,7 +131,7 @@ def main(argv=None):
         raise UserError("--n must be at least 1 and --guidance 0 or more")
     if args.guide_over != "both" and args.data != "edits":
         raise UserError(f"--guide-over {args.guide_over} is for --data edits: elsewhere no picture stands before the words")
-    trained, categories = load_trained(args.checkpoint, DEVICE), scenes.WORLDS[args.world]
+    trained, categories = load_trained(args.checkpoint, pick_device()), scenes.WORLDS[args.world]
     if trained.kind != "transfusion" and args.data in ("edits", "mixtures") or trained.kind == "llama" and args.data != "scenes":
         raise UserError(f"{args.checkpoint} is a {trained.kind}: it cannot be measured with --data {args.data}")
     some = dict(size=trained.model.config.latent[1] * trained.vae.f, split="test", n=256, seed=args.seed, progress=False)

@@ -34,7 +34,7 @@ from diffusion import SAMPLERS, guide, sample
 from model import Cache
 from support import figures
 from support.checkpoint import decode_latents, encode_pixels, load_trained
-from support.common import ASSETS, DEVICE, UserError, open_picture, run_command
+from support.common import ASSETS, pick_device, UserError, open_picture, run_command
 
 
 def choose(logits, temperature=0.0, top_p=1.0, generators=None):
@@ -318,7 +318,7 @@ def main(argv=None, decoder=None):
     """Draw, describe, edit, or let the model decide, as the command line says."""
     args = parse_arguments(argv)
     shipped = ASSETS / ("scenes_edit.pt" if args.edit else "scenes.pt")
-    trained, began, frames = load_trained(args.checkpoint or shipped, DEVICE), time.time(), []
+    trained, began, frames = load_trained(args.checkpoint or shipped, pick_device()), time.time(), []
 
     if trained.kind == "llama" or (trained.kind == "chameleon" and (args.edit or args.film or args.trace or args.guide_over)):
         raise UserError(f"{args.checkpoint} is a {trained.kind}: " + ("it knows words only" if trained.kind == "llama" else

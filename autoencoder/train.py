@@ -38,7 +38,7 @@ from autoencoder import losses as vae_losses
 from autoencoder import perceptual
 from sources import choose
 from support.checkpoint import load, pack_vae, save
-from support.common import DEVICE, UserError, run_command
+from support.common import pick_device, UserError, run_command
 from support.figures import grid
 from vae import VAE, VAEConfig, batches, codebook_use, encode_all, encode_all_codes, paper, to_float, to_pixels
 
@@ -73,10 +73,10 @@ class Training:
 def prepare_training(config, judges, given):
     """A Training before its first step."""
     torch.manual_seed(given["seed"])
-    vae = VAE(config).train().to(DEVICE)
+    vae = VAE(config).train().to(pick_device())
     optimizers = [torch.optim.AdamW(vae.parameters(), lr=given["lr"], betas=(0.9, 0.95), weight_decay=0.01)]
     if judges:
-        judges.to(DEVICE)
+        judges.to(pick_device())
         if judges.discriminator:                        # our choice: less momentum, for two nets that chase each other
             optimizers.append(torch.optim.AdamW(judges.discriminator.parameters(), lr=given["lr"], betas=(0.5, 0.9)))
     return Training(vae, judges, optimizers, torch.Generator().manual_seed(given["seed"]),
@@ -281,7 +281,7 @@ def main(argv=None):
     if vae is None:
         return print(f"stopped and saved in {out}/last.pt; the same command with --resume goes on from there")
     save(out / "vae.pt", pack_vae(vae))
-    vae.to(DEVICE)
+    vae.to(pick_device())
     error = show_reconstructions(vae, test.pixels[:256], out / "reconstructions.png")
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {time.time() - began:.0f} s; mean error on unseen "
           f"pictures {error:.2f} of 255; wrote {out}/vae.pt and reconstructions.png")

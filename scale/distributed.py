@@ -44,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model import Transfusion, count
 from scale import plan
-from support.common import UserError
+from support.common import UserError, pick_device
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")          # one process saves, too
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")       # what torchrun tells its processes
@@ -98,7 +98,7 @@ def start(shard=0):
     if shard < 0 or world % (shard or 1):
         raise UserError(f"--shard {shard} must divide the number of processes, {world} (0: all of them)")
     if alone:
-        return Ranks(torch.device("cpu"))
+        return Ranks(pick_device())
     if cuda and local >= torch.cuda.device_count():
         raise UserError(f"this machine has {torch.cuda.device_count()} GPUs, but process {local} of it wants one of its own: "
                         f"lower --nproc-per-node")

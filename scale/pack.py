@@ -38,7 +38,7 @@ from scale.streams import collect_words, find_sources, items_of
 from sources import scenes
 from support import checkpoint
 from support.checkpoint import load_tokenizer
-from support.common import DEVICE, UserError, run_command
+from support.common import pick_device, UserError, run_command
 
 
 # ---------------------------------------------------------------------------------------------------------------- packing
@@ -289,7 +289,7 @@ def main(argv=None):
         keep(before, json.dumps(words.vocabulary).encode(), words, "tokenizer")
     if vae:
         keep(out / "vae.pt", Path(args.vae).read_bytes(), vae, "VAE")
-        vae.to(DEVICE)
+        vae.to(pick_device())
     settings, headers = {"version": 1, "seq_len": args.seq_len, "tokenizer": fingerprint(words)}, []
     for kind, found in sources.items():
         if found:

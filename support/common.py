@@ -51,7 +51,13 @@ def run_command(main, argv=None):
         sys.exit(2)
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu" # where one process trains a VAE, samples, measures
+def pick_device():
+    """The torch.device on which one process trains a VAE, samples and measures: CUDA, else Apple's GPU, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():                   # not run here: float32, as on the CPU
+        return torch.device("mps")
+    return torch.device("cpu")
 
 
 def crop_and_resize(image, size):
