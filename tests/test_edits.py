@@ -254,7 +254,7 @@ def test_what_is_learned_of_an_edit():
     """§4.5, both losses: the instruction is learned, the answer to "what changed ?" is, what was dropped is not (§4.8)."""
     def spell(document):
         s = data.lay_out(document, WORDS, 4)
-        return " ".join(WORDS.words[following] for following, has_loss in zip(s.tokens[1:], s.has_loss) if has_loss)
+        return " ".join(WORDS.vocabulary[following] for following, has_loss in zip(s.tokens[1:], s.has_loss) if has_loss)
     before, after = ("image", 0, 500), ("image", 1, 1000)
     assert spell([before, "make the circle blue", after]) == "<boi> make the circle blue <boi> <eos>"
     assert spell([("image", 0, 1000, 1000), "make the circle blue", after]) == "<boi> make the circle blue <boi> <eos>"
@@ -276,7 +276,7 @@ def test_every_document_is_made_of_known_words():
     words, rng = data.Words(SOURCE.vocabulary()), np.random.default_rng(9)
     stream = EditDocuments(SOURCE, patches=4, asked=0.5)
     assert all(data.lay_out(stream.draw(rng), words, 4).tokens for _ in range(300))
-    assert SOURCE.vocabulary() <= set(WORDS.words)      # all that pretraining has reserved for them
+    assert SOURCE.vocabulary() <= set(WORDS.vocabulary)      # all that pretraining has reserved for them
 
 
 def test_a_draw_is_a_function_of_its_generator():
