@@ -17,11 +17,10 @@ import evaluate
 import model as model_module
 import sample
 import train
-from chameleon import Decoder, seen_by
+from chameleon import Decoder, view
 from data import BOI, BOS, DROP, EOI, EOS
 from diffusion import Diffusion
 from metrics.gap import code_gap
-from sample import generate
 from support import checkpoint
 from support.checkpoint import Trained, decode_latents, encode_pixels, load_trained, save_trained
 from support.common import ASSETS, UserError
@@ -34,11 +33,16 @@ V = len(WORDS)
 
 @pytest.fixture
 def trained(make_model):
-    """A Kit with a random Chameleon, stable blocks included, and a VQ-VAE that has learned nothing."""
+    """A Trained with a random Chameleon, stable blocks included, and a VQ-VAE that has learned nothing."""
     torch.manual_seed(0)
     vae = VAE(VAEConfig(channels=8, multipliers=(1, 2), codes=CODES))
     return Trained(make_model("linear", vocabulary=V + CODES, latent=(4, 4, 4), patch=1, stable=True, context=64).requires_grad_(False),
                WORDS, vae.eval(), Diffusion("ddpm"), "chameleon")
+
+
+def generate(trained, prompts, **options):
+    """sample.generate with the Chameleon's decoder."""
+    return sample.generate(trained, prompts, decoder=Decoder, **options)
 
 
 def some_codes(n, seed=0):
@@ -48,7 +52,7 @@ def some_codes(n, seed=0):
 
 def forward(trained, document, pictures):
     """Logits (n, V + K) at all n positions of a document, by one training forward. document: as `data.lay_out` takes it."""
-    row = data.lay_out(seen_by("chameleon", document, pictures, V), WORDS, 0, ends=False)
+    row = data.lay_out(view("chameleon", V)(document, pictures), WORDS, 0, ends=False)
     batch = data.pack([row], len(row.tokens))
     return trained.model(batch.tokens, batch.image_id, batch.doc_id, torch.ones_like(batch.has_loss), torch.zeros(0, 4, 4, 4),
                      torch.zeros(0, dtype=torch.long))[0]
@@ -74,14 +78,14 @@ def test_what_each_model_reads():
     Llama that sees <drop>, <boi>, or nothing of a dropped caption."""
     codes = some_codes(2)
     document = [("dropped", "a red circle"), ("image", 1, 1000), ("image", 0, 500), "the square"]
-    row = data.lay_out(seen_by("chameleon", document, codes, V), WORDS, 0)
+    row = data.lay_out(view("chameleon", V)(document, codes), WORDS, 0)
     spelled = [[BOI, *(V + codes[k].flatten()).tolist(), EOI] for k in (1, 0)]
     assert row.tokens == [BOS, DROP, DROP, DROP, *spelled[0], *spelled[1], *WORDS.encode("the square"), EOS]
     assert row.images == [] and set(row.image_id) == {-1} and min(spelled[0][1:-1]) >= V
     assert row.has_loss == [False] * 4 + [True] * 38 + [False]             # all of both pictures: from BOI, from codes, from EOI
-    llama = data.lay_out(seen_by("llama", document, None, None), WORDS, 0)
+    llama = data.lay_out(view("llama", None)(document, None), WORDS, 0)
     assert llama.tokens == [BOS, *WORDS.encode("a red circle the square"), EOS] and all(llama.has_loss[:-1])
-    assert seen_by("transfusion", document) is document
+    assert view("transfusion", None)(document, None) is document
 
 
 def test_codes_are_read_in_order(trained):
@@ -136,7 +140,7 @@ def test_words_and_codes_keep_apart(trained):
 
 
 def test_codes_and_pixels(trained):
-    """kit.py's two functions serve both kinds of model: codes there and back are the codes."""
+    """support/checkpoint.py's two functions serve both kinds of model: codes there and back are the codes."""
     pixels = np.random.default_rng(0).integers(0, 255, (3, 8, 8, 3), dtype=np.uint8)
     codes = encode_pixels(trained, pixels)
     assert codes.shape == (3, 4, 4) and codes.dtype == torch.long and decode_latents(trained, codes).shape == pixels.shape
@@ -191,7 +195,7 @@ def test_stable_block_is_chameleons():
 
 def test_denominator_loss(trained):
     """1e-5 (ln Z)^2 per token, and only for the stable model. Catches Z without its logarithm, a mean in place of the sum."""
-    row = data.lay_out(seen_by("chameleon", ["a red circle", ("image", 0, 0)], some_codes(1), V), WORDS, 0)
+    row = data.lay_out(view("chameleon", V)(["a red circle", ("image", 0, 0)], some_codes(1)), WORDS, 0)
     batch = replace(data.pack([row], 32), latents=torch.zeros(0, 4, 4, 4), t=torch.zeros(0, dtype=torch.long), eps=torch.zeros(0, 4, 4, 4))
     trained.model.head.weight *= 100
     plain, n, each = model_module.losses(trained.model, batch, trained.diffusion)
@@ -260,8 +264,8 @@ def test_a_chameleon_from_training_to_picture(tiny_vq, tmp_path, capsys):
     assert (run / "samples.png").stat().st_size > 1000
     trained = load_trained(run / "model.pt")
     assert trained.model.config.stable and trained.model.config.vocabulary == len(trained.tokenizer) + 19 and trained.vae.config.codes == 19
-    sample.main(["a red circle", "--checkpoint", str(run / "model.pt"), "-o", str(tmp_path / "x.png")])
-    sample.main(["--image", str(tmp_path / "x.png"), "--checkpoint", str(run / "model.pt")])
+    sample.main(["a red circle", "--checkpoint", str(run / "model.pt"), "-o", str(tmp_path / "x.png")], decoder=Decoder)
+    sample.main(["--image", str(tmp_path / "x.png"), "--checkpoint", str(run / "model.pt")], decoder=Decoder)
     evaluate.main(["--checkpoint", str(run / "model.pt"), "--n", "3", "--world", "one"])
     said = capsys.readouterr().out
     assert "wrote" in said and "mean over categories, exact" in said and "language entropy" not in said
@@ -331,11 +335,11 @@ def test_what_a_chameleon_cannot_do(trained, tmp_path):
     picture = ["--checkpoint", str(tmp_path / "model.pt"), "--out", str(tmp_path / "y.png")]
     for line in (["a circle", "--film", str(tmp_path / "f.png")], ["--image", str(tmp_path / "x.png"), "--edit", "the circle"]):
         with pytest.raises(UserError, match="Transfusion"):
-            sample.main(line + picture)
+            sample.main(line + picture, decoder=Decoder)
     for what in ("edits", "mixtures"):
         with pytest.raises(UserError, match="cannot be measured"):
             evaluate.main(["--checkpoint", str(tmp_path / "model.pt"), "--data", what])
     trained.kind = "llama"
     save_trained(tmp_path / "model.pt", trained)
     with pytest.raises(UserError, match="words only"):
-        sample.main(["a circle", *picture])
+        sample.main(["a circle", *picture], decoder=Decoder)

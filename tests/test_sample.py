@@ -1,5 +1,5 @@
 """test_sample.py: decoding with a cache must say what one training forward of the finished sequence says.
-Bugs: PAPER.md §4.2, §4.7, §4.8."""
+Bugs: docs/PAPER.md §4.2, §4.7, §4.8."""
 import base64
 import io
 from html.parser import HTMLParser
@@ -25,8 +25,8 @@ BOTH = pytest.mark.parametrize("encoder", ["linear", "unet"])
 
 
 @pytest.fixture
-def make_kit(make_model):
-    """A function (encoder, **ModelConfig) -> Kit with a tiny random model and a VAE that has learned nothing."""
+def make_trained(make_model):
+    """A function (encoder, **ModelConfig) -> Trained with a tiny random model and a VAE that has learned nothing."""
     def make(encoder="linear", kind="ddpm", **options):
         vae = VAE(VAEConfig(channels=8, multipliers=(1, 2)))            # latents (4, 4, 4) of 8x8 pixels
         return Trained(make_model(encoder, vocabulary=len(WORDS), **options).requires_grad_(False), WORDS, vae.eval(), Diffusion(kind))
@@ -78,9 +78,9 @@ def check_against_uncached(trained, decoder, b):
 @BOTH
 @pytest.mark.parametrize("guidance", [1, 3.0])
 @pytest.mark.parametrize("sampler, kind", [("ddpm", "ddpm"), ("ddim", "flow")])
-def test_cached_is_uncached_after_generated_pictures(make_kit, encoder, guidance, sampler, kind):
+def test_cached_is_uncached_after_generated_pictures(make_trained, encoder, guidance, sampler, kind):
     """The cache keeps the last *noisy* step, or loses what came before; a finished picture is given another t than 0 (§4.7)."""
-    trained = make_kit(encoder, kind)
+    trained = make_trained(encoder, kind)
     decoder = Decoder(trained, [["a red circle"]])
     check_against_uncached(trained, decoder, 0)
     for text, seed in (("and a <boi>", 1), ("the blue square <boi>", 2)):
@@ -94,19 +94,19 @@ def test_cached_is_uncached_after_generated_pictures(make_kit, encoder, guidance
 
 
 @BOTH
-def test_a_different_picture_is_noticed(make_kit, encoder):
+def test_a_different_picture_is_noticed(make_trained, encoder):
     """That the comparisons above can fail at all: the words after a picture do depend on it, and on its t."""
-    trained = make_kit(encoder)
+    trained = make_trained(encoder)
     layout = ["a red circle", ("image", 0, 0), "the"]
     clean, other, noisy = (uncached(trained, layout, [x], [t])[0] for x, t in ((noise()[0], 0), (noise(seed=1)[0], 0), (noise()[0], 250)))
     assert (clean[-1] - other[-1]).abs().max() > 1e-2 and (clean[-1] - noisy[-1]).abs().max() > 1e-2
 
 
 @BOTH
-def test_each_denoising_step_is_a_training_forward(make_kit, encoder, monkeypatch):
+def test_each_denoising_step_is_a_training_forward(make_trained, encoder, monkeypatch):
     """A context picture with a random t (§4.7); guidance whose blind branch is shorter, shifted, or has lost its BOI (§4.8);
     patches at other positions than in training (§4.2)."""
-    trained, seen = make_kit(encoder), []
+    trained, seen = make_trained(encoder), []
     decoder = Decoder(trained, [["a red circle"]])
     write(decoder, 0, "<boi>")
     finish(decoder.diffusion_steps([0], noise(), 1, steps=3, sampler="ddim"))
@@ -131,9 +131,9 @@ def test_each_denoising_step_is_a_training_forward(make_kit, encoder, monkeypatc
         assert not torch.allclose(out[0], out[1], atol=1e-2)                            # the caption matters
 
 
-def test_guidance_mixes_the_two_branches(make_kit):
+def test_guidance_mixes_the_two_branches(make_trained):
     """Guidance with told and blind swapped: 1 must be the plain model, 0 must not read the caption at all (§4.8)."""
-    trained = make_kit()
+    trained = make_trained()
 
     def picture(caption, guidance):
         decoder = Decoder(trained, [[caption]], draw_now=True)
@@ -147,9 +147,9 @@ def test_guidance_mixes_the_two_branches(make_kit):
 
 
 @BOTH
-def test_guidance_leaves_the_sequence_alone(make_kit, encoder):
+def test_guidance_leaves_the_sequence_alone(make_trained, encoder):
     """The blind branch forgets the caption in the real cache too, and the words that follow never heard of it (§4.8)."""
-    trained = make_kit(encoder)
+    trained = make_trained(encoder)
     decoder = Decoder(trained, [["a red circle"]], draw_now=True)
     finish(decoder.diffusion_steps([0], noise(), 5.0, steps=3, sampler="ddim"))
     write(decoder, 0, "and the square")
@@ -158,9 +158,9 @@ def test_guidance_leaves_the_sequence_alone(make_kit, encoder):
 
 # ----------------------------------------------------------------------------------------------------------------- batches
 @BOTH
-def test_ragged_prompts_are_the_same_one_at_a_time(make_kit, encoder):
+def test_ragged_prompts_are_the_same_one_at_a_time(make_trained, encoder):
     """Padding that is read as text, positions counted from the row's end, a neighbour's picture."""
-    trained = make_kit(encoder)
+    trained = make_trained(encoder)
     prompts = [["a"], ["the blue square and a red circle"], [noise(seed=7)[0], "the square"], ["a", noise(seed=8)[0], noise(seed=9)[0], "red"]]
     together = Decoder(trained, prompts)
     alone = [Decoder(trained, [prompt]) for prompt in prompts]
@@ -181,9 +181,9 @@ def test_ragged_prompts_are_the_same_one_at_a_time(make_kit, encoder):
         check_against_uncached(trained, together, b)
 
 
-def test_lm_step_touches_only_active_rows(make_kit):
+def test_lm_step_touches_only_active_rows(make_trained):
     """A finished row that goes on writing because its neighbour does."""
-    trained = make_kit()
+    trained = make_trained()
     decoder = Decoder(trained, [["a red"], ["the"]])
     before = list(decoder.tokens[0])
     (token,) = decoder.lm_step([1])
@@ -197,9 +197,9 @@ def test_lm_step_touches_only_active_rows(make_kit):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_picture_does_not_depend_on_its_neighbours(make_kit, sampler):
+def test_a_picture_does_not_depend_on_its_neighbours(make_trained, sampler):
     """Noise drawn for the batch as a whole: the same prompt and seed give another picture in other company."""
-    trained = make_kit()
+    trained = make_trained()
     options = dict(draw_now=True, max_words=0, steps=4, seed=3, sampler=sampler)
     alone = generate(trained, [["a red circle"]], **options)[0][1]
     for neighbours in ([["the"]], [["a blue square"], ["and"]]):
@@ -232,9 +232,9 @@ def script(monkeypatch, *rows):
     return counts
 
 
-def test_the_model_switches_modes_itself(make_kit, monkeypatch):
+def test_the_model_switches_modes_itself(make_trained, monkeypatch):
     """BOI or EOI put in twice when sampling (§4.2), the text before or after a picture lost, rows waiting for each other."""
-    trained = make_kit()
+    trained = make_trained()
     script(monkeypatch, "red circle <boi> and a square <boi> the", "blue", "<boi> the")
     decoders, real = [], Decoder.__init__
     monkeypatch.setattr(Decoder, "__init__", lambda self, *a, **o: decoders.append(self) or real(self, *a, **o))
@@ -245,18 +245,18 @@ def test_the_model_switches_modes_itself(make_kit, monkeypatch):
         assert decoders[0].tokens[b] == data.lay_out(as_layout(document)[0], WORDS, 4).tokens
 
 
-def test_decoded_document_lays_out_as_it_was_sampled(make_kit):
+def test_decoded_document_lays_out_as_it_was_sampled(make_trained):
     """Sampled layout is not the training layout (§4.2): one BOI, P patches, one EOI, nothing more."""
-    decoder = Decoder(make_kit(), [["a red circle"]], draw_now=True)
+    decoder = Decoder(make_trained(), [["a red circle"]], draw_now=True)
     finish(decoder.diffusion_steps([0], noise(), 1, steps=2))
     assert decoder.tokens[0][-7:] == [WORDS.ids["circle"], BOI, PATCH, PATCH, PATCH, PATCH, EOI]
     document, pictures = as_layout(decoder.document(0))
     assert document == ["a red circle", ("image", 0, 0)] and len(pictures) == 1
 
 
-def test_generate_stops(make_kit, monkeypatch):
+def test_generate_stops(make_trained, monkeypatch):
     """A limit that is off by one, or a document that never ends."""
-    trained = make_kit()
+    trained = make_trained()
     script(monkeypatch, "a " * 99)
     assert generate(trained, [["the"]], max_words=5) == [["the a a a a a"]]
     script(monkeypatch, "a <boi> a <boi> a <boi> a")
@@ -266,9 +266,9 @@ def test_generate_stops(make_kit, monkeypatch):
     assert len(generate(trained, [[]], max_words=99)[0][0].split()) == trained.model.config.context - 1
 
 
-def test_a_full_context_ends_the_document(make_kit):
+def test_a_full_context_ends_the_document(make_trained):
     """A prompt, or a prompt with its picture, that fills the context to the last place: the next word is out of bounds."""
-    trained = make_kit(context=12)
+    trained = make_trained(context=12)
     assert generate(trained, [["a " * 11]]) == [[("a " * 11).strip()]]
     words, picture = generate(trained, [["a " * 5]], draw_now=True, steps=2)[0]              # 1 + 5 + BOI + 4 + EOI = 12
     assert words == "a a a a a" and picture.shape == (4, 4, 4)
@@ -276,9 +276,9 @@ def test_a_full_context_ends_the_document(make_kit):
     assert longer[1] == [("a " * 11).strip()] and longer[0][0].startswith("a")
 
 
-def test_prompt_pictures_are_read_clean(make_kit, monkeypatch):
+def test_prompt_pictures_are_read_clean(make_trained, monkeypatch):
     """A picture in the prompt is given a random t, or noise (§4.7)."""
-    trained, told = make_kit(), []
+    trained, told = make_trained(), []
     real = trained.model.patch_encoder.encode
     monkeypatch.setattr(trained.model.patch_encoder, "encode", lambda x, t: told.append((x.clone(), t.tolist())) or real(x, t))
     latents = noise(2)
@@ -286,9 +286,9 @@ def test_prompt_pictures_are_read_clean(make_kit, monkeypatch):
     assert len(told) == 1 and told[0][1] == [0, 0] and torch.equal(told[0][0], latents)
 
 
-def test_trajectory_starts_at_noise_and_ends_in_the_document(make_kit):
+def test_trajectory_starts_at_noise_and_ends_in_the_document(make_trained):
     """A film that shows other pictures than the one that is kept."""
-    decoder, start, seen = Decoder(make_kit(), [["a"]], draw_now=True), noise(), []
+    decoder, start, seen = Decoder(make_trained(), [["a"]], draw_now=True), noise(), []
     before = start.clone()
     for t, x, x0 in decoder.diffusion_steps([0], start, 3.0, steps=4):
         seen.append((t, x))
@@ -323,31 +323,31 @@ def test_special_tokens_are_never_chosen():
     assert {choose(logits, temperature=1.0, generators=[g]).item() for _ in range(100)} == allowed
 
 
-def test_too_long_a_prompt_raises(make_kit):
+def test_too_long_a_prompt_raises(make_trained):
     """An index error deep in the cache instead of a sentence with the two numbers."""
-    trained = make_kit(context=12)
+    trained = make_trained(context=12)
     with pytest.raises(UserError, match="needs 13 positions, but this model's context is 12: shorten it to 12 tokens"):
         Decoder(trained, [["a " * 12]])
     with pytest.raises(UserError, match="needs 13 positions, but this model's context is 12: shorten it to 7 tokens"):
         Decoder(trained, [["a"], ["a " * 6]], draw_now=True)
 
 
-def test_unknown_words_raise(make_kit):
+def test_unknown_words_raise(make_trained):
     """An unknown word left out of the prompt without a sound."""
     with pytest.raises(UserError, match="'purple' is not in this model's vocabulary of 7 words"):
-        Decoder(make_kit(), [["a purple circle"]])
+        Decoder(make_trained(), [["a purple circle"]])
 
 
 @pytest.mark.parametrize("word", data.SPECIAL)
-def test_special_tokens_are_not_words(make_kit, word):
+def test_special_tokens_are_not_words(make_trained, word):
     """A prompt with "<eoi>" or "<patch>" in it forges the layout, and crashes far from here."""
     with pytest.raises(UserError, match="is not in this model's vocabulary"):
-        generate(make_kit(), [[f"a {word} circle"]], max_words=2)
+        generate(make_trained(), [[f"a {word} circle"]], max_words=2)
 
 
-def test_prompts_are_left_alone(make_kit):
+def test_prompts_are_left_alone(make_trained):
     """A prompt list that grows with what was generated: the second call continues the first one's answer."""
-    trained, latent = make_kit(), noise()[0]
+    trained, latent = make_trained(), noise()[0]
     prompts, before = [["a", latent, "red"]], latent.clone()
     generate(trained, prompts, max_words=3, steps=2)
     assert len(prompts) == 1 and len(prompts[0]) == 3 and torch.equal(latent, before)
@@ -371,10 +371,10 @@ def seen_by_denoise(trained, monkeypatch):
 
 @BOTH
 @pytest.mark.parametrize("over", sample.GUIDE_OVER)
-def test_the_blind_branch_is_a_training_forward(make_kit, encoder, over, monkeypatch):
+def test_the_blind_branch_is_a_training_forward(make_trained, encoder, over, monkeypatch):
     """The unconditional branch of an edit: words that are still read, a picture that still is, one that is noise at another
     t than training had (t = T), a branch at other positions, an earlier picture or caption forgotten with the last (§4.8)."""
-    trained = make_kit(encoder)
+    trained = make_trained(encoder)
     decoder, seen, start = Decoder(trained, BEFORE, draw_now=True), seen_by_denoise(trained, monkeypatch), noise(2, seed=1)
     told, real = [], trained.model.read
     monkeypatch.setattr(trained.model, "read", lambda tokens, ids, latents, *a: told.append((latents.clone(), a[2:])) or real(tokens, ids, latents, *a))
@@ -395,9 +395,9 @@ def test_the_blind_branch_is_a_training_forward(make_kit, encoder, over, monkeyp
 
 
 @BOTH
-def test_guidance_one_is_the_same_over_anything(make_kit, encoder):
+def test_guidance_one_is_the_same_over_anything(make_trained, encoder):
     """Guidance 1 is the plain model, whatever would have been left out; 0 reads nothing of what is; 3 tells them apart."""
-    trained = make_kit(encoder)
+    trained = make_trained(encoder)
 
     def edited(prompt, over, guidance):
         return generate(trained, [prompt], draw_now=True, max_words=0, steps=3, sampler="ddim", over=over, guidance=guidance)[0][-1]
@@ -417,14 +417,14 @@ def test_guidance_one_is_the_same_over_anything(make_kit, encoder):
 
 @pytest.mark.parametrize("prompt", [["a"], ["a red circle and the blue square"], [], ["a red circle", "and the blue square"]], ids=str)
 @pytest.mark.parametrize("over", ["picture", "both"])
-def test_guidance_over_a_picture_needs_one(make_kit, prompt, over):
+def test_guidance_over_a_picture_needs_one(make_trained, prompt, over):
     """An index error, or words forgotten in place of the picture that is not there. At guidance 1 nothing is left out."""
     options = dict(draw_now=True, max_words=0, steps=2, over=over)
     with pytest.raises(UserError, match="needs a picture before the words"):
-        generate(make_kit(), [prompt], **options)
+        generate(make_trained(), [prompt], **options)
     with pytest.raises(UserError, match="needs a picture before the words"):         # one row of two
-        generate(make_kit(), [[noise()[0], "a"], prompt], **options)
-    assert generate(make_kit(), [prompt], guidance=1, **options)[0][-1].shape == (4, 4, 4)
+        generate(make_trained(), [[noise()[0], "a"], prompt], **options)
+    assert generate(make_trained(), [prompt], guidance=1, **options)[0][-1].shape == (4, 4, 4)
 
 
 # ------------------------------------------------------------------------------------------------- mixtures, and events
@@ -452,10 +452,10 @@ def equal(one, two):
 
 @BOTH
 @pytest.mark.parametrize("kind, options", [("ddpm", dict()), ("flow", dict(temperature=0.7, top_p=1.0, guidance=1)), ("ddpm", dict(draw_now=True))], ids=str)
-def test_mixed_prompts_are_the_same_one_at_a_time(make_kit, eager, encoder, kind, options):
+def test_mixed_prompts_are_the_same_one_at_a_time(make_trained, eager, encoder, kind, options):
     """A row that draws other noise, or says other words, because its neighbour is still writing: rows wait for each other,
     and each must have a generator that nobody else uses up, not even while it waits."""
-    trained, options = make_kit(encoder, kind), {**GROWING, **options}
+    trained, options = make_trained(encoder, kind), {**GROWING, **options}
     seeds = [11, 3, 8, 5, 3]
     together = generate(trained, MIXED, seed=seeds, **options)
     for b, prompt in enumerate(MIXED):
@@ -469,18 +469,18 @@ def test_mixed_prompts_are_the_same_one_at_a_time(make_kit, eager, encoder, kind
     assert len(set(map(str, map(parts_of, together)))) == 5 and sum(grown) >= 5 and sum(n > 0 for n in drawn) >= 2, drawn
 
 
-def test_a_seed_is_one_per_row(make_kit):
+def test_a_seed_is_one_per_row(make_trained):
     """Two rows with one seed must be twins, with two seeds not; an int gives every row its own."""
-    trained, prompts = make_kit(), [["a red circle"]] * 2
+    trained, prompts = make_trained(), [["a red circle"]] * 2
     twins = generate(trained, prompts, seed=[7, 7], **GROWING)
     assert equal(*twins)
     assert not equal(*generate(trained, prompts, seed=[7, 8], **GROWING)) and not equal(*generate(trained, prompts, seed=7, **GROWING))
 
 
-def test_events_tell_the_truth(make_kit, eager):
+def test_events_tell_the_truth(make_trained, eager):
     """A trace, a film or a notebook that shows another run than the one that happened: caches that did not grow so, steps of
     rows that were not drawn, a picture announced twice or too early."""
-    trained = make_kit()
+    trained = make_trained()
     decoder, modes, lengths, drawn, patches = Decoder(trained, MIXED), [], {}, {}, 4
     start = [len(row) for row in decoder.tokens]
     for event in sample.grow(decoder, [11, 3, 8, 5, 3], **GROWING):
@@ -513,10 +513,10 @@ def test_events_tell_the_truth(make_kit, eager):
 
 
 @pytest.mark.parametrize("max_words, max_pictures, context", [(0, 1, 64), (5, 0, 64), (30, 3, 64), (99, 9, 33), (99, 9, 20), (7, 1, 19)])
-def test_limits_of_open_documents(make_kit, max_words, max_pictures, context):
+def test_limits_of_open_documents(make_trained, max_words, max_pictures, context):
     """More words or pictures than were allowed, positions beyond the context, a BOI that no picture follows although words do,
     a document that goes on after EOS."""
-    decoder = Decoder(make_kit(context=context), [["a"], [], [noise()[0]], ["the red"]] * 3)
+    decoder = Decoder(make_trained(context=context), [["a"], [], [noise()[0]], ["the red"]] * 3)
     start = [(len(row), len(pictures)) for row, pictures in zip(decoder.tokens, decoder.latents)]
     for _ in sample.grow(decoder, [200006 + b for b in range(len(decoder.tokens))], max_words=max_words, max_pictures=max_pictures, temperature=1.0, steps=2):
         pass
@@ -535,16 +535,19 @@ def test_limits_of_open_documents(make_kit, max_words, max_pictures, context):
 
 @pytest.mark.parametrize("draw_now, max_words, max_pictures, size", [
     (True, 0, 1, 4 + 6 + 1), (True, 3, 0, 4 + 3 + 6 + 1), (False, 5, 0, 3 + 5 + 1), (True, 20, 3, 4 + 20 + 18 + 1), (False, 99, 9, 64)])
-def test_the_cache_holds_what_may_come(make_kit, monkeypatch, draw_now, max_words, max_pictures, size):
+def test_the_cache_holds_what_may_come(make_trained, monkeypatch, draw_now, max_words, max_pictures, size):
     """A cache of the whole context, which at 4096 positions no GPU has room for; and one that is a position short: the same documents
     as with the whole. The longest prompt is <bos> the red; P = 4."""
-    trained, sizes, made, real = make_kit(context=64), [], [], sample.Cache
+    trained, sizes, made, real = make_trained(context=64), [], [], sample.Cache
     monkeypatch.setattr(sample, "Cache", lambda config, B, S, like: sizes.append(S) or real(config, B, S, like))
+
+    class Roomy(Decoder):
+        def __init__(self, trained, prompts, draw_now, room):
+            super().__init__(trained, prompts, draw_now)
+
     for whole in (False, True):
-        if whole:
-            monkeypatch.setattr(sample, "decoder_of", lambda trained: lambda trained, prompts, draw_now, room: Decoder(trained, prompts, draw_now))
         made.append(generate(trained, [["a"], [], ["the red"]] * 6, draw_now=draw_now, max_words=max_words, max_pictures=max_pictures,
-                             temperature=1.0, steps=2, seed=3))
+                             temperature=1.0, steps=2, seed=3, decoder=Roomy if whole else Decoder))
     assert sizes == [size, 64]
     for short, long in zip(*made):
         assert parts_of(short) == parts_of(long)
@@ -552,10 +555,10 @@ def test_the_cache_holds_what_may_come(make_kit, monkeypatch, draw_now, max_word
 
 
 @BOTH
-def test_the_second_picture_reads_the_first_one_clean(make_kit, encoder, monkeypatch):
+def test_the_second_picture_reads_the_first_one_clean(make_trained, encoder, monkeypatch):
     """§4.7 in one document that the model writes itself: while the second picture is denoised, the cache must hold the
     finished first one (t = 0), not its last noisy step, in the told and in the blind branch."""
-    trained = make_kit(encoder)
+    trained = make_trained(encoder)
     seen = seen_by_denoise(trained, monkeypatch)
     script(monkeypatch, "circle <boi> and a square <boi> the")
     (document,) = generate(trained, [["a red"]], max_pictures=2, steps=2, sampler="ddim", seed=1)
@@ -570,9 +573,9 @@ def test_the_second_picture_reads_the_first_one_clean(make_kit, encoder, monkeyp
             assert not torch.allclose(out[k], noisy[1], atol=1e-3)
 
 
-def test_edit_is_the_picture_after_the_words(make_kit):
+def test_edit_is_the_picture_after_the_words(make_trained):
     """An edit that gives back the picture before, or mixes up the rows of a batch."""
-    trained, before, said = make_kit(), noise(2, seed=3), ["the blue square", "a red circle"]
+    trained, before, said = make_trained(), noise(2, seed=3), ["the blue square", "a red circle"]
     after = sample.edit(trained, before, said, steps=3, seed=[1, 2])
     assert after.shape == before.shape
     for k in range(2):
@@ -582,9 +585,9 @@ def test_edit_is_the_picture_after_the_words(make_kit):
 
 # ----------------------------------------------------------------------------------------------------------- command line
 @pytest.fixture
-def here(make_kit, tmp_path, monkeypatch):
-    """The kit, saved as model.pt in this test's own folder, with pictures: plain.png is what the kit reads, the others not."""
-    trained, rng = make_kit(), np.random.default_rng(0)
+def here(make_trained, tmp_path, monkeypatch):
+    """The trained model, saved as model.pt in this test's own folder, with pictures: plain.png is what the model reads, the others not."""
+    trained, rng = make_trained(), np.random.default_rng(0)
     checkpoint.save_trained(tmp_path / "model.pt", trained)
     pixels = rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "plain.png")
@@ -647,7 +650,7 @@ class Page(HTMLParser):
 
 def test_a_page_shows_the_documents(here, tmp_path):
     """Pictures in another order, decoded from another latent, or as files beside the page; words that are read as markup."""
-    here.words.vocabulary[WORDS.ids["red"]] = "<red>"        # a folder of one's own may have such words
+    here.tokenizer.vocabulary[WORDS.ids["red"]] = "<red>"        # a folder of one's own may have such words
     documents = generate(here, [["a", noise()[0], "the square"], [], [noise(seed=1)[0]]], draw_now=True, max_words=0, steps=2)
     documents[0][0] = "a <b>&amp; circle"
     figures.save_page(here, documents, tmp_path / "page.html")
