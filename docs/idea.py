@@ -1,0 +1,89 @@
+"""
+idea.py: the one figure of the README, drawn by the shipped model
+
+A PICTURE   left: one sequence and who may look at whom; right: the picture in it, from noise to x0
+TRY IT      python -m docs.idea          writes docs/idea.png
+"""
+from pathlib import Path
+
+import torch
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+import sample
+from attention_mask import or_mask
+from support.checkpoint import decode_latents, load_trained
+from support.common import ASSETS
+
+CAPTION = "a red circle left of a blue square"
+WORD, MARK, PATCH = "#34495e", "#95a5a6", "#e67e22"     # words; BOI and EOI; patches
+HERE = Path(__file__).parent
+
+
+def denoise(caption, moments):
+    """Pictures (h, w, 3) uint8 of the denoising of a caption, at these numbers of steps, of 250."""
+    trained = load_trained(ASSETS / "scenes.pt")
+    states = []
+
+    def watch(event):
+        if event.mode == "noise":
+            states.append((event.t, event.x))
+
+    sample.draw(trained, [caption], steps=250, watch=watch)
+    chosen = [states[k] for k in moments]
+    return [(t, decode_latents(trained, x)[0]) for t, x in chosen]
+
+
+def draw_sequence(axis, tokens, colours):
+    """The sequence as a row of boxes; x from 0 to len(tokens)."""
+    for k, (token, colour) in enumerate(zip(tokens, colours)):
+        axis.add_patch(Rectangle((k + 0.04, 0), 0.92, 1, color=colour))
+        axis.text(k + 0.5, 0.5, token, ha="center", va="center", color="white", fontsize=8.5)
+    axis.set_xlim(0, len(tokens))
+    axis.set_ylim(0, 1)
+    axis.axis("off")
+
+
+def draw_mask(axis, tokens, image_id):
+    """Who (row) may look at whom (column): blue by order, orange because of the same picture."""
+    doc_id = torch.zeros_like(image_id)
+    both = or_mask(image_id[None], doc_id[None])[0].int()
+    causal = or_mask(image_id[None], doc_id[None], bidirectional=False)[0].int()
+    axis.imshow(2 * both - causal, cmap=ListedColormap(["white", WORD, PATCH]), vmin=0, vmax=2,
+                extent=(0, len(tokens), len(tokens), 0), aspect="auto")
+    for k in range(len(tokens) + 1):
+        axis.axhline(k, color="#dddddd", linewidth=0.5)
+        axis.axvline(k, color="#dddddd", linewidth=0.5)
+    axis.set_xticks([])
+    axis.set_yticks([k + 0.5 for k in range(len(tokens))], tokens, fontsize=7.5)
+    axis.tick_params(length=0)
+    axis.set_xlabel("who may look at whom: in order, and both ways inside a picture", fontsize=9)
+
+
+def main():
+    """Draw docs/idea.png."""
+    tokens = ["a", "red", "circle", "BOI", "patch", "patch", "patch", "patch", "EOI", "and", "..."]
+    image_id = torch.tensor([0 if token == "patch" else -1 for token in tokens])
+    kinds = {"patch": PATCH, "BOI": MARK, "EOI": MARK}
+    colours = [kinds.get(token, WORD) for token in tokens]
+
+    figure = Figure(figsize=(11, 3.3), dpi=110, layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.15])
+    row, mask = left.subplots(2, 1, height_ratios=[1, 7])
+    draw_sequence(row, tokens, colours)
+    draw_mask(mask, tokens, image_id)
+
+    moments = [0, 60, 120, 150, 180, 250]
+    axes = right.subplots(2, 3)
+    for axis, (t, picture) in zip(axes.flat, denoise(CAPTION, moments)):
+        axis.imshow(picture, interpolation="nearest")
+        axis.set_title(f"t = {t}", fontsize=9)
+        axis.axis("off")
+    right.suptitle(f'"{CAPTION}", then BOI: words are predicted, patches are denoised', fontsize=9)
+    figure.savefig(HERE / "idea.png")
+    print(f"wrote {HERE / 'idea.png'}")
+
+
+if __name__ == "__main__":
+    main()
