@@ -11,8 +11,9 @@ import pytest
 
 import data
 from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH, lay_out, pack
-from sources import pairs
+from metrics.scenes import log_prob
 from sources import scenes
+from sources.pairs import Pairs
 from support.common import UserError
 
 P = 4                                                   # patches per picture, in the tests by hand
@@ -21,9 +22,11 @@ P = 4                                                   # patches per picture, i
 def scene_pairs(categories=scenes.WORLDS["one"], n=4000, seed=0):
     """Pairs whose pictures are empty: what a stream of documents needs, without drawing anything."""
     rng, world = np.random.default_rng(seed), scenes.World(categories)
-    return pairs.Pairs("scenes", [world.caption(rng)[0] for _ in range(n)], np.zeros((n, 1, 1, 3), np.uint8), world)
+    captions = [world.caption(rng)[0] for _ in range(n)]
+    return Pairs("scenes", captions, np.zeros((n, 1, 1, 3), np.uint8), scenes.deductions(), scenes.vocabulary())
 
 
+WORLD = scenes.World(scenes.WORLDS["one"])              # whose captions these are
 PAIRS = scene_pairs()
 WORDS = data.Words(PAIRS.vocabulary())
 
@@ -97,8 +100,9 @@ def test_documents_hold_as_many_pairs_as_fit(context, most):
 @pytest.mark.parametrize("context, patches", [(96, 16), (64, 16), (21, 16), (128, 4)])
 def test_longest_is_the_true_maximum(context, patches):
     """Catches a run that is refused although every document fits, or that stops hours later at one that does not."""
-    pairs = pairs.Pairs("scenes", ["a circle", "a red circle left of a blue square"], np.zeros((2, 1, 1, 3), np.uint8), PAIRS.world)
-    stream, rng = data.Documents(pairs, patches, context, another=0.7), np.random.default_rng(0)
+    captions = ["a circle", "a red circle left of a blue square"]
+    two = Pairs("scenes", captions, np.zeros((2, 1, 1, 3), np.uint8), scenes.deductions())
+    stream, rng = data.Documents(two, patches, context, another=0.7), np.random.default_rng(0)
     lengths = [len(lay_out(stream.draw(rng), WORDS, patches).tokens) for _ in range(3000)]
     assert max(lengths) == stream.longest()
     assert stream.longest() <= context or stream.most == 1
@@ -124,7 +128,7 @@ def test_as_many_words_as_patches(world, patches):
 
 def test_a_source_without_text_alone_gives_only_pairs():
     """Catches a stream that asks MNIST, or a folder, for deductions."""
-    stream = data.Documents(pairs.Pairs("mnist", ["the digit two"], np.zeros((1, 1, 1, 1), np.uint8)), patches=16)
+    stream = data.Documents(Pairs("mnist", ["the digit two"], np.zeros((1, 1, 1, 1), np.uint8)), patches=16)
     rng = np.random.default_rng(0)
     assert all(len(stream.draw(rng)) > 1 for _ in range(100))
 
@@ -132,15 +136,15 @@ def test_a_source_without_text_alone_gives_only_pairs():
 def test_probabilities_of_documents_sum_to_what_they_cover():
     """Catches a wrong floor of the text loss: ln p, summed over every document with words first, by brute force."""
     stream = data.Documents(PAIRS, patches=16, context=65)
-    texts = [text for category in PAIRS.world.categories for text, _ in scenes.captions(category)]
+    texts = [text for category in WORLD.categories for text, _ in scenes.captions(category)]
     image, total = ("image", 0, 1000), 0.0
     assert stream.most == 3
     for n in range(1, 4):
         for said in itertools.product(texts, repeat=n) if n < 3 else [(a, b, texts[0]) for a in texts for b in texts]:
             document = [part for text in said for part in (text, image)]
-            total += np.exp(stream.log_prob(document)) / (np.exp(PAIRS.world.caption_log_prob(texts[0])) if n == 3 else 1)
+            total += np.exp(log_prob(stream, WORLD, document)) / (np.exp(WORLD.caption_log_prob(texts[0])) if n == 3 else 1)
     alone = [scenes.deduction_text(claim.objects, rel) for _, claim in scenes.captions("color_attr") for rel in scenes.RELATIONS]
-    text_only = sum(np.exp(stream.log_prob([text])) for text in alone)
+    text_only = sum(np.exp(log_prob(stream, WORLD, [text])) for text in alone)
     assert text_only == pytest.approx(stream.text_share)
     assert total == pytest.approx((1 - stream.text_share) * 0.8)
 
@@ -152,7 +156,7 @@ def test_documents_are_drawn_with_their_probability():
     for caption, n in Counter(PAIRS.captions).items():  # the pairs are a sample of the language: their own share is meant
         expected = (1 - stream.text_share) * 0.8 * 0.8 * n / len(PAIRS.captions)
         assert close(seen[(caption,)], len(documents), expected), caption
-        rarely = np.exp(stream.log_prob([caption, ("image", 0, 1000)]))
+        rarely = np.exp(log_prob(stream, WORLD, [caption, ("image", 0, 1000)]))
         assert rarely == pytest.approx(expected, rel=0.5)
 
 
@@ -169,7 +173,7 @@ def test_a_draw_is_a_function_of_its_generator():
 # ----------------------------------------------------------------------------------------------- document -> one sequence
 def spell(sequence):
     """(tokens as words, image_id as digits, learn as x) of a Sequence: three strings to compare by eye."""
-    return (" ".join({"<patch>": "#"}.get(WORDS.words[t], WORDS.words[t]) for t in sequence.tokens),
+    return (" ".join({"<patch>": "#"}.get(WORDS.vocabulary[t], WORDS.vocabulary[t]) for t in sequence.tokens),
             " ".join("." if i < 0 else str(i) for i in sequence.image_id),
             " ".join("x" if x else "." for x in sequence.has_loss))
 
@@ -314,12 +318,12 @@ def test_words_roundtrip():
     words = data.Words({"red", "circle", "a", "<pad>"})
     assert words.vocabulary == [*data.SPECIAL, "a", "circle", "red"] and len(words) == len(data.SPECIAL) + 3
     assert words.decode(words.encode("a  red circle")) == words.decode(words.encode("A Red CIRCLE")) == "a red circle"
-    assert data.Words({"Red", "red"}).words == [*data.SPECIAL, "red"]
+    assert data.Words({"Red", "red"}).vocabulary == [*data.SPECIAL, "red"]
     assert words.decode([BOS, *words.encode("a circle"), BOI, PATCH, EOI, EOS]) == "a circle"
     for text in scenes.all_claims():
         assert WORDS.decode(WORDS.encode(text)) == text
-    again = data.Words(WORDS.words)                     # as a checkpoint gives it back
-    assert again.tokenizer == WORDS.words
+    again = data.Words(WORDS.vocabulary)                     # as a checkpoint gives it back
+    assert again.vocabulary == WORDS.vocabulary
 
 
 def test_unknown_word():
