@@ -1,6 +1,6 @@
 """conftest.py: what all tests share: the path, one seed, and a tiny model that has something to say."""
-from model import ModelConfig, Transfusion
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,31 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import chameleon
+import train
+from diffusion import Diffusion
+from model import ModelConfig, Transfusion
+from scale import distributed
+from scale.run import build_feed, build_run
+from support import checkpoint
+
 torch.set_num_threads(1)                                # models this small only wait for a second thread
+
+
+def make_run(config, out):
+    """The scale.run.Run of a Config at step 0, as train.main builds it. out: the run's folder."""
+    start = checkpoint.load_trained(config.init) if config.init else None
+    diffusion = start.diffusion if start else Diffusion(config.diffusion, shift=config.shift)
+    feed = build_feed(config, Path(out), diffusion, start, False, partial(chameleon.view, config.model))
+    return build_run(config, distributed.start(config.shard), feed, diffusion, start)
+
+
+def draw_batch(run, step, micro):
+    """The data.Batch of a micro-batch with its noise, as train.train_step draws it."""
+    batch = run.feed.batch(run.config.seed, step, micro)
+    train.draw_noise(batch)
+    return batch
 
 
 @pytest.fixture(autouse=True)

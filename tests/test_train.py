@@ -15,6 +15,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from conftest import draw_batch, make_run
 from PIL import Image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -23,11 +24,11 @@ import diffusion
 import model
 import train
 import vae as vae_module
+from config import Config, parse_arguments
+from metrics import progress
 from scale import distributed
-from sources import mnist
-from sources import scenes
+from sources import mnist, scenes
 from support import checkpoint
-from support import common
 from support.checkpoint import load_trained
 from support.common import UserError
 
@@ -74,8 +75,8 @@ def whole(tiny_vae, tmp_path_factory):
 def prepared(command, tmp_path):
     """A function: the Run at step 0 of a small configuration."""
     def build(**options):
-        config, *_ = train.parse_arguments(command(**options))
-        return train.prepare(config, tmp_path / "run")
+        config, *_ = parse_arguments(command(**options))
+        return make_run(config, tmp_path / "run")
     return build
 
 
@@ -105,25 +106,25 @@ def same(one, two):
 
 # --------------------------------------------------------------------------------------------------------------- batches
 def tensors(batch):
-    """A Batch as a dict."""
-    return dict(vars(batch))
+    """A Batch as a dict, without its generator, which has been used."""
+    return {k: v for k, v in vars(batch).items() if k != "generator"}
 
 
 def test_a_batch_is_a_function_of_seed_step_and_micro_batch(prepared):
     """Catches random numbers with a memory, which no resume can repeat, and micro-batches or steps that repeat each other."""
     run = prepared()
-    first = {(s, m): tensors(train.draw_batch(run, s, m)) for s in range(3) for m in range(2)}
+    first = {(s, m): tensors(draw_batch(run, s, m)) for s in range(3) for m in range(2)}
     torch.rand(5), np.random.rand(5)
-    again = {key: tensors(train.draw_batch(run, *key)) for key in reversed(first)}
+    again = {key: tensors(draw_batch(run, *key)) for key in reversed(first)}
     assert all(same(first[key], again[key]) == [] for key in first)
     assert all("eps" in same(first[a], first[b]) for a in first for b in first if a != b)
     run.config.seed += 1
-    assert "eps" in same(first[0, 0], tensors(train.draw_batch(run, 0, 0)))
+    assert "eps" in same(first[0, 0], tensors(draw_batch(run, 0, 0)))
 
 
 def many_batches(run, n=60):
     """(t, t_max, latents, eps, picture indices) of all pictures of n batches."""
-    batches = [train.draw_batch(run, step, 0) for step in range(n)]
+    batches = [draw_batch(run, step, 0) for step in range(n)]
     return [torch.cat([getattr(b, name) for b in batches]) for name in ("t", "t_max", "latents", "eps", "images")]
 
 
@@ -132,7 +133,7 @@ def test_noise_levels(prepared):
     run = prepared(documents=60)
     t, t_max, *_ = many_batches(run)
     assert set(t_max.tolist()) == {500, 1000} and (t >= 1).all() and (t <= t_max).all()
-    assert all((train.draw_batch(run, step, 0).t_min == 1).all() for step in range(5))    # no picture of a pair is blinded
+    assert all((draw_batch(run, step, 0).t_min == 1).all() for step in range(5))    # no picture of a pair is blinded
     for limit in (500, 1000):
         here = t[t_max == limit].double()
         assert len(here.unique()) > 150 and here.min() <= 0.02 * limit and here.max() >= 0.98 * limit
@@ -143,7 +144,7 @@ def test_the_limit_belongs_to_pictures_before_their_caption(prepared):
     """PAPER §4.9: catches the limits shifted by one picture on their way through packing."""
     run = prepared(documents=40)
     for step in range(10):
-        batch = train.draw_batch(run, step, 0)
+        batch = draw_batch(run, step, 0)
         for m, limit in enumerate(batch.t_max.tolist()):
             row, first = (batch.image_id == m).nonzero()[0].tolist()
             opened = batch.tokens[row, : first - 1]     # before BOI: BOS only, or an earlier picture, if the picture leads
@@ -156,7 +157,7 @@ def test_the_limit_belongs_to_pictures_before_their_caption(prepared):
 def test_the_limit_is_a_level_of_noise(prepared, options):
     """PAPER §4.9: catches "t <= 500" left at 500 in a schedule that is noisier there than the paper's."""
     run, paper = prepared(**options), diffusion.Diffusion()
-    limits = {int(m) for step in range(8) for m in train.draw_batch(run, step, 0).t_max} - {1000}
+    limits = {int(m) for step in range(8) for m in draw_batch(run, step, 0).t_max} - {1000}
     assert len(limits) == 1
     limit, ratio = limits.pop(), run.diffusion.s / run.diffusion.a      # of noise to signal
     assert ratio[limit] <= paper.s[500] / paper.a[500] < ratio[limit + 1]
@@ -166,14 +167,14 @@ def test_the_limit_is_a_level_of_noise(prepared, options):
 def test_latents_are_draws_from_the_encoder(prepared):
     """Catches another picture's latent, the mean without its deviation, and one noise for both: eps must be new."""
     run = prepared(documents=60)
-    mean, deviation = run.latents
+    mean, deviation = run.feed.latents
     _, _, latents, eps, images = many_batches(run, 20)
     noise = (latents - mean[images]) / deviation[images]
     for z in (noise, eps):
         assert abs(z.mean()) < 0.02 and abs(z.std() - 1) < 0.02
     assert abs((noise * eps).mean()) < 0.02
-    run.latents = mean, torch.zeros_like(deviation)
-    batch = train.draw_batch(run, 0, 0)
+    run.feed.latents = mean, torch.zeros_like(deviation)
+    batch = draw_batch(run, 0, 0)
     assert torch.equal(batch.latents, mean[batch.images])
 
 
@@ -185,10 +186,17 @@ def stop_before_step(run):
     return kept
 
 
+def give(monkeypatch, run, batches):
+    """Make the run's feed give these batches, one per micro-batch of a step. Their noise is drawn already."""
+    run.micros = range(len(batches))
+    monkeypatch.setattr(run.feed, "batch", lambda seed, step, micro: batches[micro])
+    monkeypatch.setattr(train, "draw_noise", lambda batch: None)
+
+
 def joined(a, b):
     """One Batch of two, row under row."""
     ids = torch.where(b.image_id >= 0, b.image_id + len(a.images), -1)
-    names = ("tokens", "doc_id", "learn", "images", "t_max", "t_min", "latents", "t", "eps")
+    names = ("tokens", "doc_id", "has_loss", "images", "t_max", "t_min", "latents", "t", "eps")
     return data.Batch(image_id=torch.cat([a.image_id, ids]), **{k: torch.cat([getattr(a, k), getattr(b, k)]) for k in names})
 
 
@@ -196,9 +204,9 @@ def test_accumulation_equals_the_joint_batch(prepared, monkeypatch):
     """PAPER §4.10, mean of micro-batch means: the gradient of a step must not depend on how it was cut into micro-batches."""
     run = prepared(accumulate=2, clip=1e9, drop=0.5)
     run.model.patch_encoder.out.weight.data.normal_(0, 0.1)                  # it starts at zero and would hide the trunk's part
-    large = train.draw_batch(run, 0, 0)
-    run.config.documents = 2
-    small = train.draw_batch(run, 0, 1)
+    large = draw_batch(run, 0, 0)
+    run.feed.rows = 2
+    small = draw_batch(run, 0, 1)
     assert int(large.has_loss.sum()) > 2 * int(small.has_loss.sum()) > 0 and len(large.images) > 2 * len(small.images) > 0
     found = []
     for batches in ([large, small], [joined(large, small)]):
@@ -207,7 +215,7 @@ def test_accumulation_equals_the_joint_batch(prepared, monkeypatch):
         again.model, again.average = copy.deepcopy(run.model), copy.deepcopy(run.average)
         again.optimizer = torch.optim.SGD(again.model.parameters(), lr=0.0)
         gradients = stop_before_step(again)
-        monkeypatch.setattr(train, "draw_batch", lambda run, step, m, batches=batches: batches[m])
+        give(monkeypatch, again, batches)
         found.append((gradients, train.train_step(again)))
     (g1, told1), (g2, told2) = found
     assert told1["words"] == told2["words"] and told1["lm"] == pytest.approx(told2["lm"], rel=1e-5)
@@ -219,9 +227,9 @@ def test_accumulation_equals_the_joint_batch(prepared, monkeypatch):
 def test_a_micro_batch_without_pictures(prepared, monkeypatch):
     """Catches a model that cannot read words alone: a small micro-batch may hold no picture at all."""
     run = prepared()
-    batch = data.pack([data.lay_out(["a red circle"], run.tokenizer, run.documents.patches)], run.config.seq_len)
+    batch = data.pack([data.lay_out(["a red circle"], run.feed.tokenizer, run.feed.documents.patches)], run.config.seq_len)
     batch.latents, batch.t, batch.eps = torch.zeros(0, 2, 8, 8), torch.zeros(0, dtype=torch.long), torch.zeros(0, 2, 8, 8)
-    monkeypatch.setattr(train, "draw_batch", lambda *a: batch)
+    give(monkeypatch, run, [batch])
     told = train.train_step(run)
     assert told["words"] == 4 and len(told["each"]) == 0 and math.isfinite(told["grad_norm"])
 
@@ -229,12 +237,12 @@ def test_a_micro_batch_without_pictures(prepared, monkeypatch):
 def test_the_loss_is_equation_4(prepared, monkeypatch):
     """Transfusion eq. 4: catches a wrong lambda, or either loss divided by anything but its own count."""
     run = prepared(clip=1e9, lam=7.0)
-    batch = train.draw_batch(run, 0, 0)
+    batch = draw_batch(run, 0, 0)
     kept = stop_before_step(run)
-    monkeypatch.setattr(train, "draw_batch", lambda *a: batch)
+    give(monkeypatch, run, [batch])
     other = copy.deepcopy(run.model)
     train.train_step(run)
-    lm, words, each = train.losses(other, batch, run.diffusion)
+    lm, words, each = model.losses(other, batch, run.diffusion)
     (lm / words + 7.0 * each.mean()).backward()
     assert words == int(batch.has_loss.sum()) and len(each) == len(batch.images)
     for a, p in zip(kept[0], other.parameters()):
@@ -275,14 +283,14 @@ def test_average_is_no_part_of_the_graph(prepared):
 
 def test_learning_rate():
     """Paper §4.1: catches a warm-up that starts at 0 (a step lost), a jump where it ends, and another end than a twentieth."""
-    config = train.Config(lr=3e-4, warmup=40, steps=400)
+    config = Config(lr=3e-4, warmup=40, steps=400)
     rates = [train.learning_rate(config, step) for step in range(400)]
     assert rates[0] == pytest.approx(3e-4 / 40) and max(rates) == pytest.approx(3e-4)
     assert all(a < b for a, b in zip(rates[:39], rates[1:40])) and all(a > b for a, b in zip(rates[40:], rates[41:]))
     assert max(abs(a - b) for a, b in zip(rates, rates[1:])) < 1.01 * 3e-4 / 40
     assert rates[220] == pytest.approx(3e-4 * (0.05 + 0.95 / 2))       # half way down
     assert rates[-1] == pytest.approx(1.5e-5, rel=0.01)                # 3e-4 to 1.5e-5
-    assert train.learning_rate(train.Config(lr=1.0, warmup=0, steps=10), 0) == 1.0
+    assert train.learning_rate(Config(lr=1.0, warmup=0, steps=10), 0) == 1.0
 
 
 def test_the_rate_of_this_step_is_used(prepared):
@@ -423,10 +431,10 @@ def test_without_an_average(command, tmp_path):
     train.main(command("forgets", ema=1e-9, save_every=3))
     one, two = (load_trained(tmp_path / name / "model.pt").model.state_dict() for name in ("none", "forgets"))
     assert same(one, two) == []
-    run = train.prepare(train.parse_arguments(command(ema=0))[0], tmp_path / "run")
+    run = make_run(parse_arguments(command(ema=0))[0], tmp_path / "run")
     assert run.average is run.model
     train.train_step(run)
-    assert not run.kit().model.training
+    assert not run.gather_trained().model.training
     distributed.remove(distributed.folder_of(tmp_path / "none", 6))
     train.main(command("none", ema=0, save_every=3) + ["--resume"])
     none, forgets = states(tmp_path / "none"), states(tmp_path / "forgets")
@@ -446,7 +454,7 @@ def test_what_a_run_leaves_behind(command, tmp_path, capsys):
     out = tmp_path / "run"
     assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "curves.png", "model.pt", "checkpoints"}
     config = json.loads((out / "config.json").read_text())
-    assert config["seed"] == 3 and config["documents"] == 6 and train.Config(**config)
+    assert config["seed"] == 3 and config["documents"] == 6 and Config(**config)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert all({"step", "lm", "diffusion", "by_t", "grad_norm", "lr", "tokens_per_s", "seconds_left"} <= set(row) for row in rows)
@@ -465,10 +473,10 @@ def test_the_log_tells_the_truth(prepared):
     steps = [(10.0, 5, [1.0, 2.0], [1, 200], 3.0, 50), (2.0, 1, [9.0], [201], 4.0, 10), (0.0, 2, [5.0], [1000], 6.0, 20)]
     window = [dict(lm=lm, words=words, each=torch.tensor(each), t=torch.tensor(t), grad_norm=norm, tokens=tokens)
               for lm, words, each, t, norm, tokens in steps]
-    row = train.summarize(window, run, 2.0)
+    row = progress.log_line(window, run, lr=0.5, seconds=2.0)
     assert row["lm"] == pytest.approx(12 / 8) and row["diffusion"] == pytest.approx(17 / 4)
     assert row["by_t"] == [1.5, 9.0, None, None, 5.0]
-    assert row["grad_norm"] == 6.0 and row["tokens_per_s"] == 40
+    assert row["grad_norm"] == 6.0 and row["lr"] == 0.5 and row["tokens_per_s"] == 40
 
 
 def test_losses_fall(command, tmp_path):
@@ -532,7 +540,7 @@ def test_a_run_on_files(tmp_path, source):
 
 def test_the_vae_is_trained_when_there_is_none(tmp_path, monkeypatch):
     """Catches a VAE trained on the spot that is not kept: a resumed run would read other latents than it learned from."""
-    monkeypatch.setattr(common, "ASSETS", tmp_path)      # no VAE is shipped
+    monkeypatch.setattr(checkpoint, "ASSETS", tmp_path)      # no VAE is shipped
     options = small_run(out=tmp_path / "run", steps=2, vae_steps=3)
     train.main(options)
     kept = checkpoint.load(tmp_path / "run/vae.pt", "vae")["weights"]
@@ -568,7 +576,7 @@ def tuning(pretrained, out, **options):
 def test_fine_tuning_starts_from_its_model(pretrained, tmp_path):
     """§4.5: catches a fine-tuned model that started from nothing, that has other words, another shape, VAE or diffusion than
     --init, and a fine-tuning that moves no weight, or the average only."""
-    run, start = train.prepare(train.parse_arguments(tuning(pretrained, tmp_path / "run"))[0], tmp_path / "run"), load_trained(pretrained)
+    run, start = make_run(parse_arguments(tuning(pretrained, tmp_path / "run"))[0], tmp_path / "run"), load_trained(pretrained)
     assert same(run.model.state_dict(), start.model.state_dict()) == same(run.average.state_dict(), start.model.state_dict()) == []
     train.main(tuning(pretrained, tmp_path / "run"))
     trained, saved = load_trained(tmp_path / "run/model.pt"), states(tmp_path / "run")
@@ -596,10 +604,10 @@ def test_fine_tuning_resumes_to_the_bit(pretrained, tmp_path, monkeypatch):
 def test_blinded_pictures_are_pure_noise(pretrained, tmp_path):
     """PAPER §4.8: guidance over the picture needs a branch that never saw it: catches a blinded picture with a little of
     itself left in, or limits that reach another picture on their way through packing."""
-    run = train.prepare(train.parse_arguments(tuning(pretrained, tmp_path / "run", documents=60, drop=0.3))[0], tmp_path / "run")
-    batches = [train.draw_batch(run, step, 0) for step in range(25)]
+    run = make_run(parse_arguments(tuning(pretrained, tmp_path / "run", documents=60, drop=0.3))[0], tmp_path / "run")
+    batches = [draw_batch(run, step, 0) for step in range(25)]
     t, t_min, t_max = (torch.cat([getattr(b, name) for b in batches]) for name in ("t", "t_min", "t_max"))
-    limit = run.documents.t_limit
+    limit = run.feed.documents.t_limit
     assert set(zip(t_min.tolist(), t_max.tolist())) == {(1, limit), (1, 1000), (1000, 1000)} and limit < 500
     assert (t[t_min == 1000] == 1000).all() and 0.03 < (t_min == 1000).double().mean() < 0.3
     for top in (limit, 1000):
@@ -623,7 +631,7 @@ def test_fine_tuning_ends_with_its_report(pretrained, tmp_path):
 def test_edits_from_nothing(command, tmp_path):
     """Catches --data edits without a preset and without --init: a KeyError, or words that its documents need and it lacks."""
     train.main(command(data="edits", init="", steps=2, pairs=40))
-    assert "changed" in load_trained(tmp_path / "run/model.pt").words.ids
+    assert "changed" in load_trained(tmp_path / "run/model.pt").tokenizer.ids
 
 
 def test_fine_tuning_on_a_folder(pretrained, tmp_path):
