@@ -15,8 +15,11 @@ from PIL import Image
 import data
 import sample
 from metrics import coco
+from scale import distributed
 from sources import scenes
+from support import checkpoint
 from support.common import UserError, open_picture
+from vae import VAE, VAEConfig
 
 
 def some_texts(n, seed=0, most=9):
@@ -149,16 +152,16 @@ def test_scenes_have_true_captions_of_their_own():
 def trained():
     """No model, but what `judge` asks of one: words, and how long its context is."""
     weight = torch.zeros(3)
-    return SimpleNamespace(words=data.Words(scenes.vocabulary()), vae=SimpleNamespace(f=4), model=SimpleNamespace(
-        config=SimpleNamespace(context=30, patches=16, latent=(4, 8, 8), layers=2, width=8), words=SimpleNamespace(weight=weight),
-        head=SimpleNamespace(weight=weight)))
+    config = SimpleNamespace(context=30, patches=16, latent=(4, 8, 8), layers=2, width=8)
+    model = SimpleNamespace(config=config, embedding=SimpleNamespace(weight=weight), head=SimpleNamespace(weight=weight))
+    return SimpleNamespace(tokenizer=data.Words(scenes.vocabulary()), vae=SimpleNamespace(f=4), model=model, kind="transfusion")
 
 
 def play(monkeypatch, items, draws, says):
     """Stand-ins: draws(text) -> picture; says(number of the picture) -> caption. Pictures carry their number."""
     monkeypatch.setattr(coco, "encode_pixels", lambda trained, pixels: pixels[:, 0, 0, 0])
     monkeypatch.setattr(sample, "draw", lambda trained, texts, seed, first=0, **_: np.stack([draws(text) for text in texts]))
-    monkeypatch.setattr(sample, "describe", lambda trained, numbers: [says(int(k)) for k in numbers])
+    monkeypatch.setattr(sample, "describe", lambda trained, numbers, **_: [says(int(k)) for k in numbers])
 
 
 def test_judge(monkeypatch, trained, folder, capsys):
@@ -201,7 +204,7 @@ def test_judge_is_the_same_in_any_pieces(monkeypatch, trained):
     whole = lambda work, part: [work(part, 0)]
     for pieces, divided in ((64, whole), (9, whole), (9, lambda work, part: [work(part[:20], 0), work(part[20:], 20)]), (1, whole)):
         monkeypatch.setattr(coco, "pictures_per_batch", lambda trained: pieces)
-        monkeypatch.setattr(coco.scale, "divided", divided)
+        monkeypatch.setattr(distributed, "split_work", divided)
         found.append(coco.judge(trained, items, features, seed=1))
         assert seen == [100003 + k for k in range(50) if k % 7 != 3]
         seen.clear()
@@ -260,14 +263,14 @@ def test_the_command_line(tmp_path, folder, capsys):
 
 def test_a_grey_vae_has_features(tmp_path):
     """Catches three channels given to a VAE of one."""
-    vae = coco.vae_module.VAE(coco.vae_module.VAEConfig(image_channels=1, channels=4, multipliers=(1, 1, 1), z=2))
-    coco.vae_module.save(tmp_path / "grey.pt", coco.vae_module.pack_vae(vae))
+    vae = VAE(VAEConfig(image_channels=1, channels=4, multipliers=(1, 1, 1), z=2))
+    checkpoint.save(tmp_path / "grey.pt", checkpoint.pack_vae(vae))
     assert coco.vae_features(tmp_path / "grey.pt", "cpu")(np.zeros((3, 32, 32, 3), np.uint8)).shape == (3, 2 * 8 * 8)
 
 
 def test_how_many_at_a_time(make_model):
     """Catches 64 rows of a 7B's keys and values: 275 GB."""
-    trained = lambda **shape: SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(**shape), words=torch.nn.Embedding(1, 1)))
+    trained = lambda **shape: SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(**shape), embedding=torch.nn.Embedding(1, 1)))
     assert coco.pictures_per_batch(trained(layers=4, width=128, patches=16)) == 64
     many = coco.pictures_per_batch(trained(layers=32, width=4096, patches=256))
     assert 1 <= many < 8 and many * 3 * 2 * 32 * 4096 * 356 * 4 <= 2 ** 32

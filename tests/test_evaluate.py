@@ -19,52 +19,55 @@ import vae as vae_module
 from data import BOI
 from diffusion import Diffusion
 from metrics import digits
-from metrics import drawing
-from metrics import gap
 from metrics import scenes as scene_metrics
-from sources import mnist
-from sources import pairs
-from sources import scenes
+from metrics.gap import conditioning_gap
+from sources import mnist, scenes
+from sources.pairs import Pairs
 from support import checkpoint
 from support.common import UserError
 
 P = 16                                                  # fewer patches than words, and there would be no text alone
+WORLD = scenes.World(scenes.WORLDS["one"])
 MNIST = Path(__file__).resolve().parents[2] / "shared/data/mnist"
 
 
 @pytest.fixture(scope="module")
 def documents():
     """Documents about one object, with one pair or two: small enough to list them all."""
-    world, rng = scenes.World(scenes.WORLDS["one"]), np.random.default_rng(0)
-    captions = [world.caption(rng)[0] for _ in range(500)]
-    return data.Documents(pairs.Pairs("scenes", captions, np.zeros((500, 1, 1, 3), np.uint8), world), patches=P, context=44)
+    rng = np.random.default_rng(0)
+    captions = [WORLD.caption(rng)[0] for _ in range(500)]
+    pixels = np.zeros((500, 1, 1, 3), np.uint8)
+    pairs = Pairs("scenes", captions, pixels, texts=scenes.deductions(), words=scenes.vocabulary())
+    return data.Documents(pairs, patches=P, context=44)
 
 
 def stub(answer, documents, **more):
-    """A Kit whose model is a plain function of (tokens, image_id, doc_id, learn, xt, t)."""
+    """A Trained whose model is a plain function of (tokens, image_id, doc_id, has_loss, xt, t)."""
     answer.config = SimpleNamespace(patches=P, context=128, latent=(1, 2, 2))
-    return SimpleNamespace(model=answer, words=data.Words(documents.pairs.vocabulary()), vae=None, diffusion=Diffusion(), **more)
+    tokenizer = data.Words(documents.pairs.vocabulary())
+    return SimpleNamespace(model=answer, tokenizer=tokenizer, vae=None, diffusion=Diffusion(), **more)
 
 
 class Oracle:
     """A model that has read every document of the language: the exact distribution of the next token after any beginning."""
 
     def __init__(self, documents):
-        world, words = documents.pairs.world, data.Words(documents.pairs.vocabulary())
-        texts = [text for category in world.categories for text, _ in scenes.captions(category)]
-        image, self.V, self.counts, self.told = ("image", 0, 1000), len(words), {}, []
+        tokenizer = data.Words(documents.pairs.vocabulary())
+        texts = [text for category in WORLD.categories for text, _ in scenes.captions(category)]
+        image, self.V, self.counts, self.levels = ("image", 0, 1000), len(tokenizer), {}, []
         every = [[scenes.deduction_text(claim.objects, rel)] for _, claim in scenes.captions("color_attr") for rel in scenes.RELATIONS]
         assert documents.most == 2
         every += [[a, image] for a in texts] + [[a, image, b, image] for a in texts for b in texts]
         for document in every:
-            tokens, p = data.lay_out(document, words, P).tokens, np.exp(documents.log_prob(document))
+            tokens = data.lay_out(document, tokenizer, P).tokens
+            p = np.exp(scene_metrics.log_prob(documents, WORLD, document))
             for k in range(1, len(tokens)):
                 after = self.counts.setdefault(tuple(tokens[:k]), {})
                 after[tokens[k]] = after.get(tokens[k], 0.0) + p
         self.counts[(data.BOS,)][BOI] = (1 - documents.text_share) * 0.2        # or a picture comes first
 
     def __call__(self, tokens, image_id, doc_id, has_loss, xt, t):
-        self.told.append(t)
+        self.levels.append(t)
         rows = []
         for b, q in has_loss.nonzero().tolist():
             start = (doc_id[b] == doc_id[b, q]).nonzero()[0].item()
@@ -77,23 +80,23 @@ class Oracle:
 
 @pytest.fixture(scope="module")
 def oracle(documents):
-    """A Kit with the Oracle."""
+    """A Trained with the Oracle."""
     return stub(Oracle(documents), documents)
 
 
 # ------------------------------------------------------------------------------------------------------------------- text
 def test_a_perfect_model_has_no_excess(documents, oracle):
     """Catches a wrong floor, a lost or doubled word, or log-probabilities of other documents than those the model read."""
-    excess, entropy = scene_metrics.excess_nats(oracle, documents, n=150, seed=1)
+    excess, entropy = scene_metrics.excess_nats(oracle, documents, WORLD, n=150, seed=1)
     assert excess == pytest.approx(0, abs=1e-4)
     assert 0.1 < entropy < 2
-    assert all((t == 1000).all() for t in oracle.model.told)            # pictures are pure noise: no word depends on them
+    assert all((t == 1000).all() for t in oracle.model.levels)          # pictures are pure noise: no word depends on them
 
 
 def test_an_ignorant_model_has_the_excess_of_a_uniform_one(documents):
     """Catches an excess per document, or per position, where nats per word are meant."""
     trained = stub(lambda tokens, image_id, doc_id, has_loss, xt, t: (torch.zeros(int(has_loss.sum()), len(trained.tokenizer)), None), documents)
-    excess, entropy = scene_metrics.excess_nats(trained, documents, n=150, seed=1)
+    excess, entropy = scene_metrics.excess_nats(trained, documents, WORLD, n=150, seed=1)
     assert excess == pytest.approx(np.log(len(trained.tokenizer)) - entropy, abs=1e-4) and excess > 1
 
 
@@ -130,7 +133,7 @@ def reader(diffusion, obeys):
     """A model that predicts the noise exactly if the picture is `code` of its caption; or that never looks at its caption."""
     def answer(tokens, image_id, doc_id, has_loss, xt, t):
         x0 = torch.zeros_like(xt)
-        answer.told.append(t)
+        answer.levels.append(t)
         for m in range(len(xt)):
             b, q = (image_id == m).nonzero()[0].tolist()
             start = (doc_id[b] == doc_id[b, q]).nonzero()[0].item()
@@ -139,7 +142,7 @@ def reader(diffusion, obeys):
                 x0[m] = code(answer.read[-1])
         a, s = diffusion.at(t, xt)
         return None, (xt - a * x0) / s
-    answer.read, answer.told, answer.config = [], [], SimpleNamespace(patches=P, context=64)
+    answer.read, answer.levels, answer.config = [], [], SimpleNamespace(patches=P, context=64)
     return answer
 
 
@@ -147,16 +150,16 @@ def test_a_model_that_ignores_its_caption_has_no_gap():
     """PAPER §4.12: catches a gap that comes from other noise or another t, not from the caption."""
     captions = TEXTS[:12]
     latents = torch.stack([code(text) for text in captions])
-    assert gap.conditioning_gap(reader(Diffusion(), False), WORDS, Diffusion(), captions, latents) == 0.0
+    assert conditioning_gap(reader(Diffusion(), False), WORDS, Diffusion(), captions, latents) == 0.0
 
 
 def test_a_model_that_obeys_its_caption_has_a_gap():
     """PAPER §4.12: catches the sign turned around, and another picture's latent, noise or t (packing changes the order)."""
-    world, rng = scenes.World(("single_object", "colors")), np.random.default_rng(0)
-    captions = [world.caption(rng)[0] for _ in range(12)]
+    rng = np.random.default_rng(0)
+    captions = [WORLD.caption(rng)[0] for _ in range(12)]
     model, diffusion = reader(Diffusion(), True), Diffusion()
-    gap = gap.conditioning_gap(model, WORDS, diffusion, captions, torch.stack([code(text) for text in captions]))
-    right, other = (dict(zip(t.tolist(), texts)) for t, texts in zip(model.told, (model.read[:12], model.read[12:])))
+    gap = conditioning_gap(model, WORDS, diffusion, captions, torch.stack([code(text) for text in captions]))
+    right, other = (dict(zip(t.tolist(), texts)) for t, texts in zip(model.levels, (model.read[:12], model.read[12:])))
     assert sorted(right.values()) == sorted(captions) and right.keys() == other.keys()
     assert len(right) == 12 and min(right) <= 100 and max(right) > 900  # every noise level alike
     by_hand = [(diffusion.a[t] / diffusion.s[t]) ** 2 * (code(right[t]) - code(other[t])).square().mean() for t in right]
@@ -167,11 +170,11 @@ def test_the_wrong_caption_is_wrong():
     """Catches a "wrong" caption that says the same as the right one: every such picture pulls the gap towards 0."""
     captions = [TEXTS[k] for k in (0, 0, 1, 1, 1, 2, 0)]                # the same strings again, as World.caption returns them
     model = reader(Diffusion(), True)
-    gap.conditioning_gap(model, WORDS, Diffusion(), captions, torch.stack([code(text) for text in captions]))
+    conditioning_gap(model, WORDS, Diffusion(), captions, torch.stack([code(text) for text in captions]))
     right, other = model.read[:7], model.read[7:]
     assert all(a != b for a, b in zip(right, other))
     alike = [TEXTS[0]] * 3, torch.stack([code(TEXTS[0])] * 3)           # where all captions are the same, there is no other
-    assert gap.conditioning_gap(model, WORDS, Diffusion(), *alike) == pytest.approx(0, abs=1e-6)
+    assert conditioning_gap(model, WORDS, Diffusion(), *alike) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_gap_of_a_real_model_without_attention_to_words(monkeypatch, make_model):
@@ -180,7 +183,7 @@ def test_the_gap_of_a_real_model_without_attention_to_words(monkeypatch, make_mo
     network, diffusion, captions = make_model("linear", vocabulary=len(WORDS)), Diffusion(), TEXTS[:10]
     side = network.config.patches                       # a picture's patches, side by side
     latents = torch.randn(10, *network.config.latent)
-    assert abs(gap.conditioning_gap(network, WORDS, diffusion, captions, latents)) > 1e-4
+    assert abs(conditioning_gap(network, WORDS, diffusion, captions, latents)) > 1e-4
     dense = model_module.dense_mask
 
     def pictures_only(lo, hi, keys=None):
@@ -189,7 +192,7 @@ def test_the_gap_of_a_real_model_without_attention_to_words(monkeypatch, make_mo
         last[:, 1:] = (hi[:, 1:] == torch.arange(1, hi.shape[1])) & (hi[:, :-1] > torch.arange(hi.shape[1] - 1))
         return dense(torch.where(last, hi - side + 1, first), hi, keys)
     monkeypatch.setattr(model_module, "dense_mask", pictures_only)
-    assert abs(gap.conditioning_gap(network, WORDS, diffusion, captions, latents)) < 1e-5
+    assert abs(conditioning_gap(network, WORDS, diffusion, captions, latents)) < 1e-5
 
 
 # --------------------------------------------------------------------------------------------------------------- GenEval
@@ -206,7 +209,7 @@ def artist(seed=0, confuse=False):
 @pytest.mark.parametrize("held_out", [False, True])
 def test_geneval_of_a_perfect_artist(monkeypatch, held_out):
     """Catches a judge that fails true pictures, asks for seen pairs where unseen ones are meant, or counts badly."""
-    monkeypatch.setattr(drawing, "draw", artist())
+    monkeypatch.setattr(scene_metrics, "draw", artist())
     table, shown = scene_metrics.geneval(None, scenes.WORLDS["six"], n=9, held_out=held_out)
     named = [c for c in scenes.WORLDS["six"] if scenes.captions(c, held_out)]
     assert list(table) == named and table == {c: {"rule": 1.0, "exact": 1.0, "n": 9} for c in named}
@@ -218,7 +221,7 @@ def test_geneval_of_a_perfect_artist(monkeypatch, held_out):
 
 def test_geneval_of_a_confused_artist(monkeypatch):
     """Catches a judge that looks at the pictures and not at the captions."""
-    monkeypatch.setattr(drawing, "draw", artist(confuse=True))
+    monkeypatch.setattr(scene_metrics, "draw", artist(confuse=True))
     table, shown = scene_metrics.geneval(None, scenes.CATEGORIES, n=12)
     assert np.mean([row["exact"] for row in table.values()]) < 0.15
     assert all(row["exact"] <= row["rule"] for row in table.values())
@@ -236,14 +239,14 @@ def test_geneval_of_a_careless_artist(monkeypatch):
             free = [(x, y) for x in (8, 24) for y in (8, 24) if all(abs(t.x - x) + abs(t.y - y) > 10 for t in things)]
             pictures.append(scenes.render([*things, scenes.Thing("white", "cross", *free[0], 5)]))
         return np.stack(pictures)
-    monkeypatch.setattr(drawing, "draw", draw)
+    monkeypatch.setattr(scene_metrics, "draw", draw)
     table, _ = scene_metrics.geneval(None, ("single_object", "colors"), n=10)
     assert all(row["rule"] == 1.0 and row["exact"] == 0.0 for row in table.values())
 
 
 def test_geneval_asks_every_caption_in_turn(monkeypatch):
     """Catches prompts drawn with repetition: a model that knows half of them would score by luck."""
-    monkeypatch.setattr(drawing, "draw", artist())
+    monkeypatch.setattr(scene_metrics, "draw", artist())
     _, shown = scene_metrics.geneval(None, ("single_object", "counting"), n=12)
     texts = [text for text, *_ in shown]
     assert {texts.count(text) for text, _ in scenes.captions("single_object")} == {3}
@@ -252,12 +255,12 @@ def test_geneval_asks_every_caption_in_turn(monkeypatch):
 
 def test_captions_are_judged_by_the_picture(monkeypatch):
     """Catches captions compared with a text where truth is meant, nonsense that passes, and other pictures than those shown."""
-    monkeypatch.setattr(evaluate, "encode_pixels", lambda trained, pixels: pixels)
+    monkeypatch.setattr(scene_metrics, "encode_pixels", lambda trained, pixels: pixels)
     says = {"true": lambda t: f"a {t.colour} {t.shape}", "vague": lambda t: f"a {t.shape}", "nonsense": lambda t: f"a {t.colour}",
             "false": lambda t: f"a {t.colour} {scenes.SHAPES[scenes.SHAPES.index(t.shape) - 1]}"}
     scores = {}
     for name, say in says.items():
-        monkeypatch.setattr(drawing, "describe", lambda trained, pixels, say=say: [say(scenes.parse(p)[0]) for p in pixels])
+        monkeypatch.setattr(scene_metrics, "describe", lambda trained, pixels, say=say: [say(scenes.parse(p)[0]) for p in pixels])
         scores[name], rows = scene_metrics.captioning(None, ("colors",), n=20)
         assert len(rows) == 20 and np.mean([true for *_, true in rows]) == scores[name]
     assert scores == {"true": 1.0, "vague": 1.0, "nonsense": 0.0, "false": 0.0}
@@ -271,7 +274,7 @@ def test_the_gap_of_edits(make_model):
     texts, latents, before = TEXTS[:10], torch.randn(10, *network.config.latent), torch.randn(10, *network.config.latent)
     read, real = [], type(network).forward
     network.forward = lambda tokens, image_id, *a: read.append((tokens, image_id, *a)) or real(network, tokens, image_id, *a)
-    gap = gap.conditioning_gap(network, WORDS, diffusion, texts, latents, before)
+    gap = conditioning_gap(network, WORDS, diffusion, texts, latents, before)
     assert abs(gap) > 1e-4 and len(read) == 2
     for tokens, image_id, doc_id, has_loss, x, t in read:
         assert len(x) == 20 and sorted(t.tolist())[:10] == [0] * 10 and sorted(t.tolist())[10] > 0
@@ -284,7 +287,7 @@ def test_the_gap_of_edits(make_model):
             eps = (x[m + 1] - a * latents[k]) / s
             assert eps.abs().max() < 6 and abs(eps.std() - 1) < 0.5
     assert torch.equal(read[0][4], read[1][4]) and not torch.equal(read[0][0], read[1][0])
-    other = gap.conditioning_gap(network, WORDS, diffusion, texts, latents, before.roll(1, 0))
+    other = conditioning_gap(network, WORDS, diffusion, texts, latents, before.roll(1, 0))
     assert abs(gap - other) > 1e-5
 
 
@@ -305,35 +308,35 @@ def test_the_command_line_takes_the_models_size(tmp_path, monkeypatch, capsys, w
 
 # ----------------------------------------------------------------------------------------------------------------- MNIST
 @pytest.fixture(scope="module")
-def digits():
+def unseen():
     """1000 test digits, and the judge."""
     if not digits.CLASSIFIER.exists():
         pytest.skip(f"{digits.CLASSIFIER} is missing: python evaluate.py --data mnist --train-classifier makes it")
     if not MNIST.exists():
         pytest.skip(f"{MNIST} is not here: the real MNIST files were not given to this checkout")
     pairs = mnist.load_mnist(MNIST, "test")
-    return pairs.Pairs("mnist", pairs.captions[:1000], pairs.pixels[:1000], labels=pairs.labels[:1000])
+    return Pairs("mnist", pairs.captions[:1000], pairs.pixels[:1000], labels=pairs.labels[:1000])
 
 
-def test_the_judge_of_digits(digits):
+def test_the_judge_of_digits(unseen):
     """Catches a classifier saved badly, or fed another scale than it was trained on: then `digits` measures nothing."""
     net = digits.load_classifier()
-    assert (digits.classify(net, digits.pixels) == digits.labels).mean() > 0.98
-    assert (digits.classify(net, np.repeat(digits.pixels[:100], 3, -1)) == digits.labels[:100]).mean() > 0.97
+    assert (digits.classify(net, unseen.pixels) == unseen.labels).mean() > 0.98
+    assert (digits.classify(net, np.repeat(unseen.pixels[:100], 3, -1)) == unseen.labels[:100]).mean() > 0.97
 
 
-def test_digits_of_a_perfect_and_of_a_confused_artist(digits, monkeypatch):
+def test_digits_of_a_perfect_and_of_a_confused_artist(unseen, monkeypatch):
     """Catches a score that does not look at what was asked for, and captions compared with another picture's."""
-    by_name = {name: digits.pixels[digits.labels == k] for k, name in enumerate(mnist.DIGITS)}
-    known = {p.tobytes(): text for p, text in zip(digits.pixels, digits.captions)}
+    by_name = {name: unseen.pixels[unseen.labels == k] for k, name in enumerate(mnist.DIGITS)}
+    known = {p.tobytes(): text for p, text in zip(unseen.pixels, unseen.captions)}
 
     def draw(trained, prompts, guidance, seed, **drawing):  # unguided, the artist draws the digits in another order
         prompts = prompts if guidance != 1 else prompts[1:] + prompts[:1]
         return np.repeat(np.stack([by_name[p.split()[-1]][k] for k, p in enumerate(prompts)]), 3, -1)
-    monkeypatch.setattr(drawing, "draw", draw)
-    monkeypatch.setattr(evaluate, "encode_pixels", lambda trained, pixels: pixels)
-    monkeypatch.setattr(drawing, "describe", lambda trained, pixels: [known[p.tobytes()] for p in pixels])
-    found, shown = digits.digits(None, digits, n=40)
+    monkeypatch.setattr(digits, "draw", draw)
+    monkeypatch.setattr(digits, "encode_pixels", lambda trained, pixels: pixels)
+    monkeypatch.setattr(digits, "describe", lambda trained, pixels: [known[p.tobytes()] for p in pixels])
+    found, shown = digits.digits(None, unseen, n=40)
     assert found["guided"] > 0.9 and found["unguided"] < 0.1 and found["captions"] == 1.0 and found["classifier"] > 0.98
     assert [text for text, *_ in shown[:3]] == ["the digit zero", "the digit one", "the digit two"]
 
@@ -343,7 +346,7 @@ def test_train_a_judge(tmp_path, capsys):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 300)
     pixels = (rng.integers(0, 60, (300, 32, 32, 1)) + 190 * labels[:, None, None, None]).astype(np.uint8)
-    pairs = pairs.Pairs("mnist", ["the digit zero"] * 300, pixels, labels=labels)
+    pairs = Pairs("mnist", ["the digit zero"] * 300, pixels, labels=labels)
     digits.train_classifier(pairs, pairs, tmp_path / "judge.pt", epochs=6)
     assert (digits.classify(digits.load_classifier(tmp_path / "judge.pt"), pixels) == labels).mean() > 0.95
     assert "judge.pt" in capsys.readouterr().out

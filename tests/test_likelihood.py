@@ -27,7 +27,7 @@ HOME = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def trained(make_model):
     """A random model whose context is 20 tokens."""
-    return SimpleNamespace(model=make_model(context=20).requires_grad_(False), words=WORDS)
+    return SimpleNamespace(model=make_model(context=20).requires_grad_(False), tokenizer=WORDS)
 
 
 def some_requests(n, longest, seed=0):
@@ -129,7 +129,7 @@ def test_split_is_lm_evaluation_harness():
 def test_ranked(trained, monkeypatch):
     """Catches answers ranked across questions, the lowest taken, or the sum and the mean per character given for one another."""
     scores = {" a": -1.0, " b": -2.0, " a a a": -2.4, " c": -0.5, " d d": -1.4}
-    monkeypatch.setattr(likelihood, "split", lambda words, context, answer: (context, answer))
+    monkeypatch.setattr(likelihood, "split", lambda tokenizer, context, answer: (context, answer))
     monkeypatch.setattr(likelihood, "log_likelihood", lambda model, requests, progress: [(scores[a], False) for _, a in requests])
     questions = [("x", ["a", "b"], 0), ("y", ["b", "a a a", "a"], 2), ("z", ["c", "d d"], 1)]
     # sums: a; a; c (wrong). Per character: a; "a a a" (-0.48 against -2 and -1: wrong); "d d" (-0.47 against -0.5)
@@ -154,7 +154,7 @@ def test_ours_is_lm_evaluation_harness(trained, tmp_path):
     pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
     g = torch.Generator().manual_seed(1)
-    text = lambda n: " ".join(WORDS.words[7 + int(k)] for k in torch.randint(9, (int(torch.randint(1, n, (1,), generator=g)),), generator=g))
+    text = lambda n: " ".join(WORDS.vocabulary[7 + int(k)] for k in torch.randint(9, (int(torch.randint(1, n, (1,), generator=g)),), generator=g))
     rows = [{"context": text(8), "choices": [text(5) for _ in range(4)], "answer": int(torch.randint(4, (1,), generator=g))} for _ in range(30)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "ours.yaml").write_text(
@@ -174,7 +174,7 @@ def test_ours_is_lm_evaluation_harness(trained, tmp_path):
 
 def test_two_processes_are_one(tmp_path):
     """The command line, alone and on two ranks. Catches requests that only one of them answers, or in another order."""
-    line = ["likelihood.py", "choices", "scenes", "--limit", "9", "--json"]
+    line = ["-m", "metrics.likelihood", "choices", "scenes", "--limit", "9", "--json"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *line, tmp_path / "one.json"], cwd=HOME, env=env, check=True, timeout=300)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *line, tmp_path / "two.json"],

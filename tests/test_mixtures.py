@@ -45,17 +45,17 @@ def test_mixtures(monkeypatch, trained, forgets, always):
     """With stand-ins: an artist who draws the last caption, or (forgets) the first one; a writer who knows where BOI stands,
     or puts it everywhere, or nowhere. Catches the numbers of one part given for another's, and pictures judged by the
     caption beside theirs."""
-    rng, words = np.random.default_rng(2), data.Words(scenes.vocabulary())
+    rng, tokenizer = np.random.default_rng(2), data.Words(scenes.vocabulary())
     follow = mixtures.next_words(scenes.all_claims())
 
     def answer(tokens, image_id, doc_id, has_loss, xt, t):
         assert (t == 0).all() and len(xt) == len(t)     # finished pictures stand between the words
         rows = []
         for b, q in has_loss.nonzero().tolist():
-            so_far = tuple(words.vocabulary[k] for k in tokens[b, 1: q + 1].tolist())
+            so_far = tuple(tokenizer.vocabulary[k] for k in tokens[b, 1: q + 1].tolist())
             after = follow.get(so_far, {"<boi>"})       # a deduction may follow a pair of colour and shape, a BOI as well
             boi = after == {"<boi>"} if always is None else always
-            rows.append(torch.nn.functional.one_hot(torch.tensor(BOI if boi else words.ids["a"]), len(words)).float())
+            rows.append(torch.nn.functional.one_hot(torch.tensor(BOI if boi else tokenizer.ids["a"]), len(tokenizer)).float())
         return torch.stack(rows), None
 
     def generate(trained, prompts, draw_now=False, **options):
@@ -69,7 +69,7 @@ def test_mixtures(monkeypatch, trained, forgets, always):
         return [[*prompt, x] for prompt, x in zip(prompts, mixtures.encode_pixels(trained, np.stack(drawn)))]
     answer.config = SimpleNamespace(patches=P, context=128)
     monkeypatch.setattr(mixtures, "generate", generate)
-    found = mixtures.mixing(SimpleNamespace(vae=trained.vae, model=answer, words=words), n=40)
+    found = mixtures.mixing(SimpleNamespace(vae=trained.vae, model=answer, tokenizer=tokenizer), n=40)
     assert found["single"] == 1 and (found["second"] < 0.5 if forgets else found["second"] == 1)
     assert found["well_formed"] == 0.75 and found["sampled"] == 0.5 and found["batch"] > 8
     assert found["boi"] == 1 if always is None else 0.05 < found["boi"] < 0.95
