@@ -2,6 +2,7 @@
 common.py: what every room needs: the user's mistakes, the device, reading pictures and lines
 """
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -49,6 +50,20 @@ def run_command(main, argv=None):
     except (ValueError, OSError) as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
+
+
+def check_writable(path):
+    """Raise UserError if no file can be written at this path. Called before the work whose result
+    goes there: found out afterwards, the result would be lost."""
+    place = Path(path)
+    if str(path) == "" or place.is_dir():
+        raise UserError(f"cannot write {str(path)!r}: name a file, not a folder")
+    if not place.parent.is_dir():
+        raise UserError(f"cannot write {path}: its folder does not exist")
+    if place.exists() and not place.is_file():          # /dev/full, a pipe
+        raise UserError(f"cannot write {path}: it is not an ordinary file")
+    if not os.access(place if place.exists() else place.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: you have no permission to")
 
 
 def pick_device():
