@@ -56,7 +56,7 @@ def check_writable(path):
     """Raise UserError if no file can be written at this path. Called before the work whose result
     goes there: found out afterwards, the result would be lost."""
     place = Path(path)
-    if str(path) == "" or place.is_dir():
+    if place.is_dir():                                  # "" is the folder we are in
         raise UserError(f"cannot write {str(path)!r}: name a file, not a folder")
     if not place.parent.is_dir():
         raise UserError(f"cannot write {path}: its folder does not exist")
