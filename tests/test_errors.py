@@ -2,7 +2,7 @@
 test_errors.py: the user's mistakes                                                                      (every command line)
 
 One sentence on stderr that says what was wrong, exit status 2, no traceback, and nothing written or damaged. Most tests call
-main() in this process, through data.run_command as the command line does; a few start a real one.
+main() in this process, through support.common.run_command as the command line does; a few start a real one.
 """
 import json
 import os
@@ -31,8 +31,8 @@ from support import checkpoint
 from support.common import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-MAINS = {"sample.py": sample.main, "train.py": train.main, "evaluate.py": evaluate.main, "train_vae.py": vae_training.main,
-         "likelihood.py": likelihood.main, "coco.py": coco.main}
+MAINS = {"sample.py": sample.main, "train.py": train.main, "evaluate.py": evaluate.main,
+         "autoencoder.train": vae_training.main, "metrics.likelihood": likelihood.main, "metrics.coco": coco.main}
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +150,7 @@ def test_checkpoints(capsys, monkeypatch, tmp_path, shelf, program, first, name)
     mistake(capsys, monkeypatch, tmp_path, program, [*first, "--checkpoint", shelf / name], name)
 
 
-# ------------------------------------------------------------------------------------------------ train.py, vae.py, evaluate.py
+# ------------------------------------------------------------------------------------------------------ train.py
 SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", "--patch", "4", "--out", "run", "--seq-len", "96"]
 
 
@@ -181,6 +181,7 @@ SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", 
     (["--vae", "WIDER_VAE"], ["wider_vae.pt", "another version"]),
     (["--data", "mnist", "--data-dir", "absent"], ["absent", "--data-dir"]),
     (["--data", "folder"], ["--data-dir"]),
+    (["--data", "photos"], ["--data", "photos", "scenes"]),
     (["--data", "folder", "--data-dir", "absent"], ["captions.jsonl"]),
     (["--data", "edits", "--data-dir", "absent"], ["edits.jsonl"]),
     (["--preset", "edit", "--init", "absent.pt"], ["absent.pt"]),
@@ -218,11 +219,11 @@ def test_captions_file(capsys, monkeypatch, tmp_path, shelf, last, words):
 def test_too_few_pictures(capsys, monkeypatch, tmp_path, shelf):
     """Catches a data set without a test split that is found out after the VAE has been trained."""
     folder_of_pictures(tmp_path, n=3)
-    monkeypatch.setattr(train, "train_vae", lambda *a, **k: pytest.fail("trained a VAE first"))
+    monkeypatch.setattr("scale.run.train_vae", lambda *a, **k: pytest.fail("trained a VAE first"))
     mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--data", "folder", "--data-dir", tmp_path], "at least ten")
 
 
-@pytest.mark.parametrize("program", ["train.py", "train_vae.py"])
+@pytest.mark.parametrize("program", ["train.py", "autoencoder.train"])
 def test_out_is_a_file(capsys, monkeypatch, tmp_path, shelf, program):
     """Catches a run that fails at its end because it cannot write, and a file of the user's that is overwritten."""
     (tmp_path / "run").write_text("precious")
@@ -235,7 +236,7 @@ def test_out_is_a_file(capsys, monkeypatch, tmp_path, shelf, program):
 def test_out_below_a_file(capsys, monkeypatch, tmp_path, shelf):
     """Catches a folder that cannot be made, which is found out after the VAE has been trained."""
     folder_of_pictures(tmp_path)
-    monkeypatch.setattr(train, "train_vae", lambda *a, **k: pytest.fail("trained a VAE first"))
+    monkeypatch.setattr("scale.run.train_vae", lambda *a, **k: pytest.fail("trained a VAE first"))
     mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--data", "folder", "--data-dir", tmp_path, "--out", "0.png/run"], "0.png/run")
 
 
@@ -259,11 +260,11 @@ def test_resume_with_a_changed_option(capsys, monkeypatch, tmp_path, shelf):
 
 
 @pytest.mark.parametrize("program, arguments, words", [
-    ("train_vae.py", ["--steps", "0", "--out", "run"], ["--steps"]),
-    ("train_vae.py", ["--image-size", "33", "--steps", "2", "--out", "run"], ["divisible by 4"]),
-    ("train_vae.py", ["--image-size", "16", "--steps", "2", "--out", "run"], ["at least 20 pixels"]),
-    ("train_vae.py", ["--data", "folder", "--data-dir", "absent", "--out", "run"], ["captions.jsonl"]),
-    ("train_vae.py", ["--kl-weight", "-1", "--steps", "2", "--out", "run"], ["--kl-weight"]),
+    ("autoencoder.train", ["--steps", "0", "--out", "run"], ["--steps"]),
+    ("autoencoder.train", ["--image-size", "33", "--steps", "2", "--out", "run"], ["divisible by 4"]),
+    ("autoencoder.train", ["--image-size", "16", "--steps", "2", "--out", "run"], ["at least 20 pixels"]),
+    ("autoencoder.train", ["--data", "folder", "--data-dir", "absent", "--out", "run"], ["captions.jsonl"]),
+    ("autoencoder.train", ["--kl-weight", "-1", "--steps", "2", "--out", "run"], ["--kl-weight"]),
     ("evaluate.py", ["--n", "0"], ["--n"]),
     ("evaluate.py", ["--guidance", "-1"], ["--guidance"]),
     ("evaluate.py", ["--sampler", "euler"], ["euler", "ddpm"]),
@@ -282,22 +283,22 @@ def test_vae_and_evaluate(capsys, monkeypatch, tmp_path, shelf, program, argumen
 
 
 @pytest.mark.parametrize("program, arguments, words", [
-    ("likelihood.py", ["perplexity"], ["say what to read", "perplexity a.jsonl"]),
-    ("likelihood.py", ["perplexity", "absent.txt"], ["absent.txt", ".jsonl"]),
-    ("likelihood.py", ["perplexity", "SHELF/words.txt"], ["'purple'"]),
-    ("likelihood.py", ["choices", "a.jsonl", "b.jsonl"], ["choices questions.jsonl"]),
-    ("likelihood.py", ["choices", "absent.jsonl"], ["absent.jsonl", '"answer"']),
-    ("likelihood.py", ["choices", "scenes", "--limit", "0"], ["--limit"]),
-    ("likelihood.py", ["choices", "scenes", "--json", "nowhere/numbers.json"], ["nowhere"]),
-    ("likelihood.py", ["suite"], ["pip install lm-eval"]),
-    ("coco.py", ["absent"], ["absent/captions.jsonl"]),
-    ("coco.py", ["SHELF/good.png"], ["good.png/captions.jsonl"]),
-    ("coco.py", ["absent.jsonl"], ["absent.jsonl", "GenEval"]),
-    ("coco.py", ["scenes", "--limit", "3"], ["--limit"]),
-    ("coco.py", ["metadata.jsonl", "--clip", "clip"], ["its own script", "--clip"]),
-    ("coco.py", ["scenes", "--limit", "8", "--sampler", "euler"], ["euler", "ddpm"]),
-    ("coco.py", ["scenes", "--limit", "8", "--inception", "SHELF/text.pt"], ["text.pt", "inception-2015-12-05.pt"]),
-    ("coco.py", ["scenes", "--limit", "8", "--vae", "SHELF/text.pt"], ["text.pt"]),
+    ("metrics.likelihood", ["perplexity"], ["say what to read", "perplexity a.jsonl"]),
+    ("metrics.likelihood", ["perplexity", "absent.txt"], ["absent.txt", ".jsonl"]),
+    ("metrics.likelihood", ["perplexity", "SHELF/words.txt"], ["'purple'"]),
+    ("metrics.likelihood", ["choices", "a.jsonl", "b.jsonl"], ["choices questions.jsonl"]),
+    ("metrics.likelihood", ["choices", "absent.jsonl"], ["absent.jsonl", '"answer"']),
+    ("metrics.likelihood", ["choices", "scenes", "--limit", "0"], ["--limit"]),
+    ("metrics.likelihood", ["choices", "scenes", "--json", "nowhere/numbers.json"], ["nowhere"]),
+    ("metrics.likelihood", ["suite"], ["pip install lm-eval"]),
+    ("metrics.coco", ["absent"], ["absent/captions.jsonl"]),
+    ("metrics.coco", ["SHELF/good.png"], ["good.png/captions.jsonl"]),
+    ("metrics.coco", ["absent.jsonl"], ["absent.jsonl", "GenEval"]),
+    ("metrics.coco", ["scenes", "--limit", "3"], ["--limit"]),
+    ("metrics.coco", ["metadata.jsonl", "--clip", "clip"], ["its own script", "--clip"]),
+    ("metrics.coco", ["scenes", "--limit", "8", "--sampler", "euler"], ["euler", "ddpm"]),
+    ("metrics.coco", ["scenes", "--limit", "8", "--inception", "SHELF/text.pt"], ["text.pt", "inception-2015-12-05.pt"]),
+    ("metrics.coco", ["scenes", "--limit", "8", "--vae", "SHELF/text.pt"], ["text.pt"]),
 ], ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else v)
 def test_yardsticks(capsys, monkeypatch, tmp_path, shelf, program, arguments, words):
     """Catches a traceback, and a mistake that is found out after an hour of drawing."""
@@ -313,11 +314,13 @@ def test_yardsticks(capsys, monkeypatch, tmp_path, shelf, program, arguments, wo
     ("sample.py", ["a purple circle", "--checkpoint", "MODEL"], ["'purple'"]),
     ("train.py", ["--steps", "0"], ["--steps"]),
     ("evaluate.py", ["--checkpoint", "absent.pt"], ["absent.pt"]),
-    ("train_vae.py", ["--data", "folder"], ["--data-dir"])], ids=lambda v: v if isinstance(v, str) else "")
+    ("autoencoder.train", ["--data", "folder"], ["--data-dir"])], ids=lambda v: v if isinstance(v, str) else "")
 def test_real_command_lines(tmp_path, shelf, program, arguments, words):
     """Catches a program that is not run through `run_command`, or needs to be started in its own folder."""
     arguments = [str(shelf / "model.pt") if a == "MODEL" else a for a in arguments]
-    done = subprocess.run([sys.executable, str(ROOT / program), *arguments], cwd=tmp_path, capture_output=True, text=True)
+    command = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
+    done = subprocess.run([sys.executable, *command, *arguments], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
     check_sentence(done.returncode, done.stdout, done.stderr, *words)
     assert list(tmp_path.iterdir()) == []
 
