@@ -21,7 +21,6 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-from sources import pairs
 from sources import scenes
 from support.common import UserError, open_picture
 
@@ -124,7 +123,7 @@ def collect_words(named, args):
     found = set()
     for kind, source in ((kind, source) for kind in named for source in named[kind]):
         if source == "scenes":                          # the whole language, so that all worlds share one vocabulary
-            found |= pairs.Pairs("scenes", [], None, scenes.World(scenes.WORLDS[args.world])).vocabulary()
+            found |= scenes.vocabulary()
             continue
         for _, read in tqdm(items_of(kind, source, args), desc=f"collecting the words of {source}", leave=False):
             try:

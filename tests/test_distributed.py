@@ -1,5 +1,5 @@
 """
-test_scale.py: two processes are one process                                    (scale.py; DESIGN 6; PAPER §4.10)
+test_distributed.py: two processes are one process                      (scale/distributed.py; docs/PAPER.md §4.10)
 
 One start of two gloo processes (`work`, at the end) trains, is interrupted, resumes and draws, another of four trains; this
 process does the same alone and compares. Micro-batches are made as unequal as can be: each has another number of documents, one has no picture.
@@ -24,6 +24,7 @@ import train
 import vae as vae_module
 from metrics import drawing
 from scale import distributed
+from sources.feed import Feed
 from support import checkpoint
 from support.checkpoint import load_trained
 from support.common import ASSETS, UserError
@@ -38,18 +39,20 @@ MANY = {"unet": ["--shard", "1", "--checkpointing"]}                    # how, b
 @contextlib.contextmanager
 def tiny_and_uneven():
     """A tiny "toy", and micro-batches of 1, 3, 5 documents and one of words alone."""
-    real = train.draw_batch
+    real = Feed.batch
 
-    def draw_batch(run, step, micro):
-        run.config.documents, run.documents.text_share, share = 1 + 2 * (micro % 3), run.documents.text_share, run.documents.text_share
-        run.documents.text_share = 1.0 if micro == 3 else share
+    def uneven(feed, seed, step, micro):
+        share = feed.documents.text_share
+        feed.rows = 1 + 2 * (micro % 3)
+        if micro == 3:
+            feed.documents.text_share = 1.0
         try:
-            return real(run, step, micro)
+            return real(feed, seed, step, micro)
         finally:
-            run.config.documents, run.documents.text_share = 6, share
+            feed.documents.text_share = share
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.SIZES, "toy", (2, 32, 2))
-        patch.setattr(train, "draw_batch", draw_batch)
+        patch.setattr(Feed, "batch", uneven)
         yield patch
 
 
@@ -239,7 +242,7 @@ def test_out_of_memory(folder, tmp_path, monkeypatch, memory_error):
         with pytest.raises(UserError) as mistake:
             train.main(command(folder, "large", "--checkpointing"))
         assert "--checkpointing" not in str(mistake.value)
-        for name, what in (("spread", "first weights"), ("whole", "whole copy")):       # where else memory may end
+        for name, what in (("shard_model", "first weights"), ("gather_model", "whole copy")):       # where else memory may end
             with monkeypatch.context() as patch:
                 patch.setattr(train, "train_step", real)
                 patch.setattr(distributed, name, lambda *_, **__: memory_error())
@@ -286,7 +289,7 @@ def work(folder):
     pictures, said = drawing.draw(trained, CAPTIONS, steps=3), drawing.describe(trained, latents)
     if distributed.rank() == 0:
         np.savez(folder / "pictures.npz", pictures=pictures, latents=latents.numpy(), said=np.array(said))
-    distributed.split_work(lambda part, first: part, [0] * distributed.size())     # a message just before the end: see scale.stop
+    distributed.split_work(lambda part, first: part, [0] * distributed.size())     # a message just before the end: see distributed.stop
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import on_gpu
 import train
+from config import parse_arguments
 from model import Block, ModelConfig, PAPER_SIZES, Transfusion, count, paper_model, rope_tables, sized
 from scale import plan
 from support.common import UserError
-import on_gpu
 
 
 def total(lines):
@@ -33,7 +34,7 @@ def seven():
 
 
 def run_once(model, batch):
-    """One forward and backward pass of random rows: tokens, image_id, doc_id, learn, xt, t."""
+    """One forward and backward pass of random rows: tokens, image_id, doc_id, has_loss, xt, t."""
     logits, out = model(*batch)
     (logits.sum() + out.sum()).backward()
 
@@ -119,7 +120,7 @@ def test_activations_are_those_that_autograd_keeps():
 def test_encoders_activations_are_those_that_autograd_keeps():
     """The count on the meta device is not what a real picture needs."""
     config = ModelConfig(vocabulary=9, latent=(4, 16, 16), encoder="unet", context=128)
-    net, xt, t = Transfusion(config).pictures.bfloat16(), torch.randn(1, 4, 16, 16).bfloat16(), torch.tensor([500])
+    net, xt, t = Transfusion(config).patch_encoder.bfloat16(), torch.randn(1, 4, 16, 16).bfloat16(), torch.tensor([500])
 
     def forward():
         vectors, skips = net.encode(xt, t)
@@ -180,7 +181,7 @@ def test_dry_run_of_the_rivals(capsys):
     train.main(["--preset", "0.76b-llama", "--dry-run", "--gpus", "64"])
     text = capsys.readouterr().out
     assert "no pictures" in text and "0.262T tokens" in text and "activations of the patch encoder" not in text and "codes" not in text
-    chameleon, llama = (train.parse_arguments(["--preset", f"0.37b-{rival}"])[0] for rival in ("chameleon", "llama"))
+    chameleon, llama = (parse_arguments(["--preset", f"0.37b-{rival}"])[0] for rival in ("chameleon", "llama"))
     assert (chameleon.model, chameleon.stable, chameleon.lr, chameleon.steps) == ("chameleon", True, 1e-4, 250000)
     assert (llama.model, llama.stable, llama.lr, llama.steps) == ("llama", False, 3e-4, 250000)
     assert 2 * llama.accumulate == chameleon.accumulate == 512          # Table 2: as much text a step, and nothing else
@@ -192,7 +193,7 @@ def test_dry_run_of_the_rivals(capsys):
 @pytest.mark.parametrize("size", PAPER_SIZES)
 def test_presets_are_the_papers_budget(size):
     """Steps, batch, rate or loss of another run: 0.5T tokens in steps of 2M, the flagship 2T in steps of 4M (§4.1)."""
-    config, *_ = train.parse_arguments(["--preset", size])
+    config, *_ = parse_arguments(["--preset", size])
     tokens = config.documents * config.accumulate * config.seq_len
     large = 2 if size == "7b" else 1
     assert (config.size, config.seq_len, config.lr, config.warmup, config.clip) == (size, 4096, 3e-4, 4000, 1)

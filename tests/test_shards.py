@@ -20,14 +20,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import draw_batch, make_run
 from PIL import Image
 
 import data
 import model
+import sample
 import train
 import vae as vae_module
+from config import parse_arguments
 from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH
-from metrics import drawing
 from scale import pack
 from scale import shards
 from scale import streams
@@ -111,7 +113,7 @@ def test_every_item_of_the_sources_is_stored_once(packed, vae_path):
 
 
 def test_rows_are_what_data_lays_out_and_packs(packed):
-    """Token by token, `learn` by `learn`: a batch from disk = data.lay_out and data.pack of the same documents as text.
+    """Token by token, `has_loss` by `has_loss`: a batch from disk = data.lay_out and data.pack of the same documents as text.
     Catches a second, diverging implementation of the layout, and any offset that is off by one."""
     stream, seen = shards.Shards(packed), collections.Counter()
     for step in range(30):
@@ -139,7 +141,7 @@ def test_rows_are_what_data_lays_out_and_packs(packed):
             assert len(one.tokens) == 1
             order = np.argsort([-len(d) for d in documents], kind="stable")              # pack puts the longest first
             assert [documents[k] for k in order] == documents_of(one)[0]
-            for name in ("tokens", "learn", "doc_id"):
+            for name in ("tokens", "has_loss", "doc_id"):
                 assert torch.equal(getattr(one, name)[0], getattr(batch, name)[b]), name
             assert torch.equal(one.image_id[0] >= 0, batch.image_id[b] >= 0)
         assert at == len(batch.images) == len(batch.latents) and batch.images.tolist() == list(range(at))
@@ -317,9 +319,9 @@ def test_killed_and_resumed_is_byte_identical(packed, vae_path, tmp_path, monkey
 
 
 def test_a_real_kill(packed, vae_path, tmp_path):
-    """SIGKILL to `python data.py pack`, then the same command line."""
-    line = [sys.executable, str(ROOT / "data.py"), "pack", *command(vae_path, tmp_path / "packed")]
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}       # sums in another order end in other bits
+    """SIGKILL to `python -m scale.pack`, then the same command line."""
+    line = [sys.executable, "-m", "scale.pack", *command(vae_path, tmp_path / "packed")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}      # sums in another order end in other bits
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
     while process.poll() is None and not (tmp_path / "packed/text-000001").exists():
         time.sleep(0.005)
@@ -430,7 +432,7 @@ def test_other_tokenizer_and_other_vae(own, packed, other_vae, vae_path, tmp_pat
 ])
 def test_going_on_with_other_options_is_refused(capsys, own, packed, vae_path, other_vae, tmp_path, options, words):
     """One sentence, and the folder is as it was."""
-    (tmp_path / "words.json").write_text(json.dumps([*shards.Shards(own).words.vocabulary, "zebra"]))
+    (tmp_path / "words.json").write_text(json.dumps([*shards.Shards(own).tokenizer.vocabulary, "zebra"]))
     options = {k: {"vae": other_vae, "tokenizer": tmp_path / "words.json"}[k] if v == "other" else v for k, v in options.items()}
     with pytest.raises(SystemExit) as stop:
         run_command(pack.main, command(**{"vae": vae_path, "out": own, **options}))
@@ -450,7 +452,7 @@ def test_more_sources_may_follow(vae_path, tmp_path):
     pack.main(command(out=tmp_path / "packed", text=[tmp_path / "a.txt", tmp_path / "b.txt"], **options))
     after = contents(tmp_path / "packed")
     assert all(after[path] == before[path] for path in before if path.name != "index.json") and len(after) > len(before)
-    told = [shards.Shards(tmp_path / "packed").words.decode(d[0]) for d in
+    told = [shards.Shards(tmp_path / "packed").tokenizer.decode(d[0]) for d in
             itertools.chain(*(documents for documents, _ in all_rows(shards.Shards(tmp_path / "packed"), "text")))]
     assert len(told) == 180 and sum(text.startswith("b ") for text in told) == 90
 
@@ -598,7 +600,7 @@ def test_pieces(pieces):
 
 def test_words_that_capitals_told_apart():
     """Catches a checkpoint of an earlier version whose words move to other ids without a word."""
-    assert checkpoint.load_tokenizer([*data.SPECIAL, "blue", "red"]).words == [*data.SPECIAL, "blue", "red"]
+    assert checkpoint.load_tokenizer([*data.SPECIAL, "blue", "red"]).vocabulary == [*data.SPECIAL, "blue", "red"]
     for kept in (["Red", "red"], ["Red"]):
         with pytest.raises(UserError, match="capital letters"):
             checkpoint.load_tokenizer([*data.SPECIAL, *kept])
@@ -613,7 +615,7 @@ def test_pieces_from_pack_to_checkpoint(pieces, vae_path, tmp_path, monkeypatch)
     told = [stream.tokenizer.decode(part) for documents, _ in all_rows(stream, "text") for parts in documents for part in parts]
     assert sorted(told) == sorted(read()[0] for _, read in streams.scenes_of("text", "one", 150, 32))
     train.main(training(tmp_path / "packed", tmp_path / "run", steps=2, documents=2, seq_len=192))
-    words = load_trained(tmp_path / "run/model.pt").words
+    words = load_trained(tmp_path / "run/model.pt").tokenizer
     assert words.decode(words.encode("a red circle")) == "a red circle" and words.model == pieces.read_bytes()
 
 
@@ -650,8 +652,8 @@ def test_training_on_shards(packed, tmp_path, monkeypatch):
 def test_a_run_on_shards_ends_with_pictures(packed, tmp_path, monkeypatch, capsys):
     """Catches a run of weeks that shows nothing: the captions that were held out are drawn, in words, though shards keep ids."""
     monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
-    drawn, draw = [], drawing.draw
-    monkeypatch.setattr(drawing, "draw", lambda trained, texts, **more: drawn.extend(texts) or draw(trained, texts, **more))
+    drawn, draw = [], sample.draw
+    monkeypatch.setattr(sample, "draw", lambda trained, texts, **more: drawn.extend(texts) or draw(trained, texts, **more))
     train.main(training(packed, tmp_path / "run", steps=1, samples=3, sample_steps=2))
     stream = shards.Shards(packed)
     assert len(drawn) == 3 and drawn == [stream.tokenizer.decode(ids) for ids in stream.held_out(3)[0]] and "a" in drawn[0].split()
@@ -664,7 +666,7 @@ def test_fine_tuning_on_shards_of_another_tokenizer_or_vae(packed, vae_path, oth
     train.main(training(packed, tmp_path / "run", steps=1))
     start = dict(init=tmp_path / "run/model.pt", steps=1)
     train.main(training(packed, tmp_path / "tuned", **start))           # its own: model.pt's 16 bits are no other VAE
-    words = data.Words([word[::-1] for word in shards.Shards(packed).words.vocabulary[len(data.SPECIAL):]])
+    words = data.Words([word[::-1] for word in shards.Shards(packed).tokenizer.vocabulary[len(data.SPECIAL):]])
     for what, options in (("VAE", dict(vae=other_vae)), ("tokenizer", dict(vae=vae_path))):
         out = tmp_path / "new" / what
         pack.main(command(**options, out=out))
@@ -689,10 +691,10 @@ def test_resume_in_smaller_pieces(packed, tmp_path, monkeypatch):
     """What "out of memory" advises: half the rows, twice as often, are the same rows. Catches a resume that refuses it."""
     monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
     train.main(training(packed, tmp_path / "run", steps=2))
-    one = train.prepare(train.parse_arguments(training(packed, tmp_path / "run"))[0], tmp_path / "run")
-    two = train.prepare(train.parse_arguments(training(packed, tmp_path / "run", documents=3, accumulate=2))[0], tmp_path / "run")
-    pieces = [train.draw_batch(two, 1, micro).latents for micro in range(2)]
-    assert torch.equal(train.draw_batch(one, 1, 0).latents, torch.cat(pieces))
+    one = make_run(parse_arguments(training(packed, tmp_path / "run"))[0], tmp_path / "run")
+    two = make_run(parse_arguments(training(packed, tmp_path / "run", documents=3, accumulate=2))[0], tmp_path / "run")
+    pieces = [draw_batch(two, 1, micro).latents for micro in range(2)]
+    assert torch.equal(draw_batch(one, 1, 0).latents, torch.cat(pieces))
     train.main(training(packed, tmp_path / "run", steps=2, documents=3, accumulate=2) + ["--resume"])
     with pytest.raises(UserError, match="--accumulate 2"):
         train.main(training(packed, tmp_path / "run", steps=2, documents=3) + ["--resume"])
@@ -727,14 +729,14 @@ def test_a_chameleon_reads_codes(coded, tmp_path, monkeypatch):
     there. Catches the codes of a row's first document in its second one, and codes counted as words."""
     monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
     options = dict(model="chameleon", patch=1, seq_len=160, lr=1e-3)
-    run = train.prepare(train.parse_arguments(training(coded, tmp_path / "run", **options))[0], tmp_path / "run")
-    V, stored, dropped, several, checked = len(run.tokenizer), collections.defaultdict(set), 0, 0, 0
-    for documents, pictures in all_rows(run.documents, "pairs"):
+    run = make_run(parse_arguments(training(coded, tmp_path / "run", **options))[0], tmp_path / "run")
+    V, stored, dropped, several, checked = len(run.feed.tokenizer), collections.defaultdict(set), 0, 0, 0
+    for documents, pictures in all_rows(run.feed.shards, "pairs"):
         for part, codes in zip(itertools.chain(*documents), pictures):
             stored[tuple(part)].add(tuple((codes.flatten() + V).tolist()))
     text = codes = 0
     for step in range(40):
-        batch = train.draw_batch(run, step, 0)
+        batch = draw_batch(run, step, 0)
         assert len(batch.images) == len(batch.latents) == 0 and (batch.image_id == -1).all() and (batch.tokens != data.PATCH).all()
         for ids in itertools.chain(*documents_of(batch)):
             ids = list(ids)
@@ -762,9 +764,9 @@ def test_the_rivals_learn_from_shards(coded, packed, tmp_path, monkeypatch, caps
     train.main(training(packed, tmp_path / "l", model="llama", steps=2, samples=2))
     trained = load_trained(tmp_path / "l/model.pt")
     assert trained.kind == "llama" and not (tmp_path / "l/samples.png").exists()
-    run = train.prepare(train.parse_arguments(training(packed, tmp_path / "l", model="llama"))[0], tmp_path / "l")
+    run = make_run(parse_arguments(training(packed, tmp_path / "l", model="llama"))[0], tmp_path / "l")
     for step in range(20):
-        tokens = train.draw_batch(run, step, 0).tokens
+        tokens = draw_batch(run, step, 0).tokens
         assert not torch.isin(tokens, torch.tensor([data.BOI, data.PATCH])).any() and (tokens >= len(data.SPECIAL)).float().mean() > 0.5
 
 
@@ -786,12 +788,12 @@ def test_shards_of_another_kind(coded, packed, tmp_path, monkeypatch, folder, op
 def test_draw_batch_takes_rows_and_latents(packed, tmp_path, monkeypatch):
     """t within its limits, fresh noise per step, latents as stored; micro-batches of a step do not overlap."""
     monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
-    config, *_ = train.parse_arguments(training(packed, tmp_path / "run", accumulate=2))
-    run = train.prepare(config, tmp_path / "run")
-    one, two = train.draw_batch(run, 1, 0), train.draw_batch(run, 1, 1)
+    config, *_ = parse_arguments(training(packed, tmp_path / "run", accumulate=2))
+    run = make_run(config, tmp_path / "run")
+    one, two = draw_batch(run, 1, 0), draw_batch(run, 1, 1)
     direct = shards.Shards(packed).batch(config.seed, 1, 1, rows=6, micros=2)
     assert torch.equal(two.tokens, direct.tokens) and torch.equal(two.latents, direct.latents)
-    assert same(one, train.draw_batch(run, 1, 0)) and not torch.equal(one.tokens, two.tokens)
+    assert same(one, draw_batch(run, 1, 0)) and not torch.equal(one.tokens, two.tokens)
     for batch in (one, two):
         assert batch.tokens.shape == (6, T) and batch.latents.shape == batch.eps.shape and len(batch.t) == len(batch.latents)
         assert int(batch.t.min()) >= 1 and bool((batch.t <= batch.t_max).all())
