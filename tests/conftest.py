@@ -9,19 +9,20 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import chameleon
-import train
-from diffusion import Diffusion
 from model import ModelConfig, Transfusion
-from scale import distributed
-from scale.run import build_feed, build_run
-from support import checkpoint
 
 torch.set_num_threads(1)                                # models this small only wait for a second thread
 
 
 def make_run(config, out):
     """The scale.run.Run of a Config at step 0, as train.main builds it. out: the run's folder."""
+    # Imported here: the test of one concept must not need every room.
+    import chameleon
+    from diffusion import Diffusion
+    from scale import distributed
+    from scale.run import build_feed, build_run
+    from support import checkpoint
+
     start = checkpoint.load_trained(config.init) if config.init else None
     diffusion = start.diffusion if start else Diffusion(config.diffusion, shift=config.shift)
     feed = build_feed(config, Path(out), diffusion, start, False, partial(chameleon.view, config.model))
@@ -30,6 +31,8 @@ def make_run(config, out):
 
 def draw_batch(run, step, micro):
     """The data.Batch of a micro-batch with its noise, as train.train_step draws it."""
+    import train
+
     batch = run.feed.batch(run.config.seed, step, micro)
     train.draw_noise(batch)
     return batch
