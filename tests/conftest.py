@@ -1,13 +1,10 @@
 """conftest.py: what all tests share: the path, one seed, and a tiny model that has something to say."""
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from model import ModelConfig, Transfusion
 
