@@ -40,7 +40,7 @@ from sources import choose
 from support.checkpoint import load, pack_vae, save
 from support.common import pick_device, UserError, run_command
 from support.figures import grid
-from vae import VAE, VAEConfig, batches, codebook_use, encode_all, encode_all_codes, paper, to_float, to_pixels
+from vae import VAE, VAEConfig, batches, codebook_use, encode_all, encode_all_codes, paper_config, to_float, to_pixels
 
 
 def loss_terms(vae, x, generator=None):
@@ -266,7 +266,7 @@ def main(argv=None):
     parser.add_argument("--out", default="out/vae", help="folder for vae.pt, reconstructions.png, log.jsonl and last.pt")
     parser.set_defaults(**preset)
     args = parser.parse_args(argv)
-    config, out = paper(args.codes) if args.paper else VAEConfig(codes=args.codes), Path(args.out)
+    config, out = paper_config(args.codes) if args.paper else VAEConfig(codes=args.codes), Path(args.out)
     check(args, config, out)
     pairs = choose.load_pairs(args.data, args.data_dir, args.image_size, n=20000, seed=args.seed)
     test = choose.load_pairs(args.data, args.data_dir, args.image_size, split="test", n=256, seed=args.seed)

@@ -58,7 +58,7 @@ def test_shapes_that_do_not_fit(shape):
 def test_the_papers_vae():
     """App. C: 256x256x3 -> 32x32x8, 86M parameters with what our reading leaves out. Catches any change of the plan."""
     with torch.device("meta"):
-        vae = VAE(vae_module.paper())
+        vae = VAE(vae_module.paper_config())
         mean, _ = vae.moments(torch.empty(1, 3, 256, 256))
         drawn = vae.decoder(mean)
     assert mean.shape == (1, 8, 32, 32) and drawn.shape == (1, 3, 256, 256)
@@ -124,7 +124,7 @@ def vq():
 def test_the_papers_vqvae():
     """App. C: same network but for the projection to 8 dimensions, and 16,384 codes. Catches a codebook of another width."""
     with torch.device("meta"):
-        vae = VAE(vae_module.paper(codes=16_384))
+        vae = VAE(vae_module.paper_config(codes=16_384))
     assert vae.quantiser.codebook.shape == (16_384, 8)
     projection = 16 * 8 + 8 - (16 * 16 + 16)            # a 1x1 convolution to 8 channels, not to mean and log-variance
     assert sum(p.numel() for p in vae.parameters()) == 83_709_419 + projection + 16_384 * 8
