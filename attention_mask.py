@@ -1,154 +1,271 @@
 """
-attention_mask.py: who may look at whom                        (Transfusion §3 "Transfusion Attention", Fig. 4; Table 3)
+attention_mask.py: who may look at whom             (Transfusion §3 "Transfusion Attention", Fig. 4)
 
-THE IDEA    Words are read in order, so a word may look only at what came before it. A picture has no order, so its patches
-            may all look at each other, and at what came before the picture. Everything after it may look at the picture.
-A PICTURE   two words, a picture of three patches, a word         (row = who looks, column = at whom)
+THE IDEA    Words are read in order, so a word may look only at what came before it. A picture has
+            no order, so its patches may all look at each other, and at what came before the
+            picture. Everything after it may look at the picture.
+A PICTURE   two words, a picture of three patches, a word      (row = who looks, column = at whom)
 
                        a  red BOI p0 p1 p2 EOI .
                   a    #
                   red  #  #
                   BOI  #  #   #
-                  p0   #  #   #  #  O  O               O = allowed only because they are patches of the same picture;
-                  p1   #  #   #  #  #  O                   a plain causal mask has a blank there
+                  p0   #  #   #  #  O  O            O = allowed only because both are patches of the
+                  p1   #  #   #  #  #  O                same picture: blank in a causal mask
                   p2   #  #   #  #  #  #
                   EOI  #  #   #  #  #  #   #
                   .    #  #   #  #  #  #   #  #
-THE RULE    look(q, k) = same document AND ( k <= q  OR  same picture )                              the OR form
+THE RULE    look(q, k) = same document AND ( k <= q  OR  same picture )            the OR form
             Patches of a picture are neighbours in the row, so what q may look at has no holes:
-            look(q, k) = lo[q] <= k <= hi[q]                                                         the interval form
+            look(q, k) = lo[q] <= k <= hi[q]                                       the interval form
               lo[q] = the first position of q's document
               hi[q] = the last position of q's picture if q is a patch, else q
-            The two are equal (tests/test_attention_mask.py tries random layouts). The OR form explains; the interval form
-            is what runs: two numbers per position, the same code for training and for decoding with a cache.
-TWO FORMS   dense_mask: a bool per pair (q, k), for PyTorch's ordinary attention. On CPU, and for decoding.
-            tile_mask: for FlexAttention, CUDA training's fused kernel. The row of T is cut into tiles of 128 x 128 pairs:
-              . nothing to look at: skipped      # all of it: no mask is computed      o in between: lo <= k <= hi is asked
+            The two are equal (tests/test_attention_mask.py tries random layouts). The OR form
+            explains. The interval form runs: two numbers per position, and the same code for
+            training and for decoding with a cache.
+TWO MASKS   dense_mask: a bool per pair (q, k), for PyTorch's ordinary attention. On CPU, and for
+            decoding.
+            tile_mask: for FlexAttention, the fused kernel of training on a GPU. It cuts the T x T
+            pairs into tiles of 128 x 128:
 
-                       o . . .        about half of the tiles of a causal row are skipped; packing skips more;
-                       # o . .        a picture that ends in the next tile turns one "." into an "o"
-                       # # o o
-                       # # # o
-            Both are made of the same (lo, hi), and tests/test_attention_mask.py holds one against the other.
-SHAPES      B rows, T positions. image_id (B, T) int64: which picture a position is a patch of, -1 for text.
-            doc_id (B, T) int64: which document. A mask is (B, T, T) bool, True = may look; it needs no batch of heads.
-PAPER/HERE  same: causal everywhere, bidirectional within one picture (`bidirectional=False` is the ablation of Table 3).
-            our choice: BOI and EOI are text, so causal; documents packed in one row do not see each other.
-            our choice: FlexAttention. The dense mask at T = 4096 is 16 MiB per row and its attention skips nothing.
-READ NEXT   diffusion.py        TRY IT  python attention_mask.py        NOTEBOOK notebooks/1_who_may_look_at_whom.ipynb
+                  o . . .        .  no pair may look: the tile is skipped
+                  # o . .        #  all pairs may look: no mask is computed
+                  # # o o        o  some may: the kernel asks  lo <= k <= hi  for each pair
+                  # # # o
+
+            It skips about half of the tiles of a causal row, and more of a packed row. A picture
+            that goes on into the next tile turns one "." into an "o".
+            Both are made from the same (lo, hi), and a test holds one against the other.
+SHAPES      B rows, T positions, N heads, K head width.
+            image_id (B, T) int64: which picture a position is a patch of, -1 for text.
+            doc_id (B, T) int64: which document. A mask is (B, T, T) bool, True = may look.
+PAPER/HERE  same: causal everywhere, bidirectional within one picture. `bidirectional=False` is the
+            ablation of Table 3.
+            our choice: BOI and EOI are text, so causal; documents in one row do not see each other.
+            our choice: FlexAttention. At T = 4096 a dense mask takes 16 MiB per row, and attention
+            under it skips nothing.
+READ NEXT   diffusion.py
+TRY IT      python attention_mask.py
+NOTEBOOK    notebooks/1_who_may_look_at_whom.ipynb
 TEST        tests/test_attention_mask.py
 """
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-TILE = 128                                              # side of FlexAttention's tiles, its own default
+TILE = 128                                  # side of FlexAttention's tiles, its own default
 
 
+# ----------------------------------------------------------------------------- the rule, two forms
 def or_mask(image_id, doc_id, bidirectional=True):
-    """(B, T, T) bool, the mask in the words of the paper. Slow to build and large: for teaching and for tests.
-    image_id, doc_id: (B, T) int64. Raises ValueError if their shapes differ."""
-    B, T = check(image_id, doc_id)
+    """The mask in the words of the paper, (B, T, T) bool. Large: for teaching and for tests.
+
+    image_id        (B, T) int64
+    doc_id          (B, T) int64
+    bidirectional   False: causal inside a picture too
+    Raises ValueError if the shapes differ. Transfusion §3."""
+    B, T = check_shapes(image_id, doc_id)
+
+    def same(ids):
+        return ids[:, :, None] == ids[:, None, :]                       # (B, T, T)
+
+    # 1. The three relations of who looks, q, down, and at whom, k, across.
     pos = torch.arange(T, device=image_id.device)
-    causal = pos[None, :, None] >= pos[None, None, :]                                        # (1, T, T)
-    # TRAP: "both are patches" would let picture 2's patches leak into picture 1; and -1 == -1 would make all text
-    # bidirectional, so the id must be compared AND be a picture's.
-    same_picture = (image_id[:, :, None] == image_id[:, None, :]) & (image_id >= 0)[:, :, None]
-    same_document = doc_id[:, :, None] == doc_id[:, None, :]
-    return same_document & (causal | same_picture) if bidirectional else same_document & causal.expand(B, T, T)
+    q = pos[:, None]                                                    # (T, 1)
+    k = pos[None, :]                                                    # (1, T)
+    causal = k <= q                                                     # (T, T)
+    # Our choice: documents in one row do not see each other. The paper does not say how it packs.
+    same_document = same(doc_id)                                        # (B, T, T)
+    # TRAP: the ids must be equal AND be a picture's. "Both are patches" lets picture 2 leak into
+    # picture 1. Equality alone has -1 == -1, and all text becomes bidirectional.
+    is_patch = image_id >= 0                                            # (B, T)
+    same_picture = same(image_id) & is_patch[:, :, None]                # (B, T, T)
+
+    # 2. The rule.
+    # Paper: §3. Causal for every element, and bidirectional within each image.
+    if bidirectional:
+        return same_document & (causal | same_picture)                  # (B, T, T)
+    # Paper: Table 3, the ablation: an image is read in order, like words.
+    return same_document & causal                                       # (B, T, T)
 
 
 def intervals(image_id, doc_id, bidirectional=True):
-    """(lo, hi), each (B, T) int64: position q may look at lo[q]..hi[q], both included. lo[q] <= q <= hi[q] always, so
-    no row of the mask is empty (an empty row is a softmax over nothing: NaN).
-    image_id, doc_id: (B, T) int64; the patches of a picture must be neighbours. Raises ValueError if shapes differ."""
-    B, T = check(image_id, doc_id)
-    pos = torch.arange(T, device=image_id.device).expand(B, T)
-    new = torch.ones_like(doc_id, dtype=torch.bool)
-    new[:, 1:] = doc_id[:, 1:] != doc_id[:, :-1]
-    lo = torch.where(new, pos, 0).cummax(dim=1).values                  # the latest start of a document so far
+    """(lo, hi), each (B, T) int64: position q may look at lo[q] .. hi[q], both included.
+
+    image_id        (B, T) int64; the patches of a picture must be neighbours
+    doc_id          (B, T) int64
+    bidirectional   False: causal inside a picture too
+    Raises ValueError if the shapes differ."""
+    # TRAP: a position that may look at nothing is a softmax over nothing, which is NaN, and one NaN
+    # spoils the whole batch. Here lo[q] <= q <= hi[q] always: each position sees itself.
+    B, T = check_shapes(image_id, doc_id)
+    pos = torch.arange(T, device=image_id.device).expand(B, T)          # (B, T)
+
+    # 1. lo: mark where documents start. The latest start so far is q's own.
+    starts = changes(doc_id)                                            # (B, T)
+    lo = torch.where(starts, pos, 0).cummax(dim=1).values               # (B, T)
+
+    # 2. hi of a word, and in the ablation of a patch too: the position itself.
     if not bidirectional:
         return lo, pos.clone()
-    last = torch.ones_like(new)                                         # q is the last patch of its picture
-    last[:, :-1] = (image_id[:, 1:] != image_id[:, :-1]) | new[:, 1:]
-    end = torch.where(last, pos, T).flip(1).cummin(dim=1).values.flip(1)                     # the next such q
-    return lo, torch.where(image_id >= 0, end, pos)
+
+    # 3. hi of a patch: mark where pictures end. Two pictures may touch, so an end is where the id
+    #    changes, not where text begins. The roll makes "q + 1 is new" of "q is new", and as the
+    #    first position is new, the last one ends.
+    ends = (starts | changes(image_id)).roll(-1, dims=1)                # (B, T)
+    # The next end from q on is q's own. It is the smallest one to the right, so look from there.
+    from_right = torch.where(ends, pos, T).flip(1)                      # (B, T)
+    next_end = from_right.cummin(dim=1).values.flip(1)                  # (B, T)
+    hi = torch.where(image_id >= 0, next_end, pos)                      # (B, T)
+    return lo, hi
 
 
-def dense_mask(lo, hi, keys=None):
-    """(B, T, keys) bool: the interval form spelled out. lo, hi: (B, T) int64; keys: how many, T by default."""
-    k = torch.arange(keys or lo.shape[1], device=lo.device)
-    return (lo[..., None] <= k) & (k <= hi[..., None])
+def changes(ids):
+    """(B, T) bool: where an id differs from the one before it. At the first position, True."""
+    new = torch.ones_like(ids, dtype=torch.bool)
+    new[:, 1:] = ids.diff(dim=1) != 0
+    return new
 
 
-def tile_mask(lo, hi):
-    """BlockMask of shape (B, any heads, T, T): the interval form for FlexAttention. Make it once per micro-batch, for all
-    layers. lo, hi: (B, T) int64. Raises ValueError unless T is a multiple of 128.
-    Tile (i, j) is skipped if no q in it has an interval that meets the tile's keys, and full if every q's covers them.
-    This needs (B, T, T/128) comparisons; FlexAttention's own create_block_mask, which knows no intervals, makes all T * T."""
-    B, T = lo.shape
-    if T % TILE:                                        # TRAP: the kernel's tiles would reach beyond the row (PAPER.md §4.13)
-        raise ValueError(f"rows of {T} positions cannot be cut into FlexAttention's tiles of {TILE}: training on a GPU "
-                         f"needs a multiple of {TILE}, for example --seq-len {-(-T // TILE) * TILE}")
-    first = torch.arange(0, T, TILE, device=lo.device)                                       # (T/128,) keys, of each column
-    last = first + TILE - 1
-    low, high = (x.view(B, T // TILE, TILE, 1) for x in (lo, hi))
-    some = ((low <= last) & (first <= high)).any(2)                                          # (B, T/128, T/128)
-    full = ((low <= first) & (last <= high)).all(2)
-    lo, hi = lo.int(), hi.int()
-
-    def look(b, head, q, k):
-        # TRAP: what this function closes over must be tensors of one shape. A number that changes with the layout, such
-        # as how many pictures there are, would compile the kernel anew for every batch.
-        return (lo[b, q] <= k) & (k <= hi[b, q])
-
-    return BlockMask.from_kv_blocks(*in_order(some & ~full), *in_order(full), BLOCK_SIZE=TILE, mask_mod=look)
-
-
-def in_order(tiles):
-    """(how many (B, 1, rows), which columns first (B, 1, rows, columns)), int32, of chosen tiles (B, rows, columns) bool."""
-    columns = tiles.int().argsort(dim=-1, descending=True, stable=True)
-    return tiles.sum(-1, dtype=torch.int32)[:, None], columns.int()[:, None]
-
-
-@functools.cache                                        # torch.compile itself costs seconds, so not before it is needed
-def fused_kernel():
-    """FlexAttention compiled, once per process. At scale B and T never change, so neither does the kernel. The toys' number
-    of rows does: PyTorch compiles a second kernel, for any B. TRAP: dynamic=False compiles one for each B, gives up after
-    eight, and goes on without a word, unfused and slow."""
-    return torch.compile(flex_attention)
-
-
-def attend(q, k, v, mask):
-    """Attention: softmax(q k^T / sqrt(K)) v under the mask. q (B, N, T, K), k, v (B, N, keys, K) -> (B, N, T, K).
-    mask: (B, 1, T, keys) bool, or a BlockMask; the latter has no backward on CPU (torch 2.13 says so itself)."""
-    if not isinstance(mask, BlockMask):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    # In a block that is being compiled, that compiler fuses the kernel; on CPU PyTorch's unfused one serves the tests.
-    fused = q.is_cuda and not torch.compiler.is_compiling()
-    return (fused_kernel() if fused else flex_attention)(q, k, v, block_mask=mask)
-
-
-def check(image_id, doc_id):
-    """(B, T) of two id tensors, or a ValueError that names the shapes."""
+def check_shapes(image_id, doc_id):
+    """(B, T) of two id tensors, or a ValueError that names their shapes."""
+    # A shape that broadcasts would give the mask of another row without a word.
     if image_id.ndim != 2 or image_id.shape != doc_id.shape:
-        raise ValueError(f"image_id and doc_id must both be (B, T), got {tuple(image_id.shape)} and {tuple(doc_id.shape)}")
+        raise ValueError(f"image_id and doc_id must both be (B, T), "
+                         f"got {tuple(image_id.shape)} and {tuple(doc_id.shape)}")
     return image_id.shape
 
 
+# ------------------------------------------------------------------------ two masks for two kernels
+def dense_mask(lo, hi, keys=None):
+    """The interval form spelled out, (B, T, keys) bool.
+
+    lo, hi   (B, T) int64
+    keys     how many keys there are; None: T. Decoding has more, those in the cache."""
+    k = torch.arange(keys or lo.shape[1], device=lo.device)             # (keys,)
+    from_lo = lo[..., None] <= k                                        # (B, T, keys)
+    up_to_hi = k <= hi[..., None]                                       # (B, T, keys)
+    return from_lo & up_to_hi
+
+
+def tile_mask(lo, hi):
+    """The interval form for FlexAttention, a BlockMask of shape (B, any heads, T, T).
+
+    Make it once per micro-batch, for all layers. lo, hi: (B, T) int64.
+    Raises ValueError unless T is a multiple of 128."""
+    B, T = lo.shape
+    # TRAP: the kernel's tiles would reach beyond the row (docs/PAPER.md §4.13).
+    if T % TILE:
+        longer = math.ceil(T / TILE) * TILE
+        raise ValueError(f"rows of {T} positions cannot be cut into FlexAttention's tiles of "
+                         f"{TILE}: training on a GPU needs a multiple of {TILE}, "
+                         f"for example --seq-len {longer}")
+
+    # Compare the interval of each q with the first and the last key of each column of tiles. These
+    # are T * T/128 comparisons. FlexAttention's own create_block_mask knows nothing of intervals
+    # and makes all T * T.
+    first = torch.arange(0, T, TILE, device=lo.device)                  # (T/128,)
+    last = first + TILE - 1                                             # (T/128,)
+    low = lo.view(B, -1, TILE, 1)                                       # (B, T/128, 128, 1)
+    high = hi.view(B, -1, TILE, 1)                                      # (B, T/128, 128, 1)
+    meets = (low <= last) & (first <= high)                             # (B, T/128, 128, T/128)
+    covers = (low <= first) & (last <= high)                            # (B, T/128, 128, T/128)
+    some = meets.any(dim=2)                 # any q of the tile           (B, T/128, T/128)
+    full = covers.all(dim=2)                # every q of the tile         (B, T/128, T/128)
+
+    # TRAP: `look` may close over tensors of one shape only. A number that changes with the layout,
+    # such as how many pictures there are, would compile the kernel anew for every batch.
+    lo = lo.int()
+    hi = hi.int()
+
+    def look(b, head, q, k):
+        return (lo[b, q] <= k) & (k <= hi[b, q])
+
+    return BlockMask.from_kv_blocks(*list_tiles(some & ~full), *list_tiles(full),
+                                    BLOCK_SIZE=TILE, mask_mod=look)
+
+
+def list_tiles(chosen):
+    """Chosen tiles (B, rows, columns) bool, in the form that BlockMask wants: how many in each row,
+    (B, 1, rows) int32, and their columns before all others, (B, 1, rows, columns) int32."""
+    how_many = chosen.sum(dim=-1, dtype=torch.int32)                    # (B, rows)
+    # A stable sort of ones before zeros leaves the chosen columns in order.
+    columns = chosen.int().argsort(dim=-1, descending=True, stable=True)
+    return how_many[:, None], columns.int()[:, None]
+
+
+# ------------------------------------------------------------------------------ attention under it
+def attention_formula(q, k, v, mask):
+    """softmax(q k^T / sqrt(K)) v under the mask, written out: (B, N, T, K). For reading and for
+    tests. `attend` computes the same, faster.
+
+    q      (B, N, T, K)
+    k, v   (B, N, keys, K)
+    mask   (B, 1, T, keys) bool"""
+    K = q.shape[-1]
+    score = q @ k.transpose(-1, -2)                                     # (B, N, T, keys)
+    score = score / math.sqrt(K)            # else wider heads have larger scores
+    score = score.masked_fill(~mask, -math.inf)                         # exp(-inf) = 0
+    weight = score.softmax(dim=-1)          # sums to 1 over the keys
+    return weight @ v                                                   # (B, N, T, K)
+
+
+def attend(q, k, v, mask):
+    """`attention_formula` by PyTorch's fused kernels: (B, N, T, K). The formula holds N x T x keys
+    scores at once, most of its memory. The kernels hold a few tiles of them.
+
+    q      (B, N, T, K)
+    k, v   (B, N, keys, K)
+    mask   (B, 1, T, keys) bool, or a BlockMask; that has no backward on CPU, says torch 2.13"""
+    if not isinstance(mask, BlockMask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, N, T, K)
+    # In a block that is being compiled, that compiler fuses the kernel. On CPU the tests use
+    # PyTorch's unfused one.
+    if q.is_cuda and not torch.compiler.is_compiling():
+        return fused_kernel()(q, k, v, block_mask=mask)                 # (B, N, T, K)
+    return flex_attention(q, k, v, block_mask=mask)                     # (B, N, T, K)
+
+
+@functools.cache
+def fused_kernel():
+    """FlexAttention compiled, once per process and not before it is needed: it takes seconds."""
+    # At scale B and T never change, so there is one kernel. The toys' number of rows does change:
+    # PyTorch compiles a second kernel, for any B.
+    # TRAP: dynamic=False compiles one for each B. After eight of them it gives up and goes on
+    # without a word, unfused and slow.
+    return torch.compile(flex_attention)
+
+
+# --------------------------------------------------------------------------------------- a drawing
 def draw_mask(image_id, doc_id, labels=None, ax=None):
-    """Draw one row's mask with matplotlib and return the axes: dark = causal, orange = allowed by "same picture" only.
-    image_id, doc_id: (T,) int64. labels: T strings for the axes."""
+    """Draw one row's mask with matplotlib and return the axes. Dark = causal, orange = allowed only
+    by "same picture".
+
+    image_id   (T,) int64
+    doc_id     (T,) int64
+    labels     T strings for the axes, or None
+    ax         axes to draw on, or None"""
+    # Imported here: it takes a second, and training draws no mask.
     import matplotlib.pyplot as plt
     from matplotlib.colors import ListedColormap
-    ax = ax or plt.subplots(figsize=(6, 6))[1]
-    both, causal = (or_mask(image_id[None], doc_id[None], b)[0].int() for b in (True, False))
-    ax.imshow(both * 2 - causal, cmap=ListedColormap(["white", "#34495e", "#e67e22"]), vmin=0, vmax=2)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6, 6))
+
+    # 0 nothing, 1 causal, 2 by "same picture" only.
+    ids = (image_id[None], doc_id[None])
+    both = or_mask(*ids)[0].int()
+    causal = or_mask(*ids, bidirectional=False)[0].int()
+    colours = ListedColormap(["white", "#34495e", "#e67e22"])
+    ax.imshow(2 * both - causal, cmap=colours, vmin=0, vmax=2)
+
+    # Lines between the cells, not through them.
     T = len(image_id)
-    ax.set_xticks(torch.arange(T + 1) - 0.5, minor=True)
-    ax.set_yticks(torch.arange(T + 1) - 0.5, minor=True)
+    edges = torch.arange(T + 1) - 0.5
+    ax.set_xticks(edges, minor=True)
+    ax.set_yticks(edges, minor=True)
     ax.grid(which="minor", color="#dddddd", linewidth=0.5)
     ax.tick_params(which="minor", length=0)
     if labels:
@@ -161,12 +278,24 @@ def draw_mask(image_id, doc_id, labels=None, ax=None):
 
 if __name__ == "__main__":
     row = "a red BOI p0 p1 p2 EOI and BOI q0 q1 EOI EOS".split()
-    image_id = torch.tensor([[{"p": 0, "q": 1}.get(w[0], -1) if w[1:].isdigit() else -1 for w in row]])
+    pictures = {"p0": 0, "p1": 0, "p2": 0, "q0": 1, "q1": 1}
+    image_id = torch.tensor([[pictures.get(word, -1) for word in row]])
     doc_id = torch.zeros_like(image_id)
     lo, hi = intervals(image_id, doc_id)
-    mask, causal = dense_mask(lo, hi)[0], or_mask(image_id, doc_id, bidirectional=False)[0]
-    print("            " + " ".join(f"{w:3s}" for w in row) + "     lo  hi")
+    mask = dense_mask(lo, hi)[0]
+    causal = or_mask(image_id, doc_id, bidirectional=False)[0]
+
+    print("            " + " ".join(f"{word:3s}" for word in row) + "     lo  hi")
     for q, word in enumerate(row):
-        cells = " ".join(" # " if causal[q, k] else " O " if mask[q, k] else " . " for k in range(len(row)))
-        print(f"      {word:4s}  {cells}     {lo[0, q]:2d}  {hi[0, q]:2d}")
-    print(f"\nOR form == interval form: {torch.equal(or_mask(image_id, doc_id)[0], mask)}")
+        cells = []
+        for k in range(len(row)):
+            if causal[q, k]:
+                cells.append(" # ")
+            elif mask[q, k]:
+                cells.append(" O ")
+            else:
+                cells.append(" . ")
+        print(f"      {word:4s}  {' '.join(cells)}     {lo[0, q]:2d}  {hi[0, q]:2d}")
+
+    equal = torch.equal(or_mask(image_id, doc_id)[0], mask)
+    print(f"\nOR form == interval form: {equal}")

@@ -7,7 +7,15 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask
 
 import data
-from attention_mask import TILE, attend, dense_mask, intervals, or_mask, tile_mask
+from attention_mask import (
+    TILE,
+    attend,
+    attention_formula,
+    dense_mask,
+    intervals,
+    or_mask,
+    tile_mask,
+)
 
 
 def random_row(rng):
@@ -163,6 +171,21 @@ def long_rows(T=384, B=2, how_many=3, seed=0):
 
 
 @pytest.mark.parametrize("bidirectional", [True, False])
+def test_attend_is_the_formula(bidirectional):
+    """The fused attention is not the one in the textbook: another scale, the mask upside down (True = hidden, as other
+    libraries have it) or left out. Both masks, on packed rows with pictures; and a cache of more keys than queries."""
+    for image_id, doc_id in long_rows():
+        lo, hi = intervals(image_id, doc_id, bidirectional)
+        dense = dense_mask(lo, hi)[:, None]                                                 # (B, 1, T, T)
+        q, k, v = torch.randn(3, 2, 2, 384, 16)                                             # N = 2, K = 16
+        by_hand = attention_formula(q, k, v, dense)
+        for mask in (dense, tile_mask(lo, hi)):
+            assert torch.allclose(attend(q, k, v, mask), by_hand, atol=2e-6)
+        for n in (1, 100):                              # the last n positions against the keys of all
+            assert torch.allclose(attend(q[:, :, -n:], k, v, dense[:, :, -n:]), by_hand[:, :, -n:], atol=2e-6)
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
 def test_flex_is_dense(bidirectional):
     """FlexAttention's rule != the dense mask: rows of the batch mixed up, spans one off. On packed and on padded rows. On
     CPU its unfused reference asks the rule for every pair; which tiles the GPU's kernel may skip is the next tests' matter."""
@@ -183,7 +206,7 @@ def test_flex_gradients_are_dense(monkeypatch):
     weights, found = torch.randn(2, 2, 384, 16), []
     for mask in (tile_mask(lo, hi), dense_mask(lo, hi)[:, None]):
         found.append(torch.autograd.grad((attend(q, k, v, mask) * weights).sum(), (q, k, v)))
-    for flex, dense in zip(*found):
+    for flex, dense in zip(*found, strict=True):
         assert torch.allclose(flex, dense, atol=2e-5)
 
 

@@ -42,7 +42,9 @@ def close(count, n, p):
     return abs(count - n * p) <= 5 * np.sqrt(n * p * (1 - p))
 
 
-is_picture = lambda part: part[0] == "image" and not isinstance(part, str)
+def is_picture(part):
+    """Whether a part of a document is a picture."""
+    return part[0] == "image" and not isinstance(part, str)
 
 
 # ------------------------------------------------------------------------------------------------ the stream of documents
@@ -68,7 +70,7 @@ def test_the_picture_belongs_to_the_caption():
     _, documents = drawn(5000)
     for d in documents:
         if any(map(is_picture, d)):
-            for a, b in zip(d[::2], d[1::2]):
+            for a, b in zip(d[::2], d[1::2], strict=True):
                 caption, picture = (b, a) if is_picture(a) else (a, b)
                 assert PAIRS.captions[picture[1]] == (caption if isinstance(caption, str) else caption[1])
 
@@ -233,7 +235,7 @@ def test_what_is_learned_in_any_document():
         sequence = lay_out(document, WORDS, 16)
         assert len(sequence.tokens) == len(sequence.image_id) == len(sequence.has_loss)
         assert sequence.has_loss[-1] is False
-        for token, following, has_loss in zip(sequence.tokens, sequence.tokens[1:], sequence.has_loss):
+        for token, following, has_loss in zip(sequence.tokens[:-1], sequence.tokens[1:], sequence.has_loss[:-1], strict=True):
             predictable = following in (BOI, EOS) or following >= len(data.SPECIAL)
             assert has_loss == (predictable and token != DROP), (document, token, following)
             targets.update([following] * has_loss)
@@ -271,9 +273,29 @@ def unpack(batch):
 def test_pack_loses_nothing_and_cuts_nothing():
     """Catches a document that is cut at the end of a row, lost, doubled, or given another document's picture or limit."""
     sequences, batch = packed()
-    key = lambda *parts: tuple(map(tuple, parts))
+
+    def key(*parts):
+        return tuple(map(tuple, parts))
+
     assert Counter(key(s.tokens, s.has_loss, s.images, s.t_max, s.t_min) for s in sequences) == \
            Counter(key(tokens, *rest) for tokens, _, *rest in unpack(batch))
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 17, 300])
+def test_first_fit_is_first_fit(n):
+    """Catches a tree of rooms that leaves out a row with room, or takes a later one: asked here row by row, as the words say."""
+    rng = np.random.default_rng(n)
+    for longest, T in ((1, 1), (1, 4), (9, 9), (40, 50), (200, 210), (200, 2000)):
+        lengths = rng.integers(1, longest + 1, n).tolist()
+        rows = []
+        for number in sorted(range(n), key=lambda k: -lengths[k]):                  # longest first, equals in their order
+            for row in [*rows, []]:
+                if sum(lengths[k] for k in row) + lengths[number] <= T:
+                    break
+            if not row:
+                rows.append(row)
+            row.append(number)
+        assert data.first_fit(lengths, T) == rows
 
 
 def test_pack_numbers_pictures_in_reading_order():

@@ -4,7 +4,16 @@ import math
 import pytest
 import torch
 
-from diffusion import Diffusion, SAMPLERS, ancestral_step, cosine_alpha_bar, ddim_step, guide, respace, sample
+from diffusion import (
+    SAMPLERS,
+    Diffusion,
+    ancestral_step,
+    cosine_alpha_bar,
+    ddim_step,
+    guide,
+    respace,
+    sample,
+)
 
 KINDS = ("ddpm", "flow")
 MEAN, DEV = 2.0, 0.5                                    # the Gaussian world of the sampler tests

@@ -10,7 +10,20 @@ import data
 from attention_mask import dense_mask, intervals, tile_mask
 from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH
 from diffusion import Diffusion
-from model import Block, Cache, ModelConfig, PAPER_SIZES, PAPER_VOCABULARY, SIZES, Transfusion, count, losses, paper_model, rope_tables, sized
+from model import (
+    PAPER_SIZES,
+    PAPER_VOCABULARY,
+    SIZES,
+    Block,
+    Cache,
+    ModelConfig,
+    Transfusion,
+    count,
+    losses,
+    paper_model,
+    rope_tables,
+    sized,
+)
 
 WORDS = data.Words("a and blue circle red square the".split())
 LONG = ["a red circle", ("image", 0, 1000), "and a blue square", ("image", 1, 1000), "the circle"]
