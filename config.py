@@ -1,163 +1,374 @@
 """
-presets.py: every number of a run                                              (Transfusion §4.1, Table 8, App. B.1)
+config.py: every number of a run                            (Transfusion §4.1, Table 8, App. B.1)
 
-THE IDEA    A run is a `Config`, and nothing else: the toy and the 7B on 512 GPUs differ in these numbers and run the same lines.
-            Config's defaults are the paper's process at toy size; a preset is a named set of changes; every field is also an
-            option of `python train.py`, which wins over both.
-A PICTURE   Config's default  <-  PRESETS[--preset]  <-  options on the command line        kept in out/<name>/config.json
-READ NEXT   train.py        TRY IT  python presets.py        TEST  tests/test_train.py, tests/test_errors.py
+THE IDEA    A run is a `Config` and nothing else. The toy and the 7B on 512 GPUs differ in these
+            numbers and run the same lines.
+A PICTURE   Config's defaults  <-  PRESETS[--preset]  <-  options on the command line
+            What is further right wins. The result is kept in out/<name>/config.json.
+THE RULE    Every field of Config is an option of `python train.py`: seq_len is --seq-len.
+PAPER/HERE  same: the defaults are the paper's process at toy size (DDPM, lambda 5, patch 2, 10%
+            decay), and the presets named after a size have the paper's numbers.
+            differs: the toy presets take rectified flow; the reason stands above TOY_DEFAULTS.
+READ NEXT   train.py        TRY IT  python config.py        TEST  tests/test_train.py
 """
 import argparse
 import math
+import textwrap
 from dataclasses import dataclass, field, fields
 
 from model import PAPER_SIZES
 from patchify import PATCHES
-from scale import plan
-from sources import scenes
+from sources.scenes import WORLDS
 from support.common import ASSETS, UserError
 
-
 MODELS = ("transfusion", "chameleon", "llama")
+DATA = ("scenes", "mnist", "folder", "edits", "shards")
 
 
-def option(default, help, choices=None):
-    """A field of Config that is also a command-line option."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+# ------------------------------------------------------------------------------------ the options
+def option(default, help, choices=None, at_least=-math.inf, at_most=math.inf):
+    """A field of Config that is also a command-line option. at_least, at_most: its range."""
+    about = {"help": help, "choices": choices, "at_least": at_least, "at_most": at_most}
+    return field(default=default, metadata=about)
 
 
 @dataclass
 class Config:
-    """Every number of a run. The defaults are the paper's process at toy size; PRESETS change numbers, not code."""
-    model: str = option("transfusion", "Transfusion, or a rival: pictures as codes, or no pictures (§4.1, Table 2); at the paper's sizes "
-                        "take --preset 0.76b-chameleon, 0.76b-llama, which set what belongs to it", MODELS)
-    data: str = option("scenes", "what to learn from", ("scenes", "mnist", "folder", "edits", "shards"))
-    data_dir: str = option("", "folder of MNIST idx files, of pictures with captions.jsonl, of edits.jsonl, or of shards")
-    init: str = option("", "fine-tune this model.pt: its shape, words, VAE and diffusion are kept (§4.5)")
-    world: str = option("one", "which captions of scenes: one object, or all six categories", tuple(scenes.WORLDS))
-    image_size: int = option(32, "pixels per side (scenes, folder, edits)")
-    pairs: int = option(20000, "how many scenes to draw, or triples (scenes, edits)")
-    vae: str = option("", "a vae.pt to use; default: assets/<data>_vae.pt (_vq.pt) if there is one, else one is trained first")
-    vae_steps: int = option(400, "training steps of that VAE")
-    codes: int = option(0, "codes of a Chameleon's VQ-VAE (the paper: 16384); 0: as its file has, or 512 for a new one")
+    """Every number of a run. The defaults are the paper's process at toy size."""
+
+    # What is trained. The rivals read pictures as codes, or no pictures (§4.1, Table 2).
+    model: str = option("transfusion", "Transfusion, or a rival; at a paper's size take its "
+                        "preset, e.g. 0.76b-chameleon, which sets what belongs to it", MODELS)
     size: str = option("toy", "a row of model.SIZES")
-    patch: int = option(2, "side of a patch, in latent pixels (§4.3.2)")
+    init: str = option("", "fine-tune this model.pt: its shape, words, VAE, diffusion stay (§4.5)")
+
+    # What it learns from.
+    data: str = option("scenes", "what to learn from", DATA)
+    data_dir: str = option("", "folder of MNIST's files, of pictures and captions.jsonl, of "
+                           "edits.jsonl, or of shards")
+    world: str = option("one", "captions of scenes: one object, or six categories", tuple(WORLDS))
+    image_size: int = option(32, "pixels per side (scenes, folder, edits)", at_least=1)
+    pairs: int = option(20000, "how many scenes, or triples, to draw (scenes, edits)", at_least=1)
+
+    # How it sees pictures.
+    vae: str = option("", "a vae.pt to use; default: assets/<data>_vae.pt (_vq.pt), or a new one")
+    vae_steps: int = option(400, "training steps of a new VAE", at_least=1)
+    codes: int = option(0, "codes of a Chameleon's VQ-VAE (the paper: 16384); 0: as many as its "
+                        "file has, or 512 for a new one", at_least=0)
+    patch: int = option(2, "side of a patch, in latent pixels (§4.3.2)", at_least=1)
     encoder: str = option("linear", "patch encoder (§4.3.3)", tuple(PATCHES))
+    # Our choice: the paper does not say whether a patch has a position beside RoPE's.
     patch_position: bool = option(False, "add a learned vector per place in the picture")
-    bidirectional: bool = option(True, "patches of a picture see each other; --no-bidirectional is Table 3's ablation")
-    stable: bool = option(False, "Chameleon's query-key norm, post-norm and denominator loss (Table 2)")
+    # Table 3's ablation is --no-bidirectional.
+    bidirectional: bool = option(True, "patches of one picture see each other (§4.3.1)")
+    stable: bool = option(False, "Chameleon's query-key norm, post-norm and z-loss (Table 2)")
+
+    # The noise (eq. 2, eq. 3) and the sum of the losses (eq. 4).
     diffusion: str = option("ddpm", "the paper's DDPM, or rectified flow", ("ddpm", "flow"))
-    shift: float = option(1.0, "move the noise schedule: noise-to-signal ratio times this (1: the paper's)")
-    lam: float = option(5.0, "lambda of eq. 4")
-    drop: float = option(0.1, "share of captions dropped, for guidance")
-    text_share: float = option(-1.0, "share of documents of text alone; -1: text tokens and patches 1 : 1 (§4.1)")
-    t_limit: int = option(500, "noise limit of pictures that precede their captions, as a t of the paper's schedule; 1000: none (Table 11)")
-    seq_len: int = option(96, "T, positions per row: documents are packed into rows of this length")
-    documents: int = option(64, "documents per micro-batch (shards: rows)")
-    accumulate: int = option(1, "micro-batches per step, over all processes together")
-    checkpointing: bool = option(False, "compute activations again in the backward pass instead of keeping them")
+    shift: float = option(1.0, "noise-to-signal ratio of the schedule times this; 1: the paper's")
+    lam: float = option(5.0, "lambda of eq. 4", at_least=0)
+    # Paper: t <= 500 for the pictures that stand before their captions (App. B.2, Table 11).
+    t_limit: int = option(500, "noise limit of pictures before their captions, as a t of the "
+                          "paper's schedule; 1000: none", at_least=1, at_most=1000)
+
+    # The documents of a step.
+    # Our choice: the paper guides, and does not say how many captions it drops in training.
+    drop: float = option(0.1, "share of captions dropped, for guidance", at_least=0, at_most=1)
+    # Paper: as many text tokens as patches (§4.1).
+    text_share: float = option(-1.0, "share of documents of text alone; -1: so many that text "
+                               "tokens and patches are 1 : 1", at_least=-1, at_most=1)
+    seq_len: int = option(96, "T, positions per row; documents are packed into rows", at_least=1)
+    documents: int = option(64, "documents per micro-batch (shards: rows)", at_least=1)
+    accumulate: int = option(1, "micro-batches per step, over all processes", at_least=1)
+
+    # The optimizer, AdamW.
+    # Paper: 4,000 steps of warm-up to 3e-4, decay 0.1, the gradient clipped at 1 (App. B.1).
+    # Our choice: a toy warms up for 100 steps, and its few weights learn at a larger rate.
+    steps: int = option(1400, "optimizer steps", at_least=1)
+    lr: float = option(2e-3, "peak learning rate; ends at a twentieth of it", at_least=0)
+    warmup: int = option(100, "steps of linear warm-up", at_least=0)
+    decay: float = option(0.1, "weight decay", at_least=0)
+    clip: float = option(1.0, "gradient clipping, by global norm")
+    # Our choice: pictures are drawn with an average of the weights.
+    ema: float = option(0.998, "decay of the averaged weights; 0: no average, no second copy",
+                        at_least=0, at_most=1)
+    seed: int = option(0, "seed of weights, data and noise")
+
+    # How the processes share the work. None of these changes what is learned.
+    checkpointing: bool = option(False, "recompute activations in the backward pass")
     compile: bool = option(False, "torch.compile each block")
     shard: int = option(0, "among how many processes the weights are divided; 0: all")
-    steps: int = option(1400, "optimizer steps")
-    lr: float = option(2e-3, "peak learning rate; ends at a twentieth of it (the paper: 3e-4, ends at 1.5e-5)")
-    warmup: int = option(100, "steps of linear warm-up (the paper: 4000)")
-    decay: float = option(0.1, "weight decay")
-    clip: float = option(1.0, "gradient clipping, by global norm")
-    ema: float = option(0.998, "decay of the averaged weights; 0: no average, no second copy")
-    seed: int = option(0, "seed of weights, data and noise")
-    log_every: int = option(50, "steps between lines of log.jsonl")
-    gap_every: int = option(200, "steps between measurements of the conditioning gap")
-    save_every: int = option(500, "steps between checkpoints")
-    samples: int = option(200, "pictures to draw for the report; 0: no report")
-    sample_steps: int = option(50, "diffusion steps of the report's pictures")
-    guidance: float = option(3.0, "guidance of the report's pictures")
-    sampler: str = option("ddpm", "sampler of the report's pictures", ("ddpm", "ddim", "dpm++"))
+
+    # What is written, and when.
+    log_every: int = option(50, "steps between lines of log.jsonl", at_least=1)
+    gap_every: int = option(200, "steps between measurements of the conditioning gap", at_least=1)
+    save_every: int = option(500, "steps between checkpoints", at_least=1)
     out: str = option("", "folder of this run; default: out/<preset>")
 
+    # The report after the last step.
+    samples: int = option(200, "pictures to draw for the report; 0: no report", at_least=0)
+    sample_steps: int = option(50, "diffusion steps of these pictures", at_least=1, at_most=1000)
+    guidance: float = option(3.0, "guidance of these pictures", at_least=0)
+    sampler: str = option("ddpm", "sampler of these pictures", ("ddpm", "ddim", "dpm++"))
 
-# Differs from the paper: the toys take its one alternative, rectified flow, with a noisier schedule. With the eps loss a
-# caption, which is decided at high noise, moves the loss by 2% only, and these short runs end before it is learned
-# (README "What it took"). `--diffusion ddpm --shift 1 --lam 5 --no-patch-position` is the paper's way, and Config's default.
-# Flow's loss is larger than the eps loss: lambda = 2 gives it the share of the sum that 5 gives the latter.
-TOY = dict(diffusion="flow", patch_position=True, lam=2.0, documents=32, ema=0.999)
-PRESETS = {
-    "scenes": dict(TOY, shift=3.0, lam=5.0, steps=3300),                # one object, minutes on two CPU cores
-    "mnist": dict(TOY, data="mnist", shift=2.0, lam=1.0, patch=4, documents=64, steps=2250, vae_steps=350),
-    "folder": dict(TOY, data="folder", shift=2.0, steps=6000, vae_steps=2000),
-    "six": dict(TOY, world="six", size="small", lam=5.0, documents=64, pairs=40000, shift=3.0, steps=11000, seq_len=128,
-                ema=0.998, save_every=1000, gap_every=1000),
-    # §4.5: 8,000 triples, from the shipped checkpoint of `six`; two of them fill a row
-    "edit": dict(TOY, data="edits", init=str(ASSETS / "scenes.pt"), lam=5.0, pairs=8000, steps=4400, seq_len=92, gap_every=1000,
-                 save_every=1000, sample_steps=25, sampler="dpm++", guidance=2.0),
-    # the rivals (chameleon.py): as many tokens and as much text a step as the first toy; a third of the learning rate (§4.1)
-    "chameleon": dict(TOY, model="chameleon", stable=True, lr=7e-4, documents=18, text_share=0.635, seq_len=160, steps=3300,
-                      patch_position=False),
-    "llama": dict(TOY, model="llama", steps=3300, patch_position=False),
-    "shards": dict(data="shards", documents=8),
+
+# A resumed run may change these. They decide how it computes and what it writes, not what it
+# learns (support/run_folder.py compares the rest).
+MAY_CHANGE_ON_RESUME = {
+    "out", "log_every", "gap_every", "save_every",
+    "samples", "sample_steps", "guidance", "sampler",
+    "checkpointing", "compile", "shard",
 }
-# Paper §4.1, App. B.1: rows of 4096 tokens, 2M tokens a step, 250k steps; Config's ddpm, lambda 5, patch 2 are the paper's.
-PAPER = dict(data="shards", seq_len=4096, documents=1, accumulate=512, steps=250000, lr=3e-4, warmup=4000, compile=True,
-             ema=0.9999, save_every=1000, gap_every=1000, sample_steps=250, guidance=5.0)
-PRESETS |= {size: dict(PAPER, size=size) for size in PAPER_SIZES}
-PRESETS["7b"] = dict(PAPER, size="7b", accumulate=1024, steps=500000, checkpointing=True)       # the flagship: 4M, 500k
-# Paper §4.1, Table 2 ("Batch"): a Llama's steps have the 1M text tokens of the others' 2M. Its third row is --preset 0.76b-llama
-# --stable. The 7B of Table 1 is --preset 7b --accumulate 512 --steps 250000: as long as its rivals here, a quarter of the flagship.
-RIVALS = {"chameleon": dict(model="chameleon", stable=True, lr=1e-4), "llama": dict(model="llama", accumulate=256)}
-PRESETS |= {f"{size}-{rival}": dict(PAPER, size=size, checkpointing=size == "7b") | RIVALS[rival] for size in PAPER_SIZES for rival in RIVALS}
-MAY_CHANGE_ON_RESUME = {"out", "log_every", "gap_every", "save_every", "samples", "sample_steps", "guidance", "sampler",
-              "checkpointing", "compile", "shard"}      # may change on resume (and see train.check_config)
 
 
+# ------------------------------------------------------------------------------- the toys' presets
+# Differs from the paper: toys take its one alternative, rectified flow, with a noisier schedule.
+# A caption is decided at high noise. There it moves the eps loss by 2% only, and these short runs
+# end before that is learned (docs/RESULTS.md). The paper's way is Config's default:
+#     --diffusion ddpm --shift 1 --lam 5 --no-patch-position
+# Flow's loss is larger than the eps loss: with lambda 2 it has the share of the sum that the eps
+# loss has with lambda 5.
+TOY_DEFAULTS = dict(
+    diffusion="flow",
+    lam=2.0,
+    patch_position=True,
+    documents=32,
+    ema=0.999,
+)
+PRESETS = {
+    # One object: minutes on two CPU cores.
+    "scenes": dict(
+        TOY_DEFAULTS,
+        steps=3300,
+        shift=3.0,
+        lam=5.0,
+    ),
+    "mnist": dict(
+        TOY_DEFAULTS,
+        data="mnist",
+        steps=2250,
+        shift=2.0,
+        lam=1.0,
+        patch=4,
+        documents=64,
+        vae_steps=350,
+    ),
+    # Your own pictures, with captions.jsonl.
+    "folder": dict(
+        TOY_DEFAULTS,
+        data="folder",
+        steps=6000,
+        shift=2.0,
+        vae_steps=2000,
+    ),
+    # All six categories of GenEval.
+    "six": dict(
+        TOY_DEFAULTS,
+        world="six",
+        size="small",
+        steps=11000,
+        shift=3.0,
+        lam=5.0,
+        pairs=40000,
+        documents=64,
+        seq_len=128,
+        ema=0.998,
+        gap_every=1000,
+        save_every=1000,
+    ),
+    # Paper: fine-tune on 8,000 triples (§4.5). Here the start is the shipped checkpoint of "six".
+    "edit": dict(
+        TOY_DEFAULTS,
+        data="edits",
+        init=str(ASSETS / "scenes.pt"),
+        pairs=8000,
+        steps=4400,
+        lam=5.0,
+        seq_len=92,                                     # two triples fill a row
+        gap_every=1000,
+        save_every=1000,
+        sample_steps=25,
+        sampler="dpm++",
+        guidance=2.0,
+    ),
+    # The rivals (chameleon.py).
+    # Paper: a Chameleon learns at a third of Transfusion's rate (§4.1).
+    # Our choice: a step has as many tokens, and as much text, as a step of the first toy.
+    "chameleon": dict(
+        TOY_DEFAULTS,
+        model="chameleon",
+        stable=True,
+        steps=3300,
+        lr=7e-4,
+        documents=18,
+        text_share=0.635,
+        seq_len=160,
+        patch_position=False,
+    ),
+    "llama": dict(
+        TOY_DEFAULTS,
+        model="llama",
+        steps=3300,
+        patch_position=False,
+    ),
+    # Packed shards, at toy size.
+    "shards": dict(
+        data="shards",
+        documents=8,
+    ),
+}
+
+
+# ----------------------------------------------------------------------------- the paper's presets
+# Paper: rows of 4096 tokens, 2M tokens a step, 250k steps (§4.1, App. B.1). DDPM, lambda 5 and
+# patch 2 are Config's defaults already.
+PAPER_DEFAULTS = dict(
+    data="shards",
+    seq_len=4096,
+    documents=1,
+    accumulate=512,                                     # 512 rows of 4096: 2M tokens
+    steps=250000,
+    lr=3e-4,
+    warmup=4000,
+    sample_steps=250,
+    guidance=5.0,
+    # Our choice: the paper does not say.
+    ema=0.9999,
+    compile=True,
+    gap_every=1000,
+    save_every=1000,
+)
+# Paper: a Chameleon is made stable and learns at 1e-4 (§4.1). A Llama's step has the 1M text tokens
+# of the others' 2M (Table 2, "Batch"). Table 2's third row is --preset 0.76b-llama --stable.
+PAPER_RIVALS = {
+    "chameleon": dict(model="chameleon", stable=True, lr=1e-4),
+    "llama": dict(model="llama", accumulate=256),
+}
+for size in PAPER_SIZES:
+    run = dict(PAPER_DEFAULTS, size=size, checkpointing=size == "7b")   # 7B: to fit in memory
+    PRESETS[size] = run
+    for rival, changes in PAPER_RIVALS.items():
+        PRESETS[f"{size}-{rival}"] = run | changes
+# Paper: the flagship takes 500k steps of 4M tokens (§4.1). Table 1's 7B is a quarter of it, as long
+# as its rivals: --preset 7b --accumulate 512 --steps 250000.
+PRESETS["7b"] |= dict(accumulate=1024, steps=500000)
+
+
+# ------------------------------------------------------------------------------- the command line
 def parse_arguments(argv=None):
-    """(Config, resume, overwrite, None or the GPUs, MFU, device of --dry-run) of a command line."""
-    parser = argparse.ArgumentParser(usage="python train.py [--preset NAME] [options]      (--help names them all)",
-                                     description="Train a Transfusion model. `python train.py` alone trains the first toy.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--preset", choices=tuple(PRESETS), help="a named set of options; default: that of --data")
-    parser.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint in the run's folder")
-    parser.add_argument("--overwrite", action="store_true", help="start anew although the run's folder has a checkpoint")
-    parser.add_argument("--dry-run", action="store_true", help="only print what the run will cost (a paper's size; no GPU needed)")
-    parser.add_argument("--gpus", type=int, default=1, help="of --dry-run: how many")
-    parser.add_argument("--mfu", type=float, default=0.46, help="of --dry-run: share of the GPUs' peak to assume")
-    parser.add_argument("--device", default="H100", help=f"of --dry-run: {', '.join(plan.DEVICES)}")
-    kinds = {f.name: type(f.default) for f in fields(Config)}
-    for f in fields(Config):
-        more = dict(action=argparse.BooleanOptionalAction) if kinds[f.name] is bool else dict(type=kinds[f.name], choices=f.metadata["choices"])
-        parser.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=f"{f.metadata['help']} (default: {f.default})", **more)
-    given = vars(parser.parse_args(argv))
-    preset, resume, overwrite, dry = (given.pop(k) for k in ("preset", "resume", "overwrite", "dry_run"))
-    planned = tuple(given.pop(k) for k in ("gpus", "mfu", "device"))
-    rival = given.get("model", MODELS[0])
-    preset = preset or (rival if rival != MODELS[0] else
-                        next(name for name in PRESETS if PRESETS[name].get("data", "scenes") == given.get("data", "scenes")))
+    """(Config, resume, overwrite, plan) of a command line. plan: (GPUs, MFU, device) of --dry-run,
+    or None. Raises UserError for numbers out of range and options that do not fit together."""
+    given = vars(build_parser().parse_args(argv))       # only what the command line names
+    preset = given.pop("preset")
+    resume = given.pop("resume")
+    overwrite = given.pop("overwrite")
+    dry_run = given.pop("dry_run")
+    plan = (given.pop("gpus"), given.pop("mfu"), given.pop("device"))
+
+    if preset is None:
+        preset = default_preset(given)
     config = Config(**{"out": f"out/{preset}", **PRESETS[preset], **given})
-    for name in ("steps", "documents", "accumulate", "seq_len", "pairs", "vae_steps", "log_every", "gap_every", "save_every", "patch", "image_size"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(config, name)}")
-    for name in ("lr", "lam", "guidance", "warmup", "samples", "decay"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise UserError(f"--{name} must be 0 or more, got {getattr(config, name)}")
-    for name, top in (("drop", 1), ("ema", 1), ("sample_steps", 1000)):
-        if not (name == "sample_steps") <= getattr(config, name) <= top:
-            raise UserError(f"--{name.replace('_', '-')} must be at most {top} and not below "
-                                 f"{int(name == 'sample_steps')}, got {getattr(config, name)}")
-    if config.model != MODELS[0] and (config.data == "edits" or config.model == "llama" and config.data in ("mnist", "folder")):
-        raise UserError(f"--model {config.model} learns from scenes{'' if config.model == 'llama' else ', mnist, a folder'} or shards; "
-                             f"the rest is for Transfusion")
-    if config.model != MODELS[0] and config.encoder != "linear":
-        raise UserError(f"--encoder {config.encoder} is Transfusion's: a {config.model} has no patches")
-    if config.text_share > 1 or (given.get("text_share", 0) > 0 and config.data != "scenes"):
-        raise UserError(f"--text-share must be at most 1, and is for --data scenes, got {config.text_share}")
-    if config.codes == 1 or config.codes < 0 or (config.codes and config.model != "chameleon"):
-        raise UserError(f"--codes must be at least 2 and is for --model chameleon, got {config.codes}")
-    if not 1 <= config.t_limit <= 1000:
-        raise UserError(f"--t-limit must be between 1 and 1000, got {config.t_limit}")
-    if not (config.shift > 0 and config.clip > 0):
-        raise UserError("--shift and --clip must be above 0")
-    return config, resume, overwrite, planned if dry else None
+    check_ranges(config)
+    check_together(config, given)
+    return config, resume, overwrite, plan if dry_run else None
+
+
+def build_parser():
+    """The argparse parser: one option per field of Config, and what is not part of a run."""
+    parser = argparse.ArgumentParser(
+        usage="python train.py [--preset NAME] [options]      (--help names them all)",
+        description="Train a Transfusion model. `python train.py` alone trains the first toy.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=tuple(PRESETS),
+        help="a named set of options; default: that of --model, or of --data")
+    add("--resume", action="store_true",
+        help="go on from the last complete checkpoint in the run's folder")
+    add("--overwrite", action="store_true",
+        help="start anew although the run's folder has a checkpoint")
+    add("--dry-run", action="store_true",
+        help="only print what the run will cost (a paper's size; no GPU needed)")
+    add("--gpus", type=int, default=1, help="of --dry-run: how many")
+    add("--mfu", type=float, default=0.46, help="of --dry-run: share of the GPUs' peak to assume")
+    add("--device", default="H100", help="of --dry-run: a name in scale/plan.py's DEVICES")
+
+    for f in fields(Config):
+        kind = dict(type=f.type, choices=f.metadata["choices"])
+        if f.type is bool:
+            kind = dict(action=argparse.BooleanOptionalAction)      # --compile, --no-compile
+        add(option_name(f.name), help=f"{f.metadata['help']} (default: {f.default})",
+            default=argparse.SUPPRESS, **kind)          # SUPPRESS: leave out what is not given
+    return parser
+
+
+def option_name(name):
+    """--seq-len of seq_len."""
+    return "--" + name.replace("_", "-")
+
+
+def default_preset(given):
+    """The preset of a command line that names none: that of its --model, or of its --data.
+    given: the options that were given. Raises UserError if there is none for these data."""
+    if given.get("model", "transfusion") != "transfusion":
+        return given["model"]
+    data = given.get("data", "scenes")
+    for name, options in PRESETS.items():
+        if options.get("data", "scenes") == data:
+            return name
+    raise UserError(f"no preset is made for --data {data}: name one whose numbers it is to take, "
+                    f"e.g. --preset folder")
+
+
+# ----------------------------------------------------------------------------- the user's mistakes
+def check_ranges(config):
+    """Raise UserError if a number is out of the range that its option names."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        low = f.metadata["at_least"]
+        high = f.metadata["at_most"]
+        if low == -math.inf and high == math.inf:       # text, a switch, or any number
+            continue
+        if low <= value <= high and math.isfinite(value):           # neither is true of nan
+            continue
+        wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+        raise UserError(f"{option_name(f.name)} must be {wanted}, got {value}")
+    for name in ("shift", "clip"):
+        if not getattr(config, name) > 0:
+            raise UserError(f"{option_name(name)} must be above 0, got {getattr(config, name)}")
+
+
+def check_together(config, given):
+    """Raise UserError if options do not fit together. given: those of the command line alone."""
+    unfit = {"transfusion": (), "chameleon": ("edits",), "llama": ("edits", "mnist", "folder")}
+    if config.data in unfit[config.model]:
+        fit = [name for name in DATA if name not in unfit[config.model]]
+        raise UserError(f"--model {config.model} learns from {', '.join(fit)}; "
+                        f"--data {config.data} is for Transfusion")
+    if config.model != "transfusion" and config.encoder != "linear":
+        raise UserError(f"--encoder {config.encoder} is Transfusion's: a {config.model} has no "
+                        f"patches")
+    if given.get("text_share", -1) > 0 and config.data != "scenes":
+        raise UserError(f"--text-share is for --data scenes, not for {config.data}, which decides "
+                        f"itself how much text there is")
+    if config.codes and config.model != "chameleon":
+        raise UserError(f"--codes is for --model chameleon, not for {config.model}")
+    if config.codes == 1:
+        raise UserError("--codes must be at least 2, got 1: a picture of one code says nothing")
+
+
+def main():
+    """Print every preset as the options that it stands for."""
+    for name, options in PRESETS.items():
+        words = []
+        for option, value in options.items():
+            if isinstance(value, bool):
+                words.append(option_name(option if value else f"no_{option}"))
+            else:
+                words.append(f"{option_name(option)}\u00a0{value}")     # kept on one line
+        text = textwrap.fill("  ".join(words), 100, initial_indent=f"{name:16s}",
+                             subsequent_indent=" " * 16, break_on_hyphens=False)
+        print(text.replace("\u00a0", " "))
 
 
 if __name__ == "__main__":
-    for name, numbers in PRESETS.items():
-        print(f"{name:15s} " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in numbers.items()))
+    main()

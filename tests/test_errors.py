@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import config
 import data
 import evaluate
 import sample
@@ -28,7 +29,7 @@ from model import Transfusion, sized
 from sources import choose
 from sources import scenes
 from support import checkpoint
-from support.common import run_command
+from support.common import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 MAINS = {"sample.py": sample.main, "train.py": train.main, "evaluate.py": evaluate.main,
@@ -197,6 +198,12 @@ def test_train(capsys, monkeypatch, tmp_path, shelf, arguments, words):
     arguments = [{"MODEL": shelf / "model.pt", "VAE": shelf / "vae.pt", "NEWER_VAE": shelf / "newer_vae.pt",
                   "WIDER_VAE": shelf / "wider_vae.pt"}.get(a, a) for a in arguments]
     mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", *arguments], *words)
+
+
+def test_data_without_a_preset():
+    """Catches StopIteration where a fork has a data set of its own, and no preset for it."""
+    with pytest.raises(UserError, match="--data photos.*--preset"):
+        config.default_preset({"data": "photos"})
 
 
 def folder_of_pictures(folder, n=12, last='{"image": "0.png", "caption": "red"}'):
