@@ -1,8 +1,20 @@
 """
-gap.py: the conditioning gap
-"""
-from dataclasses import replace
+gap.py: the conditioning gap: does the model read its caption?           (ours; docs/PAPER.md §4.12)
 
+THE IDEA    A model can draw with a falling loss and never look at its caption: pictures are mostly
+            like other pictures. The loss does not show it, because what a caption adds is a few per
+            cent. So ask directly. Denoise the same noisy picture once with its own caption and once
+            with another picture's. If nothing changes, the caption is ignored.
+A PICTURE   "a red circle"    + noisy red circle  --model-->  loss 0.31   (right)
+            "a blue square"   + noisy red circle  --model-->  loss 0.69   (wrong)      gap 0.38
+THE RULE    gap = eq. 3 with a wrong caption - eq. 3 with the right one, same noise, same t
+            Chameleon: -ln p(codes | wrong caption) + ln p(codes | right caption), nats per code
+SHAPES      N pictures: latents (N, c, h, w) float32, or a Chameleon's codes (N, h, w) int64
+PAPER/HERE  not in the paper. Our choice: t is spread evenly over 1..T, so that few pictures do.
+            0 means that captions are ignored. Its size depends on the data: compare models on the
+            same pictures only.
+READ NEXT   likelihood.py, which a Chameleon's gap uses        TEST  tests/test_evaluate.py
+"""
 import torch
 
 import data
@@ -12,39 +24,82 @@ from support.checkpoint import device_of
 
 
 def wrong_captions(captions):
-    """For each of N captions the next one that is different, for the conditioning gap (PAPER.md §4.12)."""
-    return [next((c for c in captions[k + 1:] + captions[:k] if c != own), own) for k, own in enumerate(captions)]
+    """For each of N captions the next one in the list that says something else; where all of
+    them are alike, the caption itself."""
+    wrong = []
+    for k, own in enumerate(captions):
+        # TRAP: many pictures share a caption. A "wrong" one that says the same would pull the
+        # gap towards 0.
+        others = captions[k + 1:] + captions[:k]
+        wrong.append(next((caption for caption in others if caption != own), own))
+    return wrong
 
 
 @torch.no_grad()
-def conditioning_gap(model, words, diffusion, captions, latents, before=None, seed=0):
-    """Diffusion loss with a wrong caption minus that with the right one, same noise, same t: 0 means that the model
-    ignores its caption, however good the loss looks (PAPER.md §4.12). captions: N str; latents (N, c, h, w); before: the
-    latents of the pictures that stand before the captions, clean, where these are edits. Of codes (N, h, w) int64: nats."""
+def conditioning_gap(model, tokenizer, diffusion, captions, latents, before=None, seed=0):
+    """Diffusion loss (eq. 3) with a wrong caption minus that with the right one. 0: the model
+    ignores its caption, however good the loss looks. A Chameleon's is in nats, see `code_gap`.
+
+    model       model.Transfusion
+    tokenizer   data.Words or data.Pieces
+    captions    N str
+    latents     (N, c, h, w) float32, or codes (N, h, w) int64
+    before      of edits: (N, c, h, w), the pictures that stand before the captions; else None
+    seed        of the noise"""
     if latents.dtype == torch.long:
-        return code_gap(model, words, captions, latents)
-    g, N = torch.Generator().manual_seed(seed), len(captions)
-    t = (torch.arange(N) * diffusion.T // N + 1)[torch.randperm(N, generator=g)]      # every noise level alike
-    eps, means = torch.randn(latents.shape, generator=g), []
-    noisy = diffusion.add_noise(latents, eps, t)
+        return code_gap(model, tokenizer, captions, latents)
+
+    # 1. One t and one noise per picture, drawn once: the two losses differ by the caption alone.
+    N = len(captions)
+    g = torch.Generator().manual_seed(seed)
+    levels = torch.arange(N) * diffusion.T // N + 1     # every noise level alike, 1..T
+    t = levels[torch.randperm(N, generator=g)]
+    eps = torch.randn(latents.shape, generator=g)
+    pictures = diffusion.add_noise(latents, eps, t)     # numbers 0..N-1: these are denoised
+    target = diffusion.target(latents, eps)
+    if before is not None:                              # numbers N..2N-1: clean, so t = 0
+        pictures = torch.cat([pictures, before])
+        t = torch.cat([t, torch.zeros_like(t)])
+
+    # 2. The same pictures, twice: beside their captions, and beside others'.
+    losses = []
     for texts in (captions, wrong_captions(captions)):
-        rows = [data.lay_out([*([("image", N + k, 0)] if before is not None else []), text, ("image", k, diffusion.T)],
-                             words, model.config.patches) for k, text in enumerate(texts)]
+        rows = []
+        for k, text in enumerate(texts):
+            document = [text, ("image", k, diffusion.T)]
+            if before is not None:
+                document.insert(0, ("image", N + k, 0))
+            rows.append(data.lay_out(document, tokenizer, model.config.patches))
+
         batch = data.pack(rows, model.config.context)
-        k = batch.images
-        all_x, all_t = (noisy, t) if before is None else (torch.cat([noisy, before]), torch.cat([t, torch.zeros_like(t)]))
-        batch = replace(batch, latents=all_x[k], t=all_t[k]).to(device_of(model))
-        out = model(batch.tokens, batch.image_id, batch.doc_id, batch.has_loss, batch.latents, batch.t)[1].float().cpu()
-        drawn, k = out[k < N], k[k < N]
-        means.append((drawn - diffusion.target(latents[k], eps[k])).square().mean().item())
-    return means[1] - means[0]
+        number = batch.images                           # packing has changed the order
+        batch.latents = pictures[number]
+        batch.t = t[number]
+        batch = batch.to(device_of(model))
+        _, out = model(
+            batch.tokens, batch.image_id, batch.doc_id, batch.has_loss, batch.latents, batch.t,
+        )
+        denoised = number < N
+        error = out.float().cpu()[denoised] - target[number[denoised]]
+        losses.append(error.square().mean().item())
+    right, wrong = losses
+    return wrong - right
 
 
-def code_gap(model, words, captions, codes):
-    """The conditioning gap of a Chameleon: nats per code with a wrong caption minus those with the right one.
-    captions: N str, or lists of ids; codes: (N, h, w) int64. Compare evaluate.conditioning_gap. Every rank must call it."""
-    spelled, told = (codes.flatten(1) + len(words)).tolist(), []
+def code_gap(model, tokenizer, captions, codes):
+    """The conditioning gap of a Chameleon: nats per code with a wrong caption minus those with
+    the right one. Every process must call it.
+
+    captions: N str, or lists of ids; codes: (N, h, w) int64, 0..K-1."""
+    # A code's token follows the V words. There is no noise here: a likelihood needs none.
+    pictures = (codes.flatten(1) + len(tokenizer)).tolist()
+
+    nats = []
     for texts in (captions, wrong_captions(captions)):
-        ids = [text if isinstance(text, list) else words.encode(text) for text in texts]
-        told.append(sum(nats for nats, _ in log_likelihood(model, [(row + [BOI], picture) for row, picture in zip(ids, spelled)])))
-    return (told[0] - told[1]) / codes.numel()
+        requests = []
+        for text, picture in zip(texts, pictures, strict=True):
+            ids = text if isinstance(text, list) else tokenizer.encode(text)
+            requests.append((ids + [BOI], picture))
+        nats.append(sum(log_p for log_p, _ in log_likelihood(model, requests)))
+    right, wrong = nats
+    return (right - wrong) / codes.numel()

@@ -1,35 +1,51 @@
 """
-progress.py: one line of a training's log
+progress.py: one line of a training's log                                (ours; docs/PAPER.md §4.14)
 
-THE IDEA    What to look at while a model trains: both losses, the diffusion loss by noise level, the gradient, the speed. A loss that
-            stands still at high noise and falls at low noise is normal; one number for all levels hides that.
+THE IDEA    What to look at while a model trains: both losses, the diffusion loss by noise level,
+            the gradient, the speed. A loss that stands still at high noise and falls at low noise
+            is normal; one number for all levels hides that.
+A PICTURE   by_t         t = 1..200  201..400  401..600  601..800  801..1000       python train.py,
+            step  20          1.71      1.76      1.75      1.68       1.74        120 steps
+            step 120          0.61      0.48      0.66      0.83       0.79
+THE RULE    Sums and counts are added up over all processes and then divided. A mean of means would
+            weigh a process with few pictures as much as one with many.
 READ NEXT   ../train.py        TEST  tests/test_train.py
 """
 import torch
 
 from scale import distributed, plan
 
-BINS = 5                                                # noise levels of the diffusion loss in the log
+BINS = 5                                                # noise levels that the log tells apart
 
 
 def log_line(window, run, lr, seconds):
-    """One line of log.jsonl, a dict. window: what the last steps returned (train.train_step); lr: of the last step;
-    seconds: how long they took. Every process must call it."""
-    each = torch.cat([step["each"] for step in window]).cpu()
+    """One line of log.jsonl, a dict. Every process must call it.
+
+    window: what the last steps returned (train.train_step); lr: the last step's learning rate;
+    seconds: how long these steps took."""
+    # 1. The loss of every picture of these steps, and of those of each noise level.
+    loss = torch.cat([step["each"] for step in window]).cpu()
     t = torch.cat([step["t"] for step in window]).cpu()
     width = run.diffusion.T // BINS
-    groups = [each]
+    groups = [loss]
     for low in range(0, run.diffusion.T, width):
-        groups.append(each[(t > low) & (t <= low + width)])
+        groups.append(loss[(t > low) & (t <= low + width)])
 
-    # The sums of all processes, in one message.
-    sums = [sum(step[name] for step in window) for name in ("lm", "words", "tokens")]
+    # 2. The sums of all processes, in one message.
+    sums = []
+    for name in ("lm", "words", "tokens"):
+        sums.append(sum(step[name] for step in window))
     for group in groups:
         sums += [group.sum().item(), len(group)]
     lm, words, tokens, *pairs = distributed.total(sums)
 
-    means = [total / n if n else None for total, n in zip(pairs[::2], pairs[1::2])]
+    means = []
+    for total, n in zip(pairs[::2], pairs[1::2], strict=True):
+        means.append(total / n if n else None)          # None: no picture had such noise
     diffusion, *by_t = means
+
+    flops = plan.flops_per_token(run.average)
+    device = plan.device_name(run.ranks.device)
     return {
         "step": run.step,
         "lm": lm / words,
@@ -38,19 +54,18 @@ def log_line(window, run, lr, seconds):
         "grad_norm": window[-1]["grad_norm"],
         "lr": lr,
         "tokens_per_s": round(tokens / seconds),
-        "mfu": plan.mfu(plan.flops_per_token(run.average), tokens / seconds,
-                        plan.device_name(run.ranks.device), distributed.size()),
+        "mfu": plan.mfu(flops, tokens / seconds, device, distributed.size()),
     }
 
 
 def summary(log):
     """What the progress bar shows of a support.run_folder.Log: {name: text}."""
     row = log.rows[-1]
-    shown = {"lm": f"{row['lm']:.3f}", "diff": "-", "mfu": "-", "gap": "-"}
-    if row["diffusion"] is not None:
-        shown["diff"] = f"{row['diffusion']:.3f}"
-    if row["mfu"] is not None:
-        shown["mfu"] = f"{row['mfu']:.1%}"
-    if log.last("gap") is not None:
-        shown["gap"] = f"{log.last('gap'):.3f}"
-    return shown
+    texts = {"lm": f"{row['lm']:.3f}", "diff": "-", "mfu": "-", "gap": "-"}
+    if row["diffusion"] is not None:                    # a rival has none
+        texts["diff"] = f"{row['diffusion']:.3f}"
+    if row["mfu"] is not None:                          # the peak of this device is not known
+        texts["mfu"] = f"{row['mfu']:.1%}"
+    if log.last("gap") is not None:                     # it is not measured at every line
+        texts["gap"] = f"{log.last('gap'):.3f}"
+    return texts

@@ -18,7 +18,7 @@ import model as model_module
 import vae as vae_module
 from data import BOI
 from diffusion import Diffusion
-from metrics import digits
+from metrics import digits, drawing
 from metrics import scenes as scene_metrics
 from metrics.gap import conditioning_gap
 from sources import mnist, scenes
@@ -209,7 +209,7 @@ def artist(seed=0, confuse=False):
 @pytest.mark.parametrize("held_out", [False, True])
 def test_geneval_of_a_perfect_artist(monkeypatch, held_out):
     """Catches a judge that fails true pictures, asks for seen pairs where unseen ones are meant, or counts badly."""
-    monkeypatch.setattr(scene_metrics, "draw", artist())
+    monkeypatch.setattr(drawing, "draw", artist())
     table, shown = scene_metrics.geneval(None, scenes.WORLDS["six"], n=9, held_out=held_out)
     named = [c for c in scenes.WORLDS["six"] if scenes.captions(c, held_out)]
     assert list(table) == named and table == {c: {"rule": 1.0, "exact": 1.0, "n": 9} for c in named}
@@ -221,7 +221,7 @@ def test_geneval_of_a_perfect_artist(monkeypatch, held_out):
 
 def test_geneval_of_a_confused_artist(monkeypatch):
     """Catches a judge that looks at the pictures and not at the captions."""
-    monkeypatch.setattr(scene_metrics, "draw", artist(confuse=True))
+    monkeypatch.setattr(drawing, "draw", artist(confuse=True))
     table, shown = scene_metrics.geneval(None, scenes.CATEGORIES, n=12)
     assert np.mean([row["exact"] for row in table.values()]) < 0.15
     assert all(row["exact"] <= row["rule"] for row in table.values())
@@ -239,14 +239,14 @@ def test_geneval_of_a_careless_artist(monkeypatch):
             free = [(x, y) for x in (8, 24) for y in (8, 24) if all(abs(t.x - x) + abs(t.y - y) > 10 for t in things)]
             pictures.append(scenes.render([*things, scenes.Thing("white", "cross", *free[0], 5)]))
         return np.stack(pictures)
-    monkeypatch.setattr(scene_metrics, "draw", draw)
+    monkeypatch.setattr(drawing, "draw", draw)
     table, _ = scene_metrics.geneval(None, ("single_object", "colors"), n=10)
     assert all(row["rule"] == 1.0 and row["exact"] == 0.0 for row in table.values())
 
 
 def test_geneval_asks_every_caption_in_turn(monkeypatch):
     """Catches prompts drawn with repetition: a model that knows half of them would score by luck."""
-    monkeypatch.setattr(scene_metrics, "draw", artist())
+    monkeypatch.setattr(drawing, "draw", artist())
     _, shown = scene_metrics.geneval(None, ("single_object", "counting"), n=12)
     texts = [text for text, *_ in shown]
     assert {texts.count(text) for text, _ in scenes.captions("single_object")} == {3}
@@ -260,7 +260,7 @@ def test_captions_are_judged_by_the_picture(monkeypatch):
             "false": lambda t: f"a {t.colour} {scenes.SHAPES[scenes.SHAPES.index(t.shape) - 1]}"}
     scores = {}
     for name, say in says.items():
-        monkeypatch.setattr(scene_metrics, "describe", lambda trained, pixels, say=say: [say(scenes.parse(p)[0]) for p in pixels])
+        monkeypatch.setattr(drawing, "describe", lambda trained, pixels, say=say: [say(scenes.parse(p)[0]) for p in pixels])
         scores[name], rows = scene_metrics.captioning(None, ("colors",), n=20)
         assert len(rows) == 20 and np.mean([true for *_, true in rows]) == scores[name]
     assert scores == {"true": 1.0, "vague": 1.0, "nonsense": 0.0, "false": 0.0}
@@ -333,9 +333,9 @@ def test_digits_of_a_perfect_and_of_a_confused_artist(unseen, monkeypatch):
     def draw(trained, prompts, guidance, seed, **drawing):  # unguided, the artist draws the digits in another order
         prompts = prompts if guidance != 1 else prompts[1:] + prompts[:1]
         return np.repeat(np.stack([by_name[p.split()[-1]][k] for k, p in enumerate(prompts)]), 3, -1)
-    monkeypatch.setattr(digits, "draw", draw)
+    monkeypatch.setattr(drawing, "draw", draw)
     monkeypatch.setattr(digits, "encode_pixels", lambda trained, pixels: pixels)
-    monkeypatch.setattr(digits, "describe", lambda trained, pixels: [known[p.tobytes()] for p in pixels])
+    monkeypatch.setattr(drawing, "describe", lambda trained, pixels: [known[p.tobytes()] for p in pixels])
     found, shown = digits.digits(None, unseen, n=40)
     assert found["guided"] > 0.9 and found["unguided"] < 0.1 and found["captions"] == 1.0 and found["classifier"] > 0.98
     assert [text for text, *_ in shown[:3]] == ["the digit zero", "the digit one", "the digit two"]

@@ -184,13 +184,18 @@ def test_two_processes_are_one(tmp_path):
 
 
 def test_texts_of_files(tmp_path):
-    """Catches empty lines counted, and a file read to its end where n texts were wanted."""
+    """Catches empty lines counted, a file read to its end where n texts were wanted, and one that is never read because
+    the name before it has used up the limit."""
     (tmp_path / "a.jsonl").write_text('{"text": "a b"}\n\n{"text": "c"}\n')
-    (tmp_path / "b.txt").write_text("d e\nbad \xff", encoding="latin-1")
-    assert likelihood.read_texts([str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")], 3) == ["a b", "c", "d e"]
+    (tmp_path / "b.txt").write_text("d e\nf\nbad \xff", encoding="latin-1")
+    a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")
+    assert likelihood.read_texts([a, b], 2) == ["a b", "c", "d e", "f"] and likelihood.read_texts([a, a]) == ["a b", "c"] * 2
     assert likelihood.read_texts(["scenes"], 5) == likelihood.read_texts(["scenes"], 9)[:5]
-    with pytest.raises(UserError, match="b.txt line 2"):
-        likelihood.read_texts([str(tmp_path / "b.txt")], 3)
+    with pytest.raises(UserError, match="b.txt line 3"):
+        likelihood.read_texts([b], 3)
+    for limit, scenes_first in ((5, 5), (None, 1000)):
+        texts = likelihood.read_texts(["scenes", a], limit)
+        assert len(texts) == scenes_first + 2 and texts[-2:] == ["a b", "c"]
 
 
 @pytest.mark.parametrize("line", ["", "{}", '{"context": "a", "choices": ["b"], "answer": 0}', '{"context": "a", "choices": ["b", "c"], "answer": 2}',
