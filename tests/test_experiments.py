@@ -27,7 +27,9 @@ def test_every_row_is_a_run():
         configs = [parse_arguments(experiments.argv_of(options, 0, "x"))[0] for options in rows.values()]
         assert len({str(config) for config in configs}) == len(rows) and "Table" in title, number
         assert all(config.seed == 0 and config.samples == 400 for config in configs)
-    find = lambda number, row: parse_arguments(experiments.argv_of(experiments.TABLES[number][1][row], 0, "x"))[0]
+    def find(number, row):
+        return parse_arguments(experiments.argv_of(experiments.TABLES[number][1][row], 0, "x"))[0]
+
     a, b = find("2", "Llama"), find("2", "+ stability modifications")
     assert {k for k, v in vars(a).items() if vars(b)[k] != v} == {"stable", "lr"} and a.model == "llama"
     assert [(find("5", row).size, find("5", row).encoder) for row in experiments.TABLES["5"][1]] == \
@@ -37,11 +39,18 @@ def test_every_row_is_a_run():
     assert not find("3", "U-Net, causal").bidirectional and find("4", "U-Net, 8x8").patch == 8 and find("11", "none").t_limit == 1000
 
 
+def test_rows_are_shared():
+    """A run is named by its options. Catches one run under two spellings: two programs would write to one folder at once."""
+    options = {o for _, rows in experiments.TABLES.values() for o in rows.values()}
+    assert all(o == " ".join(o.split()) for o in options)
+    assert len({experiments.folder_of("x", o, 0) for o in options}) == len(options)
+
+
 def test_a_step_is_as_large_in_every_row():
     """Tokens and text per step. Catches numbers that were found for other captions (as they were once)."""
     pairs, steps = scenes.load_scenes(500, seed=0, categories=scenes.WORLDS["one"], progress=False), []
     words, rng = data.Words(pairs.vocabulary()), np.random.default_rng(0)
-    for options in [*experiments.PATCHES.values(), "--preset chameleon"]:
+    for options in [*("", experiments.PATCH_1, experiments.PATCH_4, experiments.PATCH_8), "--preset chameleon"]:
         config, *_ = parse_arguments(experiments.argv_of(options, 0, "x"))
         P = (8 // (1 if config.model == "chameleon" else config.patch)) ** 2
         stream = data.Documents(pairs, P, config.seq_len, text_share=config.text_share)
@@ -77,20 +86,23 @@ def test_a_table_from_nothing(tiny, tmp_path, capsys):
 def test_a_row_that_fails_is_named(tiny, tmp_path, monkeypatch):
     """Catches a table of the rows that happened to work."""
     monkeypatch.setitem(experiments.TABLES, "9", ("a table", {"broken": "--data folder --data-dir nowhere"}))
-    with pytest.raises(UserError, match="said.txt"):
+    with pytest.raises(UserError, match="output.txt"):
         experiments.main(["9", "--jobs", "1", "--out", str(tmp_path)])
 
 
 def test_parity():
     """Between 750 and 1500 steps, halfway up, in log compute. Catches a ratio upside down, and for a loss the wrong sign."""
-    cell = lambda text, captions, exact: {"text": (text, None), "captions": (captions, None), "exact": (exact, None)}
+    def cell(text, captions, exact):
+        return {"text": (text, None), "captions": (captions, None), "exact": (exact, None)}
+
     rows = {"Transfusion, 750 steps": cell(0.04, 50, 40), "Transfusion, 1500 steps": cell(0.02, 90, 80), "Transfusion, 3000 steps": cell(0.01, 95, 90),
             "Chameleon, 750 steps": cell(0.5, 1, 1), "Chameleon, 1500 steps": cell(0.1, 2, 2), "Chameleon, 3000 steps": cell(0.03, 30, 95)}
     found = experiments.parity(rows)
     assert found == {"text": f"{750 * 2 ** 0.5 / 3000:.2f}", "captions": "at most 0.25", "exact": "above 1"}
 
 
-@pytest.mark.parametrize("line, said", [(["12"], "no table"), (["3", "--seeds", "0"], "--seeds")])
-def test_mistakes(line, said):
-    with pytest.raises(UserError, match=said):
+@pytest.mark.parametrize("line, sentence", [(["12"], "no table"), (["3", "--seeds", "0"], "--seeds")])
+def test_mistakes(line, sentence):
+    """Catches a traceback where the user mistyped."""
+    with pytest.raises(UserError, match=sentence):
         experiments.main(line)
