@@ -11,8 +11,7 @@ THE IDEA    Pixels are wasteful: most of them can be guessed from their neighbou
             ones, its code. So a picture becomes a grid of integers.
 A PICTURE   x (3, 32, 32) -> encoder -> mean, log-variance -> z, drawn    (4, 8, 8) -> decoder -> x'
             VQ-VAE:        encoder -> e -> nearest code, an integer (8, 8) -> its c -> decoder -> x'
-            encoder: stages of ResBlocks, half the size after each; then ResBlock, attention,
-            ResBlock
+            encoder: ResBlocks, half the size, and so on; then ResBlock, attention, ResBlock
 THE RULE    VAE:     z = mean + deviation * noise
                      KL( N(mean, var) || N(0, 1) ) = 1/2 sum (mean^2 + var - 1 - ln var)
                      latents for the transformer: (z - shift) / scale, with unit deviation

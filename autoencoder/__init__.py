@@ -1,0 +1,1 @@
+"""How the VAE is trained (App. C): its loss, the networks that judge it, the loop."""

@@ -1,9 +1,17 @@
 """
-pairs.py: captioned pictures, and perhaps text alone                              (Transfusion §4.1 "Data")
+pairs.py: captioned pictures, and perhaps text alone                       (Transfusion §4.1 "Data")
 
-THE IDEA    All that training and measuring ask of a data set: captions, pictures, and perhaps texts without a picture. So a
-            source is a function that returns them, and a new data set is a new function.
-READ NEXT   scenes.py, mnist.py, folder.py        TEST  tests/test_sources.py
+THE IDEA    All that training and measuring ask of a data set: captions, pictures, and perhaps texts
+            without a picture. So a source is a function that returns them, and a new data set is a
+            new function.
+A PICTURE   scenes: drawn from a seed        --+
+            mnist:  four idx files           --+-->  Pairs(captions, pixels)
+            folder: pictures, captions.jsonl --+
+SHAPES      N captions; pixels (N, h, w, 3 or 1) uint8
+PAPER/HERE  same: pictures are cropped at the centre and resized to a square.
+            here: these sources fit in memory. A trillion tokens do not: scale/pack.py packs them to
+            disk first.
+READ NEXT   scenes.py, mnist.py, folder.py, choose.py        TEST  tests/test_sources.py
 """
 from dataclasses import dataclass, field
 
@@ -17,8 +25,8 @@ class Pairs:
     name        of the source: "scenes", "mnist", "folder"
     captions    list of N str
     pixels      (N, h, w, 3 or 1) uint8
-    texts       documents without a picture, in groups: a list of lists of str. One is drawn in two steps, first a
-                group, then one of its texts. Empty: this source has none.
+    texts       documents without a picture, in groups: a list of lists of str. One is drawn in
+                two steps, first a group, then one of its texts. Empty: this source has none.
     words       set of every word that the source can utter; None: those of its captions
     labels      (N,) int, MNIST's classes, or None
     language    captions beyond these whose words must be known, too
@@ -35,4 +43,12 @@ class Pairs:
         """Set of every word that this source can utter."""
         if self.words is not None:
             return self.words
-        return {word for text in [*self.captions, *self.language] for word in text.split()}
+        return words_of([*self.captions, *self.language])
+
+
+def words_of(texts):
+    """Set of every word in a list of texts."""
+    words = set()
+    for text in texts:
+        words.update(text.split())
+    return words

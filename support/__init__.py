@@ -1,0 +1,1 @@
+"""Furniture that every room needs: errors, pictures, checkpoints, figures."""

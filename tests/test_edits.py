@@ -12,9 +12,20 @@ import pytest
 from PIL import Image
 
 import data
-from sources import edits
-from sources import scenes
-from sources.edits import EditDocuments, KINDS, NEAR, apply, carry_out, cell_of, find, judge, judge_end, name_of, propose
+from sources import edits, scenes
+from sources.edits import (
+    KINDS,
+    NEAR,
+    EditDocuments,
+    apply,
+    carry_out,
+    cell_of,
+    find,
+    judge,
+    judge_end,
+    name_of,
+    propose,
+)
 from sources.scenes import COLOURS, HELD_OUT, SHAPES, Thing
 from support.common import UserError
 

@@ -13,7 +13,17 @@ import pytest
 from PIL import Image, ImageFilter
 
 from sources import scenes
-from sources.scenes import CATEGORIES, COLOURS, Claim, HELD_OUT, INVERSE, RELATIONS, Thing, WORLDS, World
+from sources.scenes import (
+    CATEGORIES,
+    COLOURS,
+    HELD_OUT,
+    INVERSE,
+    RELATIONS,
+    WORLDS,
+    Claim,
+    Thing,
+    World,
+)
 
 EVERY = WORLDS["six"]                                   # GenEval's six categories and ours
 

@@ -14,10 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sources import choose
-from sources import folder
-from sources import mnist
-from sources import scenes
+from sources import choose, folder, mnist, scenes
 from support.common import UserError, crop_and_resize, open_picture
 
 

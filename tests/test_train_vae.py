@@ -1,5 +1,5 @@
 """
-test_train_vae.py: two networks learn against each other           (train_vae.py; Transfusion App. C; PAPER §4.11)
+test_train_vae.py: two networks learn against each other           (autoencoder/train.py; Transfusion App. C; PAPER §4.11)
 
 The loss against formulas that others wrote; a discriminator that takes steps of its own, with gradients of its own, from its
 step on; a run that is stopped and resumed and is the same run; and a command line that says what is on.
@@ -8,6 +8,9 @@ import argparse
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,11 +21,17 @@ from autoencoder import perceptual
 from autoencoder import train as vae_training
 from autoencoder.losses import PatchGAN, VAELoss
 from autoencoder.perceptual import SmallNet, stand_ins
-from autoencoder.train import ctrl_c, loss_terms, prepare_training, resume_training, save_training, train_vae, training_step
-from sources import choose
-from sources import scenes
+from autoencoder.train import (
+    prepare_training,
+    resume_training,
+    save_training,
+    toy_reconstruction,
+    train_vae,
+    training_step,
+)
+from sources import choose, scenes
 from support.checkpoint import load, unpack_vae
-from support.common import UserError
+from support.common import UserError, finish_step_first
 from vae import VAE, VAEConfig, to_float
 
 TINY = VAEConfig(channels=8, multipliers=(1, 2, 2), z=4)
@@ -36,8 +45,8 @@ def pictures():
     return scenes.load_scenes(100, 0, progress=False).pixels
 
 
-def make_judges(gan_start=2):
-    """All of App. C's judges, small and untrained, the same each time."""
+def make_vae_loss(gan_start=2):
+    """App. C's loss with small and untrained networks, the same each time."""
     torch.manual_seed(3)
     return VAELoss(*stand_ins(SmallNet(5)), PatchGAN(width=8, layers=2), gan_start)
 
@@ -48,11 +57,12 @@ def weights(module):
 
 
 # ----------------------------------------------------------------------------------------------------------------- losses
-def test_loss_terms(pictures):
+def test_the_toys_loss(pictures):
     """Catches a wrong KL (log-variance taken for deviation, a lost half), means where sums are meant, a decoder fed the mean."""
     vae, x = VAE(TINY), to_float(pictures[:6])
     with torch.no_grad():
-        recon, kl = loss_terms(vae, x, torch.Generator().manual_seed(3))
+        x_hat, kl = vae(x, torch.Generator().manual_seed(3))
+        recon = toy_reconstruction(x, x_hat)
         mean, logvar = vae.moments(x)
         q = Normal(mean, (0.5 * logvar).exp())
         assert kl.item() == pytest.approx(kl_divergence(q, Normal(0.0, 1.0)).sum().item() / 6, rel=1e-5)
@@ -67,7 +77,7 @@ def test_loss_falls(pictures):
     torch.manual_seed(1)
     fresh, x = VAE(TINY), to_float(pictures[:32])
     with torch.no_grad():
-        before, after = (loss_terms(vae, x, torch.Generator().manual_seed(0))[0].item() for vae in (fresh, trained))
+        before, after = (toy_reconstruction(x, vae(x, torch.Generator().manual_seed(0))[0]).item() for vae in (fresh, trained))
     assert after < 0.7 * before
 
 
@@ -90,8 +100,8 @@ def test_training_repeats(pictures):
 @pytest.mark.parametrize("codes", [0, 12])
 def test_the_discriminator_steps_from_its_step_on(pictures, codes):
     """PAPER §4.11, a discriminator that is never stepped: catches it, and one that is stepped before it judges."""
-    run = prepare_training(VAEConfig(**SMALL, codes=codes), make_judges(gan_start=2), OPTIONS)
-    critic = run.judges.discriminator
+    run = prepare_training(VAEConfig(**SMALL, codes=codes), make_vae_loss(gan_start=2), OPTIONS)
+    critic = run.vae_loss.discriminator
     for step in range(4):
         before, drawing = weights(critic), weights(run.vae)
         training_step(run, pictures)
@@ -102,8 +112,8 @@ def test_the_discriminator_steps_from_its_step_on(pictures, codes):
 def test_the_discriminators_gradient_is_its_own(pictures):
     """TRAP: the VAE's backward leaves gradients in the discriminator that would teach it to be fooled. Its step must use the
     hinge's gradient alone, of this batch and of the reconstructions of this step."""
-    run, seen = prepare_training(VAEConfig(**SMALL), make_judges(gan_start=0), OPTIONS), {}
-    critic, hinge_loss = run.judges.discriminator, run.judges.discriminator_loss
+    run, seen = prepare_training(VAEConfig(**SMALL), make_vae_loss(gan_start=0), OPTIONS), {}
+    critic, hinge_loss = run.vae_loss.discriminator, run.vae_loss.discriminator_loss
 
     def watched(x, drawn):
         loss = hinge_loss(x, drawn)
@@ -111,7 +121,7 @@ def test_the_discriminators_gradient_is_its_own(pictures):
         seen["drawn"], seen["real"] = drawn, x
         return loss
 
-    run.judges.discriminator_loss = watched
+    run.vae_loss.discriminator_loss = watched
     for _ in range(2):
         training_step(run, pictures)
     assert all(torch.allclose(p.grad, wanted, rtol=1e-4, atol=1e-8) for p, wanted in zip(critic.parameters(), seen["wanted"]))
@@ -120,10 +130,10 @@ def test_the_discriminators_gradient_is_its_own(pictures):
 
 def test_before_its_step_nothing_is_changed_by_it(pictures):
     """App. C: catches a discriminator that is felt before its step, through the loss, the random numbers or the schedule."""
-    without = VAELoss(*stand_ins(make_judges().lpips.net))
-    one = train_vae(pictures, VAEConfig(**SMALL), 4, batch=4, judges=make_judges(gan_start=4), progress=False)
-    two = train_vae(pictures, VAEConfig(**SMALL), 4, batch=4, judges=without, progress=False)
-    three = train_vae(pictures, VAEConfig(**SMALL), 4, batch=4, judges=make_judges(gan_start=3), progress=False)
+    without = VAELoss(*stand_ins(make_vae_loss().lpips.net))
+    one = train_vae(pictures, VAEConfig(**SMALL), 4, batch=4, vae_loss=make_vae_loss(gan_start=4), progress=False)
+    two = train_vae(pictures, VAEConfig(**SMALL), 4, batch=4, vae_loss=without, progress=False)
+    three = train_vae(pictures, VAEConfig(**SMALL), 4, batch=4, vae_loss=make_vae_loss(gan_start=3), progress=False)
     assert torch.equal(weights(one), weights(two)) and not torch.equal(weights(one), weights(three))
 
 
@@ -134,7 +144,7 @@ def test_the_prior_counts(pictures, judged):
     x, gradients = pictures[:4], []
     for kl_weight in (0.0, 10.0):
         given = {**OPTIONS, "kl_weight": kl_weight, "lr": 0.0}
-        run = prepare_training(VAEConfig(**SMALL), make_judges(9) if judged else None, given)
+        run = prepare_training(VAEConfig(**SMALL), make_vae_loss(9) if judged else None, given)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: None)
             training_step(run, x)
@@ -168,7 +178,7 @@ def test_resumed_is_uninterrupted(pictures, tmp_path, codes, judged):
     log. Stopped in the middle of a line of the log, after the discriminator has begun."""
     config = VAEConfig(**SMALL, codes=codes)
     options = dict(steps=6, batch=4, log_every=2, progress=False)
-    whole = train_vae(pictures, config, judges=judges_if(judged), out=tmp_path / "whole", **options)
+    whole = train_vae(pictures, config, vae_loss=loss_if(judged), out=tmp_path / "whole", **options)
 
     class AfterThree:
         calls = 0
@@ -177,10 +187,10 @@ def test_resumed_is_uninterrupted(pictures, tmp_path, codes, judged):
             self.calls += 1
             return self.calls > 3
 
-    assert train_vae(pictures, config, judges=judges_if(judged), out=tmp_path / "two", stop=AfterThree(), **options) is None
+    assert train_vae(pictures, config, vae_loss=loss_if(judged), out=tmp_path / "two", stop=AfterThree(), **options) is None
     torch.rand(5), np.random.rand(5)
-    judges = judges_if(judged)
-    resumed = train_vae(pictures, config, judges=judges, out=tmp_path / "two", resume=True, **options)
+    vae_loss = loss_if(judged)
+    resumed = train_vae(pictures, config, vae_loss=vae_loss, out=tmp_path / "two", resume=True, **options)
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     one, two = ((tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("whole", "two"))
@@ -191,8 +201,8 @@ def test_resumed_is_uninterrupted(pictures, tmp_path, codes, judged):
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def judges_if(judged):
-    return make_judges() if judged else None
+def loss_if(judged):
+    return make_vae_loss() if judged else None
 
 
 def test_resume_with_other_options(pictures, tmp_path):
@@ -204,22 +214,55 @@ def test_resume_with_other_options(pictures, tmp_path):
     with pytest.raises(UserError, match="lr 0.002, not 0.5"):
         resume_training(prepare_training(VAEConfig(**SMALL), None, {**OPTIONS, "lr": 0.5}), tmp_path)
     with pytest.raises(UserError, match="loss L1 .* L2, not L1 .* ID"):
-        for judges in (None, make_judges()):
-            train_vae(pictures, VAEConfig(**SMALL), 4, batch=4, judges=judges, out=tmp_path / "x", resume=bool(judges),
+        for vae_loss in (None, make_vae_loss()):
+            train_vae(pictures, VAEConfig(**SMALL), 4, batch=4, vae_loss=vae_loss, out=tmp_path / "x", resume=bool(vae_loss),
                       progress=False)
     assert (tmp_path / "last.pt").read_bytes() == kept
+
+
+CTRL_C = """
+import os, signal
+from support.common import finish_step_first
+with finish_step_first() as pressed:
+    assert not pressed
+    os.kill(os.getpid(), signal.SIGINT)
+    assert pressed
+    print("the step is finished", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("still here")
+"""
 
 
 def test_ctrl_c_waits_for_the_step():
     """Catches a step torn apart by Ctrl-C, a program that cannot be stopped, and a signal handler left behind."""
     before = signal.getsignal(signal.SIGINT)
-    with ctrl_c() as pressed:
-        assert not pressed
+    with finish_step_first() as pressed:
         os.kill(os.getpid(), signal.SIGINT)
         assert pressed
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+    ended = subprocess.run([sys.executable, "-c", CTRL_C], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert ended.stdout == "the step is finished\n" and ended.returncode == -signal.SIGINT
+
+
+def test_ctrl_c_saves_what_can_be_resumed(tmp_path, capsys, few, monkeypatch):
+    """Catches a command line that lets Ctrl-C end it in the middle of a step, or with nothing kept."""
+    command = ["--steps", "4", "--out", str(tmp_path / "run")]
+    real = vae_training.training_step
+
+    def interrupted(run, pixels):
+        if run.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        real(run, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vae_training, "training_step", interrupted)
+        vae_training.main(command)
+    assert "--resume goes on from there" in capsys.readouterr().out and not (tmp_path / "run/vae.pt").exists()
+    assert load(tmp_path / "run/last.pt", "vae training")["step"] == 2
+    vae_training.main([*command, "--resume"])
+    vae_training.main(["--steps", "4", "--out", str(tmp_path / "whole")])
+    one, two = (load(tmp_path / name / "vae.pt", "vae")["weights"] for name in ("run", "whole"))
+    assert all(torch.equal(one[name], two[name]) for name in two)
 
 
 # ------------------------------------------------------------------------------------------------------------ command line
@@ -257,10 +300,10 @@ def test_terms_without_weights_are_off_and_it_is_said():
     """Catches a run at the paper's size that trains without LPIPS or ID in silence, or with our toy network in their place."""
     pairs = scenes.load_scenes(3, 0, progress=False)
     args = argparse.Namespace(paper=True, lpips_weights=None, moco_weights=None, gan_start=50_000, seed=0)
-    judges, said = vae_training.build_loss(args, pairs)
-    assert judges.lpips is None and judges.identity is None and judges.describe() == "L1 + 0.5 GAN from step 50000"
+    vae_loss, said = vae_training.build_loss(args, pairs)
+    assert vae_loss.lpips is None and vae_loss.identity is None and vae_loss.describe() == "L1 + 0.5 GAN from step 50000"
     assert "LPIPS is OFF" in said and "ID is OFF" in said
-    assert sum(p.numel() for p in judges.discriminator.parameters()) == 2_765_633
+    assert sum(p.numel() for p in vae_loss.discriminator.parameters()) == 2_765_633
 
 
 def test_paper_is_the_papers(capsys):

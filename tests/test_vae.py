@@ -17,7 +17,17 @@ from sources import scenes
 from support import figures
 from support.checkpoint import load, pack_vae, save, unpack_vae
 from support.common import UserError
-from vae import IDLE, Quantiser, VAE, VAEConfig, codebook_use, encode_all, encode_all_codes, to_float, to_pixels
+from vae import (
+    IDLE,
+    VAE,
+    Quantiser,
+    VAEConfig,
+    codebook_use,
+    encode_all,
+    encode_all_codes,
+    to_float,
+    to_pixels,
+)
 
 TINY = VAEConfig(channels=8, multipliers=(1, 2, 2), z=4)
 

@@ -1,5 +1,5 @@
 """
-test_vae_losses.py: who judges a reconstruction, and how       (vae_losses.py; Transfusion App. C; PAPER §4.11)
+test_vae_losses.py: who judges a reconstruction, and how   (autoencoder/losses.py, perceptual.py; Transfusion App. C; PAPER §4.11)
 
 Distances that are distances; losses against arithmetic done by hand; published names and shapes of weights that we do not
 have; a ResNet against the reference library's; a discriminator that counts from its step on, and not before.
@@ -11,9 +11,21 @@ import pytest
 import torch
 from torch import nn
 
-from autoencoder import losses as vae_losses
-from autoencoder.losses import PatchGAN, VAELoss, adaptive_weight, hinge
-from autoencoder.perceptual import FeatureDistance, ResNet50, SmallNet, VGG16, cosine_weights, fill, for_imagenet, load_lpips, load_moco, stand_ins, train_small_net
+from autoencoder import losses
+from autoencoder.losses import PatchGAN, VAELoss, adaptive_weight, appendix_c, hinge
+from autoencoder.perceptual import (
+    VGG16,
+    FeatureDistance,
+    ResNet50,
+    SmallNet,
+    cosine_weights,
+    for_imagenet,
+    load_lpips,
+    load_moco,
+    load_tensors,
+    stand_ins,
+    train_small_net,
+)
 from support.common import UserError
 
 VGG_LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)          # the convolutions among torchvision's vgg16.features
@@ -79,8 +91,8 @@ def lpips(files):
 
 
 @pytest.fixture
-def judges():
-    """App. C's judges for pictures of 16 x 16: an untrained small network and a small critic that comes in at step 10."""
+def vae_loss():
+    """App. C's loss for pictures of 16 x 16: an untrained small network and a small critic that comes in at step 10."""
     return VAELoss(*stand_ins(SmallNet(5)), PatchGAN(width=8, layers=2), gan_start=10)
 
 
@@ -207,7 +219,7 @@ def test_resnet_is_the_references():
             name = f"layer{int(stage) + 1}.{block}.{renamed[inner]}.{leaf}"
         found[name] = value
     theirs.load_state_dict(dict(zip(theirs.state_dict(), found.values())))
-    fill(ours, found, "transformers", "ResNet-50")
+    load_tensors(ours, found, "transformers", "ResNet-50")
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         wanted = theirs(x, output_hidden_states=True).hidden_states[1:]
@@ -282,47 +294,62 @@ def test_adaptive_weight_by_hand():
     assert adaptive_weight(0 * last.sum(), last.sum(), last) == 0
 
 
-def test_the_gan_pulls_as_hard_as_its_weight_says(judges):
+def test_appendix_c_by_hand():
+    """App. C's weights, read off the function. Catches a weight that is another, and the VQ-VAE's codebook loss at 1e-6."""
+    terms = torch.tensor([2.0, 3.0, 5.0, 7.0, 11.0], requires_grad=True)
+    loss = appendix_c(*terms)
+    loss.backward()
+    assert terms.grad.tolist() == pytest.approx([1, 1, 0.5, 0.2, 1e-6])
+    assert loss.item() == pytest.approx(2 + 3 + 2.5 + 1.4 + 11e-6)
+    assert appendix_c(2, 3, 5, 7, 11, kl_weight=1.0) == pytest.approx(2 + 3 + 2.5 + 1.4 + 11)
+
+
+def test_the_gan_pulls_as_hard_as_its_weight_says(vae_loss):
     """App. C: with 0.5, the GAN's gradient at the last layer is half as long as that of L1 + LPIPS + 0.2 ID."""
     last, x = nn.Conv2d(4, 3, 3, padding=1), pictures(4, 3, 16, 16)
-    drawn = last(torch.randn(4, 4, 16, 16))
-    near, _ = judges(x, drawn, last.weight, step=9)
-    both, terms = judges(x, drawn, last.weight, step=10)
-    pull, all_of_it = (torch.autograd.grad(loss, last.weight, retain_graph=True)[0] for loss in (near, both))
+    x_hat = last(torch.randn(4, 4, 16, 16))
+    reconstruction, _ = vae_loss(x, x_hat, 0, 0, last.weight, step=9)
+    both, terms = vae_loss(x, x_hat, 0, 0, last.weight, step=10)
+    pull, all_of_it = (torch.autograd.grad(loss, last.weight, retain_graph=True)[0] for loss in (reconstruction, both))
     assert (all_of_it - pull).norm().item() == pytest.approx(0.5 * pull.norm().item(), rel=0.02)
-    assert both.item() == pytest.approx((near + 0.5 * terms["weight"] * terms["GAN"]).item(), rel=1e-5)
-    assert terms["GAN"].item() == pytest.approx(-judges.discriminator(drawn).mean().item(), rel=1e-5)
+    assert both.item() == pytest.approx((reconstruction + 0.5 * terms["weight"] * terms["GAN"]).item(), rel=1e-5)
+    assert terms["GAN"].item() == pytest.approx(-vae_loss.discriminator(x_hat).mean().item(), rel=1e-5)
 
 
-def test_before_its_step_the_discriminator_is_silent(judges):
+def test_before_its_step_the_discriminator_is_silent(vae_loss):
     """App. C, GAN from step 50,000 on. Catches a term that counts early, be it faintly, and one off by a step."""
     last, x = nn.Conv2d(4, 3, 3, padding=1), pictures(4, 3, 16, 16)
-    drawn = last(torch.randn(4, 4, 16, 16))
-    judges.discriminator.register_forward_hook(lambda *_: pytest.fail("asked before its step"))
-    loss, terms = judges(x, drawn, last.weight, step=9)
-    wanted = (x - drawn).abs().mean() + judges.lpips(x, drawn).mean() + 0.2 * judges.identity(x, drawn).mean()
+    x_hat = last(torch.randn(4, 4, 16, 16))
+    vae_loss.discriminator.register_forward_hook(lambda *_: pytest.fail("asked before its step"))
+    loss, terms = vae_loss(x, x_hat, 0, 0, last.weight, step=9)
+    wanted = (x - x_hat).abs().mean() + vae_loss.lpips(x, x_hat).mean() + 0.2 * vae_loss.identity(x, x_hat).mean()
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6) and "GAN" not in terms
-    assert not judges.awake(9) and judges.awake(10) and VAELoss().gan_start == 50_000
+    assert not vae_loss.gan_is_on(9) and vae_loss.gan_is_on(10) and VAELoss().gan_start == 50_000
 
 
-@pytest.mark.parametrize("name", ["L1", "LPIPS", "ID", "GAN"])
-def test_every_term_counts(judges, name):
+@pytest.mark.parametrize("position", range(5), ids=["L1", "LPIPS", "GAN", "ID", "KL"])
+def test_every_term_counts(vae_loss, monkeypatch, position):
     """Catches a term that is computed, logged, and never added: without it the gradient must be another."""
     last, x, features = nn.Conv2d(4, 3, 3, padding=1), pictures(4, 3, 16, 16), torch.randn(4, 4, 16, 16)
     gradients = []
-    for weight in (vae_losses.WEIGHTS[name], 0.0):
-        judges.weights[name] = weight
-        loss, _ = judges(x, last(features), last.weight, step=10)
+    for share in (1.0, 0.0):
+        def partly(*terms, share=share):
+            terms = list(terms)
+            terms[position] = share * terms[position]
+            return appendix_c(*terms)
+        monkeypatch.setattr(losses, "appendix_c", partly)
+        kl = last.weight.square().sum()                 # any function of the weights does
+        loss, _ = vae_loss(x, last(features), kl, 1.0, last.weight, step=10)
         gradients.append(torch.autograd.grad(loss, last.weight)[0])
     assert (gradients[0] - gradients[1]).norm() > 1e-3 * gradients[0].norm()
 
 
-def test_the_discriminators_loss_is_its_own(judges):
+def test_the_discriminators_loss_is_its_own(vae_loss):
     """TRAP: reconstructions not detached. Catches a discriminator step that also trains the VAE to please it."""
     drawn = pictures(4, 3, 16, 16).requires_grad_()
-    loss = judges.discriminator_loss(pictures(4, 3, 16, 16), drawn)
+    loss = vae_loss.discriminator_loss(pictures(4, 3, 16, 16), drawn)
     loss.backward()
-    assert drawn.grad is None and all(p.grad.abs().sum() > 0 for p in judges.discriminator.parameters() if p.ndim == 4)
+    assert drawn.grad is None and all(p.grad.abs().sum() > 0 for p in vae_loss.discriminator.parameters() if p.ndim == 4)
     assert loss.item() == pytest.approx(1, abs=0.2)     # no opinion yet: hinge of answers near 0
 
 
@@ -330,19 +357,19 @@ def test_a_discriminator_learns_to_tell():
     """Catches a hinge whose sign is turned, so that it learns to take the drawn for real."""
     critic = PatchGAN(width=8, layers=2)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=5e-3)
-    judges, x = VAELoss(discriminator=critic), pictures(8, 3, 16, 16)
+    vae_loss, x = VAELoss(discriminator=critic), pictures(8, 3, 16, 16)
     blurred = nn.functional.avg_pool2d(x, 3, 1, 1)
     for _ in range(15):
         optimizer.zero_grad()
-        judges.discriminator_loss(x, blurred).backward()
+        vae_loss.discriminator_loss(x, blurred).backward()
         optimizer.step()
     assert critic(x).mean() > critic(blurred).mean() + 0.5
 
 
-def test_describe_says_what_is_on(judges):
+def test_describe_says_what_is_on(vae_loss):
     """Catches a run that says it has a term which is off."""
-    assert judges.describe() == "L1 + LPIPS + 0.2 ID + 0.5 GAN from step 10"
-    assert VAELoss().describe() == "L1" and VAELoss(identity=judges.identity).describe() == "L1 + 0.2 ID"
+    assert vae_loss.describe() == "L1 + LPIPS + 0.2 ID + 0.5 GAN from step 10"
+    assert VAELoss().describe() == "L1" and VAELoss(identity=vae_loss.identity).describe() == "L1 + 0.2 ID"
 
 
 # -------------------------------------------------------------------------------------------------------- the toy's network
