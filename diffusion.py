@@ -1,24 +1,33 @@
 """
-diffusion.py: noise in, noise out                                        (Transfusion §2.2 "Diffusion", eq. 2 and 3)
+diffusion.py: noise in, noise out                  (Transfusion §2.2 "Diffusion", eq. 2 and eq. 3)
 
-THE IDEA    Mix a picture with noise, by an amount that grows with t. Train a network to say which noise was mixed in.
-            Then start from noise alone, ask again and again, and each time take a little of the predicted noise away.
-A PICTURE   t = 0            t = 250           t = 500           t = 750           t = 1000
-            picture    ->    grain       ->    ghost       ->    hint        ->    noise          q(xt | x0), exact
-            picture    <-    x(t-1)      <-    ...         <-    xt          <-    noise          samplers, step by step
-THE RULE    xt = a[t] x0 + s[t] eps,   eps ~ N(0, 1)                                              eq. 2
-              DDPM, cosine schedule:  a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar)                §2.2
-              rectified flow:         a = 1 - t/T,         s = t/T                                §3 names it as future work
-            L_DDPM = mean over elements of (target - network(xt, t, context))^2                   eq. 3
+THE IDEA    Mix a picture with noise, by an amount that grows with t. Train a network to say which
+            noise was mixed in. Then start from noise alone, ask again and again, and each time take
+            a little of the predicted noise away.
+A PICTURE   t = 0            t = 250       t = 500       t = 750       t = 1000
+            picture    ->    grain   ->    ghost   ->    hint    ->    noise     q(xt | x0), exact
+            picture    <-    x(t-1)  <-    ...     <-    xt      <-    noise     samplers, by steps
+THE RULE    xt = a[t] x0 + s[t] eps,   eps ~ N(0, 1)                                         eq. 2
+              DDPM, cosine schedule:  a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar)
+              rectified flow:         a = 1 - t/T,         s = t/T
+            L_DDPM = mean over elements of (target - network(xt, t, context))^2              eq. 3
               DDPM: target = eps          flow: target = eps - x0
-SHAPES      x0, xt, eps, out (M, c, h, w) float32; t (M,) int64 in 0..T. t = 0 is the clean picture (a = 1, s = 0), T = 1000
-            is noise. The tables a, s, alpha_bar have T + 1 entries. (diffusers counts its timesteps from 0: theirs + 1 = ours.)
-PAPER/HERE  same: cosine schedule (offset 0.008, beta <= 0.999), T = 1000, eps loss, 250 steps, guidance.
-            our choice: eq. 3's norm is a mean over elements; x0 estimates are clipped to the range that latents have.
-            `shift` moves the schedule to more noise (1 = the paper's); README "What it took" says when it pays.
-READ NEXT   patchify.py        TRY IT  python diffusion.py        NOTEBOOK notebooks/2_noise_in_noise_out.ipynb
-TEST        tests/test_diffusion.py (each sampler draws an exact Gaussian; schedule and steps equal those of `diffusers`)
+SHAPES      x0, xt, eps, out (M, c, h, w) float32; t (M,) int64 in 0 .. T.
+            The tables a, s, alpha_bar have T + 1 entries. t = 0 is the clean picture, a = 1, s = 0;
+            t = T = 1000 is noise. (diffusers counts from 0: its timestep + 1 is our t.)
+PAPER/HERE  same: cosine schedule (offset 0.008, beta <= 0.999), T = 1000, eps loss, 250 sampling
+            steps, guidance.
+            our choice: eq. 3's norm is a mean over elements; estimates of x0 are clipped to the
+            range that latents have.
+            our choice: `flow`, which §3 names as future work, and `shift`, which moves the schedule
+            to more noise (1 = the paper's). docs/RESULTS.md "What it took" says when they pay.
+READ NEXT   patchify.py
+TRY IT      python diffusion.py
+NOTEBOOK    notebooks/2_noise_in_noise_out.ipynb
+TEST        tests/test_diffusion.py (each sampler draws an exact Gaussian; schedule and steps equal
+            those of `diffusers`)
 """
+import itertools
 import math
 
 import torch
@@ -26,160 +35,273 @@ import torch
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 
 
+# -------------------------------------------------------------------- noise in: the forward process
 def cosine_alpha_bar(T=1000, offset=0.008, beta_max=0.999):
-    """(T + 1,) float64: alpha_bar[t] for t = 0..T, alpha_bar[0] = 1. Nichol & Dhariwal 2021, eq. 17; Transfusion §2.2.
-    Built from the betas, because clipping the last ones changes the product that follows."""
+    """alpha_bar[t] for t = 0 .. T, (T + 1,) float64, about cos(t/T pi/2)^2; alpha_bar[0] = 1.
+    Transfusion §2.2; Nichol & Dhariwal 2021, eq. 17."""
     t = torch.arange(T + 1, dtype=torch.float64)
-    f = torch.cos((t / T + offset) / (1 + offset) * math.pi / 2) ** 2
-    beta = (1 - f[1:] / f[:-1]).clamp(max=beta_max)                    # beta[0] belongs to t = 1
-    return torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - beta, 0)])
+    # The offset keeps the first betas from being almost 0.
+    progress = (t / T + offset) / (1 + offset)                      # up to 1
+    f = torch.cos(progress * math.pi / 2) ** 2                      # down to 0
+    # The last betas come close to 1, a step that forgets everything, so they are clipped.
+    # TRAP: the product of clipped betas is no longer f. Build alpha_bar from the betas.
+    kept = f[1:] / f[:-1]
+    beta = (1 - kept).clamp(max=beta_max)                           # beta[0] belongs to t = 1
+    alpha_bar = torch.cumprod(1 - beta, dim=0)
+    one = torch.ones(1, dtype=torch.float64)                        # t = 0: the clean picture
+    return torch.cat([one, alpha_bar])
 
 
 class Diffusion:
-    """The forward process and the meaning of the network's output. kind: "ddpm" (the paper) or "flow".
-    shift: multiplies the noise-to-signal ratio s/a at every t; 1 leaves the schedule alone."""
+    """The forward process, and what the network's output means.
+
+    kind    "ddpm" (the paper) or "flow"
+    T       how many steps there are
+    shift   multiplies the noise-to-signal ratio s/a at every t; 1 leaves the schedule alone
+    Raises ValueError for another kind."""
 
     def __init__(self, kind="ddpm", T=1000, shift=1.0):
         if kind == "ddpm":
+            # Paper: §2.2, eq. 2.
             alpha_bar = cosine_alpha_bar(T)
-            a, s = alpha_bar.sqrt(), (1 - alpha_bar).sqrt() * shift
-            scale = (a ** 2 + s ** 2).sqrt()                           # a^2 + s^2 = 1: the variance is preserved
+            a = alpha_bar.sqrt()
+            s = (1 - alpha_bar).sqrt() * shift
+            # Divided by this, a^2 + s^2 = 1: the variance is preserved.
+            scale = (a ** 2 + s ** 2).sqrt()
         elif kind == "flow":
+            # Our choice: rectified flow. Paper: §3 leaves it "to future work".
             s = torch.linspace(0, 1, T + 1, dtype=torch.float64)
-            a, s = 1 - s, s * shift
-            scale = a + s                                              # a + s = 1: a straight line from picture to noise
+            a = 1 - s
+            s = s * shift
+            # Divided by this, a + s = 1: a straight line from picture to noise.
+            scale = a + s
         else:
             raise ValueError(f"unknown diffusion {kind!r}: choose 'ddpm' (the paper) or 'flow'")
-        self.kind, self.T, self.shift = kind, T, shift
-        self.a, self.s = a / scale, s / scale
+        self.kind = kind
+        self.T = T
+        self.shift = shift
+        # Tables of T + 1 numbers, in float64: samplers divide by a, which ends near 0.
+        self.a = a / scale
+        self.s = s / scale
 
     def at(self, t, x):
-        """(a, s) at t, shaped to multiply x. t: (M,) int64 or int; x: (M, c, h, w)."""
-        t = torch.as_tensor(t, device="cpu").reshape(-1, *[1] * (x.ndim - 1))
-        return self.a[t].to(x), self.s[t].to(x)
+        """(a, s) at t, shaped to multiply x. t: (M,) int64, or one int for all; x: (M, c, h, w)."""
+        t = torch.as_tensor(t, device="cpu")            # where the tables are
+        shape = (-1,) + (1,) * (x.ndim - 1)             # (M, 1, 1, 1)
+        a = self.a[t].reshape(shape)
+        s = self.s[t].reshape(shape)
+        return a.to(x), s.to(x)
 
     def add_noise(self, x0, eps, t):
-        """xt of eq. 2. TRAP: each picture has its own t, and the network must be told the same one."""
+        """xt of eq. 2, (M, c, h, w).
+
+        x0    (M, c, h, w), clean latents: noise comes before patchification
+        eps   (M, c, h, w), normal noise
+        t     (M,) int64, how much of it"""
+        # TRAP: each picture has its own t, and the network must be told the very same one.
         a, s = self.at(t, x0)
         return a * x0 + s * eps
 
     def target(self, x0, eps):
-        """What the network must say: eps, or for flow the velocity eps - x0."""
+        """What the network must say, (M, c, h, w): eps, or for flow the velocity eps - x0."""
         return eps if self.kind == "ddpm" else eps - x0
 
     def x0_and_eps(self, xt, out, t, x0_max=None):
-        """The network's output at xt, read as an estimate of (x0, eps). reach: clip x0 to [-reach, reach]; eps is then
-        what is left. Near t = T, x0 = (xt - s eps) / a divides by almost nothing, and an error of the network would be
-        multiplied by thousands."""
+        """The network's output, read as an estimate of (x0, eps), each (M, c, h, w).
+
+        xt       (M, c, h, w), what the network saw
+        out      (M, c, h, w), what it said
+        t        (M,) int64, or one int for all
+        x0_max   clip x0 to [-x0_max, x0_max]; None: do not"""
         a, s = self.at(t, xt)
-        x0 = (xt - s * out) / a if self.kind == "ddpm" else xt - s * out
+        # 1. Solve eq. 2 for x0. For flow, xt - s (eps - x0) = (a + s) x0, and a + s = 1.
+        if self.kind == "ddpm":
+            x0 = (xt - s * out) / a
+        else:
+            x0 = xt - s * out
+        # 2. Our choice: clip. Near t = T, a is almost 0, and dividing by it multiplies the
+        #    network's error by thousands.
         if x0_max is not None:
             x0 = x0.clamp(-x0_max, x0_max)
-        return x0, (xt - a * x0) / s
+        # 3. TRAP: eps is what is left of xt after the *clipped* x0. Otherwise the two would no
+        #    longer mix to xt, and DDIM would drift.
+        eps = (xt - a * x0) / s
+        return x0, eps
 
 
 def loss(target, out):
-    """eq. 3, one number per picture: (M,), the mean over its elements of (target - out)^2. target: what `Diffusion.target`
-    says, eps for the paper's DDPM; out: what the network says; both (M, c, h, w)."""
-    return (target - out.float()).square().flatten(1).mean(1)
+    """eq. 3, one number per picture: (M,) float32, the mean of (target - out)^2 over its elements.
+
+    target   (M, c, h, w), what `Diffusion.target` says: eps, for the paper's DDPM
+    out      (M, c, h, w), what the network says, in any precision"""
+    # In float32: bfloat16 has 8 bits, too few to sum thousands of squares.
+    error = target - out.float()                        # (M, c, h, w)
+    # Our choice: the norm of eq. 3 is a mean, not a sum. A sum would grow with the size of the
+    # picture, and lambda = 5 would mean something else for each.
+    # Paper: §3, "diffusion loss is computed per image". So the mean ends at the picture.
+    return error.square().flatten(1).mean(1)            # (M,)
 
 
 def same_noise(diffusion, t):
-    """The last step of a schedule that is no noisier (s/a) than the paper's schedule is at t: t itself for the paper's.
-    Serves the noise limit of App. B.2: "t <= 500" means a certain noise, and a shifted schedule has it earlier."""
+    """The last step of `diffusion` that is no noisier (s/a) than the paper's schedule is at t: an
+    int, and t itself for the paper's own schedule."""
+    # For the noise limit of App. B.2: "t <= 500" means a certain noise, and a shifted schedule has
+    # that noise at an earlier t.
     paper = Diffusion(T=diffusion.T)
-    return int((diffusion.s / diffusion.a <= paper.s[t] / paper.a[t]).sum()) - 1
+    limit = paper.s[t] / paper.a[t]
+    no_noisier = diffusion.s / diffusion.a <= limit     # (T + 1,), True up to that step
+    return int(no_noisier.sum()) - 1
 
 
+# ---------------------------------------------------------------------- noise out: one reverse step
 def guide(conditional, unconditional, w):
-    """Classifier-free guidance (Ho & Salimans 2022): w = 0 ignores the caption, 1 is the plain model, more exaggerates it.
-    Transfusion §4.1: w = 5 in the controlled comparison, 3 in the ablations."""
+    """Classifier-free guidance, (M, c, h, w): w = 0 ignores the caption, w = 1 is the plain model,
+    more exaggerates the caption. Ho & Salimans 2022; Transfusion §2.2."""
+    # Paper: §4.1. w = 5 in the controlled comparison, 3 in the ablations.
     return unconditional + w * (conditional - unconditional)
 
 
 def respace(T, steps):
-    """`steps` + 1 diffusion steps T = t_0 > t_1 > ... > 0, evenly spread (the paper: 250 of 1000).
+    """`steps` + 1 ints T = t_0 > t_1 > ... > 0, evenly spread.
     Raises ValueError unless 1 <= steps <= T."""
+    # Paper: §4.1. 250 steps of the 1,000 that the model is trained on.
     if not 1 <= steps <= T:
         raise ValueError(f"the number of sampling steps must be between 1 and {T}, got {steps}")
-    return torch.linspace(T, 0, steps + 1).round().long().tolist()
+    times = torch.linspace(T, 0, steps + 1)
+    return times.round().long().tolist()
 
 
 def ancestral_step(diffusion, xt, x0, t, u, noise):
-    """x_u of x_t for u < t: a draw from q(x_u | x_t, x0). DDPM eq. 6-7, with the betas of the respaced chain: everything
-    is computed from a and s at t and u. TRAP: betas of the 1000-step chain are wrong in a 250-step one."""
-    (at, st), (au, su) = diffusion.at(t, xt), diffusion.at(u, xt)
-    beta = st ** 2 - (at / au) ** 2 * su ** 2                          # variance that the chain adds from u to t
-    mean = (at / au) * su ** 2 / st ** 2 * xt + au * beta / st ** 2 * x0
-    return mean + (beta * su ** 2 / st ** 2).clamp(min=0).sqrt() * noise         # at u = 0, su = 0: no noise on the last step
+    """x_u of x_t: a draw from q(x_u | x_t, x0), (M, c, h, w). DDPM (Ho et al. 2020) eq. 6 and 7.
+
+    xt      (M, c, h, w)
+    x0      (M, c, h, w), the estimate
+    t, u    int, u < t: from where to where
+    noise   (M, c, h, w), normal noise; what it says does not matter at u = 0"""
+    a_t, s_t = diffusion.at(t, xt)
+    a_u, s_u = diffusion.at(u, xt)
+    # Seen as one step of the chain, the jump from u to t multiplies by `keep` and adds noise of
+    # variance `beta`.
+    # TRAP: the betas of the 1,000-step chain are wrong in a 250-step one.
+    noise_t = s_t ** 2
+    noise_u = s_u ** 2
+    keep = a_t / a_u
+    beta = noise_t - keep ** 2 * noise_u
+    # Bayes: x_u lies between what x_t says and what x0 says.
+    mean = keep * noise_u / noise_t * xt + a_u * beta / noise_t * x0
+    # TRAP: no noise on the last step. At u = 0, s_u = 0. (Rounding may leave a bit less than 0.)
+    variance = (beta * noise_u / noise_t).clamp(min=0)
+    return mean + variance.sqrt() * noise
 
 
 def ddim_step(diffusion, x0, eps, u):
-    """x_u by re-mixing the two estimates. DDIM (Song et al. 2021) eq. 12 with sigma = 0. For flow it is Euler's step."""
-    au, su = diffusion.at(u, x0)
-    return au * x0 + su * eps
+    """x_u by mixing the two estimates again, (M, c, h, w). DDIM (Song et al. 2021) eq. 12, with
+    sigma = 0. For flow it is Euler's step. x0, eps: (M, c, h, w), the estimates; u: int."""
+    a_u, s_u = diffusion.at(u, x0)
+    return a_u * x0 + s_u * eps
 
 
 def dpm_step(diffusion, xt, x0, x0_before, t, u, t_before):
-    """x_u by DPM-Solver++(2M), Lu et al. 2022, algorithm 2: like DDIM, but x0 is extrapolated along a straight line in
-    lambda = ln(a/s) through this estimate and the one before. First and last step are DDIM's."""
-    (at, st), (au, su) = diffusion.at(t, xt), diffusion.at(u, xt)
+    """x_u by DPM-Solver++(2M), (M, c, h, w). Lu et al. 2022, algorithm 2.
+
+    xt          (M, c, h, w)
+    x0          (M, c, h, w), the estimate at t
+    x0_before   the estimate of the step before, at t_before; both None on the first step
+    t, u        int, u < t: from where to where"""
+    a_t, s_t = diffusion.at(t, xt)
+    a_u, s_u = diffusion.at(u, xt)
+    # Like DDIM, but x0 is drawn on along a straight line through the last two estimates. The line
+    # is straight in lambda = ln(a/s). The first and the last step are DDIM's.
     if x0_before is not None and u > 0:
-        lam = [torch.log(diffusion.a[k] / diffusion.s[k]) for k in (t_before, t, u)]
-        r = (lam[1] - lam[0]) / (lam[2] - lam[1])                      # infinite where a[T] = 0: no correction then
-        x0 = x0 + (x0 - x0_before) / (2 * r).to(x0)
-    return su / st * xt + (au - su / st * at) * x0
+        def lam(k):
+            return torch.log(diffusion.a[k] / diffusion.s[k])
+
+        # The ratio is infinite where a[T] = 0: no correction then.
+        ratio = (lam(t) - lam(t_before)) / (lam(u) - lam(t))
+        x0 = x0 + (x0 - x0_before) / (2 * ratio).to(x0)
+    shrink = s_u / s_t
+    return shrink * xt + (a_u - shrink * a_t) * x0
 
 
-def fresh_noise(x, generator):
-    """Normal noise like x. With one generator per picture, a picture's noise does not depend on the rest of the batch."""
-    if isinstance(generator, list):
-        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generator]).to(x)
-    return torch.randn(x.shape, generator=generator).to(x)
-
-
+# ------------------------------------------------------------------------- noise out: all the steps
 @torch.no_grad()
 def sample(network, xT, diffusion, steps=250, sampler="ddpm", generator=None, x0_max=None):
-    """Generator of (t, x_t, x0 estimate), from the noisiest to t = 0; the last x is the picture. Transfusion §3 Inference.
+    """Generator of (t, x_t, x0 estimate), from the noisiest to t = 0. The last x is the picture.
+    Transfusion §3 "Inference".     Usage: *trajectory, (_, x, _) = sample(...)
 
-    network: function (x_t (M, c, h, w), t int) -> out (M, c, h, w), guidance included.   xT: (M, c, h, w) ~ N(0, 1).
-    steps: how many of the T steps are taken. sampler: "ddpm" (the paper), "ddim" or "dpm++" (fewer steps, no noise).
-    generator: torch.Generator of the noise on the CPU, or a list with one per picture; only "ddpm" adds noise.
-    reach: see `x0_and_eps`.
-    Raises ValueError for an unknown sampler or steps outside 1..T.     Usage: *trajectory, (_, x, _) = sample(...)"""
+    network     function (x_t (M, c, h, w), t int) -> out (M, c, h, w), guidance included
+    xT          (M, c, h, w) ~ N(0, 1)
+    diffusion   what the network was trained with
+    steps       how many of the T steps are taken
+    sampler     "ddpm" (the paper), "ddim" or "dpm++" (fewer steps, no noise)
+    generator   torch.Generator on the CPU, or a list with one per picture; only "ddpm" adds noise
+    x0_max      see `Diffusion.x0_and_eps`
+    Raises ValueError for an unknown sampler, or for steps outside 1 .. T."""
     if sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {sampler!r}: choose from {', '.join(SAMPLERS)}")
-    times, x, before, t_before = respace(diffusion.T, steps), xT, None, None
-    for t, u in zip(times[:-1], times[1:]):
-        x0, eps = diffusion.x0_and_eps(x, network(x, t), t, x0_max)
+        names = ", ".join(SAMPLERS)
+        raise ValueError(f"unknown sampler {sampler!r}: choose from {names}")
+    times = respace(diffusion.T, steps)
+    x = xT
+    x0_before = None
+    t_before = None
+
+    for t, u in itertools.pairwise(times):              # from t to u < t
+        # 1. Ask the network. TRAP: it is told the t of what it sees, not the u of what comes next.
+        out = network(x, t)
+        x0, eps = diffusion.x0_and_eps(x, out, t, x0_max)
         yield t, x, x0
+
+        # 2. Take a part of the predicted noise away.
         if sampler == "ddpm":
-            noise = fresh_noise(x, generator) if u > 0 else torch.zeros_like(x)
+            noise = torch.zeros_like(x)
+            if u > 0:                                   # the last step needs none
+                noise = fresh_noise(x, generator)
             x = ancestral_step(diffusion, x, x0, t, u, noise)
         elif sampler == "ddim":
             x = ddim_step(diffusion, x0, eps, u)
         else:
-            x = dpm_step(diffusion, x, x0, before, t, u, t_before)
-        before, t_before = x0, t
+            x = dpm_step(diffusion, x, x0, x0_before, t, u, t_before)
+        x0_before = x0
+        t_before = t
     yield 0, x, x
+
+
+def fresh_noise(x, generator):
+    """Normal noise of the shape of x, on its device. generator: as in `sample`."""
+    # Drawn on the CPU, so that a seed draws the same picture on every machine. With a generator per
+    # picture, its noise does not depend on the rest of its batch.
+    if isinstance(generator, list):
+        each = [torch.randn(x.shape[1:], generator=own) for own in generator]
+        return torch.stack(each).to(x)
+    return torch.randn(x.shape, generator=generator).to(x)
 
 
 if __name__ == "__main__":
     for kind in ("ddpm", "flow"):
         d = Diffusion(kind)
-        print(f"{kind}: a, s at t = " + ", ".join(f"{t}: {d.a[t]:.3f} {d.s[t]:.3f}" for t in (0, 250, 500, 750, 1000)))
-    # A world where the best network is known: x0 ~ N(2, 0.5^2). Then E[eps | xt] is a formula, and sampling must give back
-    # the mean 2 and the deviation 0.5.
-    mean, dev = 2.0, 0.5
+        print(f"{kind}, t:     a      s")
+        for t in range(0, 1001, 250):
+            print(f"   {t:6d} {d.a[t]:6.3f} {d.s[t]:6.3f}")
+
+    # A world where the best network is known: x0 ~ N(2, 0.5^2). There E[x0 | xt] is a formula, and
+    # sampling must give back the mean 2 and the deviation 0.5.
+    mean = 2.0
+    variance = 0.5 ** 2
+
+    def best_network(x, t):
+        """What no network can beat in this world, for the process d."""
+        a, s = d.at(t, x)
+        trust = a * variance / (a ** 2 * variance + s ** 2)
+        x0 = mean + trust * (x - a * mean)
+        eps = (x - a * x0) / s
+        return d.target(x0, eps)
+
     for kind in ("ddpm", "flow"):
         d = Diffusion(kind)
-
-        def best(x, t):
-            a, s = d.at(t, x)
-            x0 = mean + a * dev ** 2 / (a ** 2 * dev ** 2 + s ** 2) * (x - a * mean)
-            return d.target(x0, (x - a * x0) / s)
-
         for sampler, steps in (("ddpm", 250), ("ddim", 250), ("dpm++", 25)):
             g = torch.Generator().manual_seed(0)
-            *_, (_, x, _) = sample(best, torch.randn(20000, 1, 1, 1, generator=g), d, steps, sampler, g)
-            print(f"{kind} {sampler:5s} {steps:3d} steps: mean {x.mean():.3f} (2), deviation {x.std():.3f} (0.5)")
+            xT = torch.randn(20000, 1, 1, 1, generator=g)
+            *_, last = sample(best_network, xT, d, steps, sampler, g)
+            _, x, _ = last
+            print(f"{kind} {sampler:5s} {steps:3d} steps: "
+                  f"mean {x.mean():.3f} (2), deviation {x.std():.3f} (0.5)")

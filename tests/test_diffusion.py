@@ -1,4 +1,5 @@
 """test_diffusion.py: the schedule, the samplers, and `diffusers` as a second opinion. Bugs: PAPER.md §4.3, §4.6."""
+import itertools
 import math
 
 import pytest
@@ -11,7 +12,9 @@ from diffusion import (
     cosine_alpha_bar,
     ddim_step,
     guide,
+    loss,
     respace,
+    same_noise,
     sample,
 )
 
@@ -36,7 +39,9 @@ def best_network(d):
 # --------------------------------------------------------------------------------------------------------------- schedule
 def test_closed_form_is_the_iterated_chain():
     """A schedule one step off, or clipped betas without the product that follows from them (§4.6)."""
-    f = lambda t: math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+    def f(t):
+        return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
+
     d, mean, variance = Diffusion("ddpm"), 1.0, 0.0
     assert d.a[0] == 1 and d.s[0] == 0
     for t in range(1, 1001):                            # x_t = sqrt(1 - beta) x_(t-1) + sqrt(beta) noise, one step at a time
@@ -103,6 +108,54 @@ def test_unknown_kind_raises():
         Diffusion("edm")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_by_hand(kind):
+    """eq. 3 as a sum (lambda = 5 then means another thing for each size of picture), as a root, over the whole batch, or
+    without its square: number by number, in plain loops."""
+    d, (x0, eps) = Diffusion(kind), pictures(3)
+    out = torch.randn(3, 4, 2, 2)
+    each = loss(d.target(x0, eps), out)
+    assert each.shape == (3,)
+    for m in range(3):
+        errors = []
+        for e, x, o in zip(eps[m].flatten().tolist(), x0[m].flatten().tolist(), out[m].flatten().tolist(), strict=True):
+            wanted = e if kind == "ddpm" else e - x
+            errors.append((wanted - o) ** 2)
+        assert each[m].item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+
+
+def test_loss_is_each_pictures_own():
+    """A mean over the batch: every picture has the same number, and the log of losses by t says nothing."""
+    eps, out = pictures(4)
+    each = loss(eps, out)
+    out[2] += 1
+    assert ((loss(eps, out) != each).tolist()) == [False, False, True, False]
+    assert loss(eps[:0], out[:0]).shape == (0,)         # a batch of text alone
+    wide = loss(eps.repeat(1, 1, 4, 4), out.repeat(1, 1, 4, 4))
+    assert torch.allclose(wide, loss(eps, out))         # the size of a picture does not matter
+
+
+def test_loss_is_computed_in_float32():
+    """Squares summed in bfloat16, as the network computes: 8 bits lose what is left to learn."""
+    eps, out = torch.randn(2, 1, 64, 64), torch.randn(2, 1, 64, 64).bfloat16()
+    each = loss(eps, out)
+    assert each.dtype == torch.float32
+    exact = (eps.double() - out.double()).square().flatten(1).mean(1)
+    assert torch.allclose(each.double(), exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind, shift", [("ddpm", 1.0), ("ddpm", 3.0), ("flow", 1.0), ("flow", 2.0)])
+def test_same_noise_is_the_papers_noise(kind, shift):
+    """The noise limit t <= 500 (App. B.2) taken by number on another schedule: more noise than the paper allows, or one step
+    less than it does."""
+    d, paper = Diffusion(kind, shift=shift), Diffusion("ddpm")
+    for t in (1, 100, 500, 900):
+        k = same_noise(d, t)
+        limit = paper.s[t] / paper.a[t]
+        assert d.s[k] / d.a[k] <= limit < d.s[k + 1] / d.a[k + 1]
+        assert k == t or (kind, shift) != ("ddpm", 1.0)
+
+
 # -------------------------------------------------------------------------------------------------------------- respacing
 def test_respaced_steps_are_a_subset():
     """250 of 1000 steps that begin below T, end above 0, or repeat one (§4.6)."""
@@ -110,7 +163,7 @@ def test_respaced_steps_are_a_subset():
     for steps in (1, 2, 3, 7, 25, 333, 667, 999, 1000):
         times = respace(1000, steps)
         assert len(times) == steps + 1 and times[0] == 1000 and times[-1] == 0
-        assert all(type(t) is int and t > u for t, u in zip(times, times[1:]))
+        assert all(type(t) is int and t > u for t, u in itertools.pairwise(times))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,7 +171,10 @@ def test_respaced_steps_are_a_subset():
 def test_ancestral_step_keeps_the_marginals(kind, t, u):
     """Betas of the 1000-step chain used in a 250-step one (§4.6): if x_t ~ q(x_t | x0), then x_u must be ~ q(x_u | x0)."""
     d, one, none = Diffusion(kind), torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
-    step = lambda xt, x0, noise: ancestral_step(d, xt, x0, t, u, noise).item()
+
+    def step(xt, x0, noise):
+        return ancestral_step(d, xt, x0, t, u, noise).item()
+
     # The step is linear, so its coefficients can be read off; a and s of the x_u it makes follow from them.
     signal = step(d.a[t].float() * one, one, none)
     variance = step(d.s[t].float() * one, none, none) ** 2 + step(none, none, one) ** 2
@@ -151,7 +207,10 @@ def test_sampler_draws_the_gaussian_it_was_told_of(kind, sampler, steps):
 def test_second_order_beats_first_order():
     """DPM-Solver++(2M) with its correction lost or turned round: still converges, but no better than DDIM."""
     d, xT = Diffusion("ddpm"), torch.linspace(-2, 2, 64).view(-1, 1, 1, 1)
-    last = lambda sampler, steps: list(sample(best_network(d), xT, d, steps, sampler))[-1][1]
+
+    def last(sampler, steps):
+        return list(sample(best_network(d), xT, d, steps, sampler))[-1][1]
+
     exact = last("ddim", 1000)
     errors = {sampler: (last(sampler, 25) - exact).abs().mean().item() for sampler in ("ddim", "dpm++")}
     assert errors["dpm++"] < 0.5 * errors["ddim"], errors
@@ -170,7 +229,7 @@ def test_network_is_told_the_t_of_its_input(sampler):
     trajectory = list(sample(network, xT, d, 8, sampler))
     assert [t for t, _ in told] == [1000, 875, 750, 625, 500, 375, 250, 125]
     assert [t for t, _, _ in trajectory] == [1000, 875, 750, 625, 500, 375, 250, 125, 0]
-    assert all(x is seen for (_, x), (_, seen, _) in zip(told, trajectory))
+    assert all(x is seen for (_, x), (_, seen, _) in zip(told, trajectory[:-1], strict=True))
 
 
 def test_ddim_on_flow_is_eulers_method():
@@ -185,7 +244,10 @@ def test_same_seed_same_picture_and_input_left_alone(sampler):
     """Noise from the global generator (no seed repeats a picture), or xT overwritten while sampling."""
     d, (xT, _) = Diffusion("ddpm"), pictures()
     before = xT.clone()
-    draw = lambda: list(sample(best_network(d), xT, d, 6, sampler, torch.Generator().manual_seed(5)))[-1][1]
+
+    def draw():
+        return list(sample(best_network(d), xT, d, 6, sampler, torch.Generator().manual_seed(5)))[-1][1]
+
     first = draw()
     torch.randn(7)
     assert torch.equal(first, draw()) and torch.equal(xT, before)
@@ -274,5 +336,5 @@ def test_dpm_steps_equal_diffusers():
     theirs = [xT]
     for t in scheduler.timesteps:
         theirs.append(scheduler.step(best_network(d)(theirs[-1], int(t) + 1), t, theirs[-1]).prev_sample)
-    for k, (a, b) in enumerate(zip(ours, theirs)):
+    for k, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert torch.allclose(a, b, atol=2e-3), k
