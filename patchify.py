@@ -1,25 +1,40 @@
 """
-patchify.py: a latent picture <-> a few vectors        (Transfusion §3 Fig. 3 "Latent Image Representation", §4.3.2-4.3.3)
+patchify.py: a latent picture <-> a few vectors      (Transfusion §3, Fig. 3; §4.3.2, §4.3.3)
 
-THE IDEA    The transformer reads vectors in a row. Cut the noisy latent picture into squares of p x p, left to right, top
-            to bottom, and make each a vector; afterwards make each vector a square again. Two ways to do it: one linear
-            layer; or a small U-Net, whose convolutions already know that neighbouring pixels belong together.
-A PICTURE   latent (c, 4, 4), p = 2          P = 4 vectors                              predicted noise (c, 4, 4)
-              +---+---+
-              | 0 | 1 |   encode      ->  [0] [1] [2] [3]  ->  transformer  ->  decode     ->  +---+---+
-              +---+---+                    told t and xt                      told t (and,     | 0 | 1 |
-              | 2 | 3 |                                                        U-Net, skips)   +---+---+
-              +---+---+                                                                        | 2 | 3 |
-THE RULE    linear   encode: Linear( patch + time(t) )              decode: Linear( RMSNorm(h) )                §3
-            U-Net    encode: Down(xt, t) -> vectors, skips          decode: Up(vectors, t, skips)               §3, §4.1
-SHAPES      M pictures, latents (M, c, h, w), patch side p, P = (h/p)(w/p) patches, vectors (M, P, D); t (M,) int64
-PAPER/HERE  same: both encoders, the time added to the patch *before* the linear layer, U-Net blocks with self-attention
-            inside and with plain LayerNorm where a diffusion U-Net has AdaLN; patch sides 1, 2, 4, 8.
-            our choice: the numbers of the U-Net. 640 channels and twelve blocks each way, shared by the sizes that the patch
-            side asks for (2x2: six and six; 8x8: three each), have the paper's 0.27B at every patch side and every width.
-            our choice: skips, and time added inside each U-Net block (the paper is silent; LMFusion by overlapping
-            authors writes Down(xt, t) and Up(h, t, h_in)).
-READ NEXT   model.py        TRY IT  python patchify.py        TEST  tests/test_patchify.py
+THE IDEA    The transformer reads vectors in a row. Cut the noisy latent picture into squares of
+            p x p, left to right, top to bottom, and make each a vector. Afterwards make each vector
+            a square again. Two ways to do it: one linear layer; or a small U-Net, whose
+            convolutions already know that neighbouring pixels belong together.
+A PICTURE   linear: latent (c, 4, 4), p = 2, P = 4 vectors                predicted noise (c, 4, 4)
+              +---+---+                                                         +---+---+
+              | 0 | 1 |  encode                                         decode  | 0 | 1 |
+              +---+---+  -----> [0] [1] [2] [3] -> transformer -> ...   ----->  +---+---+
+              | 2 | 3 |    ^                                                    | 2 | 3 |
+              +---+---+    t                                                    +---+---+
+
+            U-Net: latent (c, 8, 8), p = 2, so two sizes; P = 16 vectors
+                   xt (c, 8, 8)                                predicted noise (c, 8, 8)
+                     | conv_in                                      ^ norm_out, out
+              t -> down[0], 8 x 8  - - - - - - skips - - - - - ->  up[0], 8 x 8  <- t
+                     | smaller[0]                                   ^ larger[0]
+              t -> down[1], 4 x 4  - - - - - - skips - - - - - ->  up[1], 4 x 4  <- t
+                     | into                                         ^ norm, back
+                   16 vectors  ------->  transformer  ------->  16 vectors
+THE RULE    linear   encode: Linear( patch + time(t) )           decode: Linear( RMSNorm(h) )
+            U-Net    encode: Down(xt, t) -> vectors, skips       decode: Up(vectors, t, skips)
+SHAPES      M pictures, latents (M, c, h, w), patch side p, P = (h/p)(w/p) patches, D width of the
+            transformer, vectors (M, P, D); t (M,) int64. C channels of the U-Net.
+PAPER/HERE  same: both encoders; the time added to the patch *before* the linear layer; U-Net blocks
+            with self-attention inside, and with plain LayerNorm where a diffusion U-Net has AdaLN;
+            patch sides 1, 2, 4, 8.
+            our choice: the numbers of the U-Net. 640 channels and twelve blocks each way, shared by
+            the sizes that the patch side asks for (2x2: six and six; 8x8: three each). They have
+            the paper's 0.27B parameters at every patch side and every width.
+            our choice: skips, and time inside each block. The paper does not say. LMFusion, by some
+            of its authors, writes Down(xt, t) and Up(h, t, h_in).
+READ NEXT   model.py
+TRY IT      python patchify.py
+TEST        tests/test_patchify.py
 """
 import math
 
@@ -29,126 +44,240 @@ from einops import rearrange
 from torch import nn
 
 
+# --------------------------------------------------------------------- cutting and putting together
 def patchify(x, p):
-    """(M, c, h, w) -> (M, P, c*p*p), in raster order. Raises ValueError if p does not divide h and w."""
+    """Squares of p x p, left to right, top to bottom: (M, c, h, w) -> (M, P, c*p*p).
+    Raises ValueError if p does not divide h and w."""
     M, c, h, w = x.shape
     if h % p or w % p:
-        raise ValueError(f"latents of {h}x{w} cannot be cut into {p}x{p} patches: {p} must divide both sides")
-    return rearrange(x, "m c (h p) (w q) -> m (h w) (c p q)", p=p, q=p)
+        raise ValueError(f"latents of {h}x{w} cannot be cut into {p}x{p} patches: "
+                         f"{p} must divide both sides")
+    # Paper: §3, "sequenced left-to-right top-to-bottom".
+    return rearrange(x, "m c (row y) (col x) -> m (row col) (c y x)", y=p, x=p)
 
 
 def unpatchify(patches, p, h):
-    """(M, P, c*p*p) -> (M, c, h, w), the inverse of `patchify`; h: latent height."""
-    return rearrange(patches, "m (h w) (c p q) -> m c (h p) (w q)", h=h // p, p=p, q=p)
+    """The inverse of `patchify`: (M, P, c*p*p) -> (M, c, h, w).
+
+    patches   (M, P, c*p*p)
+    p         patch side
+    h         height of the latent; its width follows from P"""
+    rows = h // p
+    return rearrange(patches, "m (row col) (c y x) -> m c (row y) (col x)", row=rows, y=p, x=p)
 
 
 class TimeEmbedding(nn.Module):
-    """t (M,) int64 in 0..T -> (M, dim): sines and cosines of t at 64 frequencies, then two linear layers."""
+    """t (M,) int64 in 0 .. T -> (M, dim): sines and cosines of t, then two linear layers.
+
+    dim           how many numbers to make of t
+    frequencies   how many sines, and as many cosines
+    T             the largest t"""
 
     def __init__(self, dim, frequencies=64, T=1000):
         super().__init__()
-        self.T, self.frequencies = T, frequencies
-        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, 256), nn.SiLU(), nn.Linear(256, dim))
+        self.T = T
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * frequencies, 256),
+            nn.SiLU(),
+            nn.Linear(256, dim),
+        )
 
     def forward(self, t):
-        rate = torch.exp(-math.log(self.T * 10) * torch.arange(self.frequencies, device=t.device) / self.frequencies)
-        angle = t.float()[:, None] * rate
-        return self.mlp(torch.cat([angle.sin(), angle.cos()], -1).to(self.mlp[0].weight.dtype))
+        # From a wave that turns once in 2 pi steps down to one that turns less than once in T: the
+        # fast ones tell neighbours apart, the slow ones beginning and end.
+        k = torch.arange(self.frequencies, device=t.device)             # (frequencies,)
+        fall = math.log(self.T * 10)
+        rate = torch.exp(-fall * k / self.frequencies)                  # from 1 to 1 / (10 T)
+        angle = t.float()[:, None] * rate                               # (M, frequencies)
+        waves = torch.cat([angle.sin(), angle.cos()], dim=-1)           # (M, 2 * frequencies)
+        # In bfloat16, 501 would be 500. So only the layers compute in the network's precision.
+        precision = self.mlp[0].weight.dtype
+        return self.mlp(waves.to(precision))                            # (M, dim)
 
 
+# ----------------------------------------------------------------------------------- linear patches
 class LinearPatches(nn.Module):
-    """One linear layer in, one out. c: latent channels, p: patch side, D: width of the transformer."""
+    """One linear layer in, one out.
+
+    c   channels of the latents
+    p   patch side
+    D   width of the transformer
+    T   diffusion steps"""
 
     def __init__(self, c, p, D, T=1000):
         super().__init__()
         self.p = p
-        self.time = TimeEmbedding(c * p * p, T=T)
-        self.into = nn.Linear(c * p * p, D)
+        numbers = c * p * p                             # of a patch
+        self.time = TimeEmbedding(numbers, T=T)         # as many, so that they can be added
+        self.into = nn.Linear(numbers, D)
         self.norm = nn.RMSNorm(D, eps=1e-5)
-        self.out = nn.Linear(D, c * p * p)
+        self.out = nn.Linear(D, numbers)
 
     def encode(self, xt, t):
-        """(M, c, h, w), (M,) -> vectors (M, P, D), and what `decode` needs (here: the latent height)."""
-        # Paper §3, footnote: "we add an embedding of the timestep t to every patch vector before the linear layer".
-        return self.into(patchify(xt, self.p) + self.time(t)[:, None]), xt.shape[2]
+        """Noisy latents (M, c, h, w) at t (M,) -> (vectors (M, P, D), what `decode` needs: h)."""
+        # TRAP: the noise is in xt before it is cut. Noise on patches is another process.
+        patches = patchify(xt, self.p)                                  # (M, P, c*p*p)
+        # Paper: §3, footnote. "We add an embedding of the timestep t to every patch vector before
+        # the linear layer." TRAP: before it, not after it.
+        patches = patches + self.time(t)[:, None]                       # (M, P, c*p*p)
+        return self.into(patches), xt.shape[2]                          # (M, P, D)
 
     def decode(self, h, t, height):
-        """Vectors (M, P, D) -> predicted noise (M, c, h, w)."""
-        return unpatchify(self.out(self.norm(h)), self.p, height)
+        """Vectors h (M, P, D) -> what the network says, (M, c, height, w)."""
+        # h knows the time already: all patches were told. So t is not asked here.
+        patches = self.out(self.norm(h))                                # (M, P, c*p*p)
+        return unpatchify(patches, self.p, height)                      # (M, c, h, w)
 
 
+# ------------------------------------------------------------------------------------ U-Net patches
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each pixel of (M, c, h, w)."""
+    """LayerNorm over the channels of each pixel of (M, C, h, w)."""
+
+    # Paper: §3, footnote. Plain layer norm in place of the U-Net's AdaLN, which t would scale. So
+    # here t is added inside the block.
 
     def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        pixels = x.permute(0, 2, 3, 1)                                  # (M, h, w, C)
+        return super().forward(pixels).permute(0, 3, 1, 2)              # (M, C, h, w)
 
 
 class UNetBlock(nn.Module):
-    """(M, c_in, h, w) -> (M, c, h, w): a residual block that is told the time, then, if asked, self-attention."""
+    """(M, c_in, h, w), time (M, time_dim) -> (M, C, h, w). A residual block that is told the time,
+    then, if asked, self-attention among the pixels.
 
-    def __init__(self, c_in, c, time_dim, attention=False):
+    c_in        channels in
+    C           channels out
+    time_dim    how many numbers the time has
+    attention   whether there is self-attention"""
+
+    def __init__(self, c_in, C, time_dim, attention=False):
         super().__init__()
-        self.norm1, self.conv1 = ChannelNorm(c_in), nn.Conv2d(c_in, c, 3, padding=1)
-        self.time = nn.Linear(time_dim, c)
-        self.norm2, self.conv2 = ChannelNorm(c), nn.Conv2d(c, c, 3, padding=1)
-        self.shortcut = nn.Conv2d(c_in, c, 1) if c_in != c else nn.Identity()
-        self.attention = nn.MultiheadAttention(c, max(1, c // 64), batch_first=True) if attention else None
-        self.norm3 = nn.LayerNorm(c) if attention else None
+        self.norm1 = ChannelNorm(c_in)
+        self.conv1 = nn.Conv2d(c_in, C, 3, padding=1)
+        self.time = nn.Linear(time_dim, C)
+        self.norm2 = ChannelNorm(C)
+        self.conv2 = nn.Conv2d(C, C, 3, padding=1)
+        # Where the number of channels changes, x itself must change too before it can be added.
+        self.shortcut = nn.Conv2d(c_in, C, 1) if c_in != C else nn.Identity()
+        self.attention = None
+        self.norm3 = None
+        if attention:
+            heads = max(1, C // 64)
+            self.attention = nn.MultiheadAttention(C, heads, batch_first=True)
+            self.norm3 = nn.LayerNorm(C)
 
     def forward(self, x, time):
-        h = self.conv1(F.silu(self.norm1(x))) + self.time(time)[:, :, None, None]
-        x = self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
-        if self.attention is not None:
-            height = x.shape[2]
-            seq = rearrange(x, "m c h w -> m (h w) c")
-            y = self.norm3(seq)
-            x = rearrange(seq + self.attention(y, y, y, need_weights=False)[0], "m (h w) c -> m c h w", h=height)
-        return x
+        # 1. Two convolutions. The time enters between them: one number per channel, for all pixels.
+        shift = self.time(time)                                         # (M, C)
+        h = self.conv1(F.silu(self.norm1(x)))                           # (M, C, h, w)
+        h = h + shift[:, :, None, None]                                 # (M, C, h, w)
+        h = self.conv2(F.silu(self.norm2(h)))                           # (M, C, h, w)
+        x = self.shortcut(x) + h                                        # (M, C, h, w)
+        if self.attention is None:
+            return x
+
+        # 2. Every pixel looks at every pixel of its own picture.
+        height = x.shape[2]
+        pixels = rearrange(x, "m c h w -> m (h w) c")                   # (M, h*w, C)
+        y = self.norm3(pixels)
+        y, _ = self.attention(y, y, y, need_weights=False)              # (M, h*w, C)
+        pixels = pixels + y
+        return rearrange(pixels, "m (h w) c -> m c h w", h=height)      # (M, C, h, w)
 
 
 class UNetPatches(nn.Module):
-    """U-Net down blocks in, up blocks out, halving the size log2(p) times. c: latent channels, p: patch side (a power
-    of two), D: width of the transformer, channels: width of the U-Net, blocks: residual blocks on the way down, and again
-    on the way up, shared evenly by the sizes, at least one each."""
+    """U-Net down blocks in, up blocks out. The way down halves the size log2(p) times, so that one
+    pixel is left of each patch.
+
+    c          channels of the latents
+    p          patch side, a power of two
+    D          width of the transformer
+    T          diffusion steps
+    channels   C, width of the U-Net
+    blocks     residual blocks on the way down, and again on the way up. The sizes share them
+               evenly, at least one each
+    Raises ValueError if p is not a power of two."""
 
     def __init__(self, c, p, D, T=1000, channels=64, blocks=1):
         super().__init__()
-        levels = int(math.log2(p))
-        if 2 ** levels != p:
-            raise ValueError(f"the U-Net halves the size at each level, so the patch side must be a power of two, got {p}")
-        blocks = max(1, blocks // (levels + 1))         # per size: more sizes do not make more parameters
-        self.time = nn.Sequential(TimeEmbedding(channels, T=T), nn.SiLU())
-        self.conv_in = nn.Conv2d(c, channels, 3, padding=1)
-        block = lambda c_in, level: UNetBlock(c_in, channels, channels, attention=level == levels)
-        self.down = nn.ModuleList([nn.ModuleList([block(channels, k) for _ in range(blocks)]) for k in range(levels + 1)])
-        self.smaller = nn.ModuleList([nn.Conv2d(channels, channels, 3, stride=2, padding=1) for _ in range(levels)])
-        self.into, self.norm, self.back = nn.Linear(channels, D), nn.RMSNorm(D, eps=1e-5), nn.Linear(D, channels)
-        self.up = nn.ModuleList([nn.ModuleList([block(2 * channels, k) for _ in range(blocks)]) for k in range(levels + 1)])
-        self.larger = nn.ModuleList([nn.Conv2d(channels, channels, 3, padding=1) for _ in range(levels)])
-        self.norm_out, self.out = ChannelNorm(channels), nn.Conv2d(channels, c, 3, padding=1)
+        C = channels
+        halvings = int(math.log2(p))
+        if 2 ** halvings != p:
+            raise ValueError(f"the U-Net halves the size at each level, so the patch side must be "
+                             f"a power of two, got {p}")
+        sizes = halvings + 1
+        # Paper: §4.1, 0.27B "across all configurations". So more sizes must not mean more blocks.
+        per_size = max(1, blocks // sizes)
+
+        def blocks_of(k, c_in):
+            """The blocks at size k: 0 is the full size. Only the smallest size has attention: it
+            has few pixels, so there it is cheap."""
+            blocks = []
+            for _ in range(per_size):
+                blocks.append(UNetBlock(c_in, C, C, attention=k == halvings))
+            return nn.ModuleList(blocks)
+
+        self.time = nn.Sequential(TimeEmbedding(C, T=T), nn.SiLU())
+        self.conv_in = nn.Conv2d(c, C, 3, padding=1)
+
+        # The way down: down[0] at full size, down[1] at half of it, and so on.
+        self.down = nn.ModuleList()
+        for k in range(sizes):
+            self.down.append(blocks_of(k, C))
+        self.smaller = nn.ModuleList()
+        for _ in range(halvings):
+            self.smaller.append(nn.Conv2d(C, C, 3, stride=2, padding=1))
+
+        # To the transformer and back.
+        self.into = nn.Linear(C, D)
+        self.norm = nn.RMSNorm(D, eps=1e-5)
+        self.back = nn.Linear(D, C)
+
+        # The way up: up[k] works at the size of down[k] and reads its skips, so twice the channels.
+        self.up = nn.ModuleList()
+        for k in range(sizes):
+            self.up.append(blocks_of(k, 2 * C))
+        self.larger = nn.ModuleList()
+        for _ in range(halvings):
+            self.larger.append(nn.Conv2d(C, C, 3, padding=1))
+        self.norm_out = ChannelNorm(C)
+        self.out = nn.Conv2d(C, c, 3, padding=1)
 
     def encode(self, xt, t):
-        """(M, c, h, w), (M,) -> vectors (M, P, D), and the skips that `decode` needs."""
-        time, x, skips = self.time(t), self.conv_in(xt), []
-        for level, blocks in enumerate(self.down):
-            if level > 0:
-                x = self.smaller[level - 1](x)
+        """Noisy latents (M, c, h, w) at t (M,) -> (vectors (M, P, D), the skips for `decode`)."""
+        time = self.time(t)                                             # (M, C)
+        x = self.conv_in(xt)                                            # (M, C, h, w)
+        skips = []
+        for k, blocks in enumerate(self.down):
+            if k > 0:
+                x = self.smaller[k - 1](x)                              # half of each side
             for block in blocks:
-                x = block(x, time)
+                x = block(x, time)                                      # the time enters here
                 skips.append(x)
-        return self.into(rearrange(x, "m c h w -> m (h w) c")), skips
+        # Each side was halved log2(p) times, so one pixel is one patch.
+        pixels = rearrange(x, "m c h w -> m (h w) c")                   # (M, P, C)
+        return self.into(pixels), skips                                 # (M, P, D)
 
     def decode(self, h, t, skips):
-        """Vectors (M, P, D) and the skips of `encode` -> predicted noise (M, c, h, w)."""
-        time, skips = self.time(t), list(skips)
-        x = rearrange(self.back(self.norm(h)), "m (h w) c -> m c h w", h=skips[-1].shape[2])
-        for level in reversed(range(len(self.up))):
-            for block in self.up[level]:
-                x = block(torch.cat([x, skips.pop()], 1), time)
-            if level > 0:
-                x = self.larger[level - 1](F.interpolate(x, scale_factor=2.0))
-        return self.out(F.silu(self.norm_out(x)))
+        """Vectors h (M, P, D) at t (M,), and the skips of `encode`
+        -> what the network says, (M, c, h, w)."""
+        time = self.time(t)                                             # (M, C)
+        pixels = self.back(self.norm(h))                                # (M, P, C)
+        height = skips[-1].shape[2]                                     # h/p
+        x = rearrange(pixels, "m (h w) c -> m c h w", h=height)         # (M, C, h/p, w/p)
+
+        # Our choice: skips. Each up block also reads what the down block of the same size wrote, so
+        # fine detail need not squeeze through the transformer. Last in, first out.
+        skips = list(skips)                                             # a copy: the caller's stays
+        for k in reversed(range(len(self.up))):
+            for block in self.up[k]:
+                x = torch.cat([x, skips.pop()], dim=1)                  # (M, 2C, ...)
+                x = block(x, time)                                      # the time enters here
+            if k > 0:
+                x = F.interpolate(x, scale_factor=2.0)                  # twice each side
+                x = self.larger[k - 1](x)
+        return self.out(F.silu(self.norm_out(x)))                       # (M, c, h, w)
 
 
 PATCHES = {"linear": LinearPatches, "unet": UNetPatches}
@@ -156,11 +285,19 @@ PATCHES = {"linear": LinearPatches, "unet": UNetPatches}
 
 if __name__ == "__main__":
     x = torch.arange(16.0).view(1, 1, 4, 4)
-    print("a latent of 4x4:\n", x[0, 0].int().numpy(), "\nits four 2x2 patches:\n", patchify(x, 2)[0].int().numpy())
-    print("and back:", torch.equal(unpatchify(patchify(x, 2), 2, 4), x))
+    patches = patchify(x, 2)
+    print("a latent of 4x4:\n", x[0, 0].int().numpy())
+    print("its four 2x2 patches:\n", patches[0].int().numpy())
+    print("and back:", torch.equal(unpatchify(patches, 2, 4), x))
+
+    xt = torch.randn(1, 8, 32, 32)                      # a picture of 256 x 256
+    t = torch.tensor([500])
     for p in (1, 2, 4, 8):
         for name, kind in PATCHES.items():
-            net, xt, t = kind(8, p, 512), torch.randn(1, 8, 32, 32), torch.tensor([500])
-            h, kept = net.encode(xt, t)
-            print(f"p = {p}  {name:6s} 32x32x8 -> {h.shape[1]:4d} vectors -> {tuple(net.decode(h, t, kept).shape[1:])}, "
-                  f"{sum(w.numel() for w in net.parameters()):,} parameters")
+            net = kind(8, p, 512)
+            vectors, kept = net.encode(xt, t)
+            out = net.decode(vectors, t, kept)
+            n = vectors.shape[1]
+            shape = tuple(out.shape[1:])
+            size = sum(weight.numel() for weight in net.parameters())
+            print(f"p = {p}  {name:6s} 32x32x8 -> {n:4d} vectors -> {shape}, {size:,} parameters")
