@@ -1,29 +1,39 @@
 """
-sample.py: LM mode <-> diffusion mode                                                     (Transfusion §3 "Inference")
+sample.py: LM mode <-> diffusion mode                             (Transfusion §3 "Inference")
 
-THE IDEA    Write words one at a time, until the model itself writes BOI. Then put a picture of pure noise there and denoise
-            it, all patches at once, against the frozen memory of what came before. Put the finished picture into that
-            memory, close it with EOI, and go on writing. One loop makes text, pictures, and any mixture of them.
-A PICTURE   <bos> a red circle -> BOI | ~~~~  noise, t = 1000                       keys and values of the words: computed
-                                      | ~:::  t = 996: overwrites the noise's keys  once, at the start; of the patches: at
-                                      | ...   and values, in place                  every step, in the same places
-                                      | [##]  t = 0: one more forward leaves the clean picture in the cache
-                                      | EOI -> <eos>, or more words, or the next BOI
-THE RULE    out = uncond + w (cond - uncond): one batch of two rows per picture, the second with the caption's words replaced
-            by <drop>, so that both have the same length and positions.                              §2.2, §4.1
-SHAPES      B prompts, each of its own length; latents (c, h, w) float32
-PAPER/HERE  same: modes, overwriting, BOI by the model, EOI appended, greedy text, 250 steps, guidance 3 (§4.3) by default.
-            our choice: with several pictures, the words dropped for guidance are those since the last picture. An edit
-            (§4.5) may be guided over its words, its picture (the blind row then reads pure noise, t = 1000, there), or both.
-READ NEXT   evaluate.py        TRY IT  python sample.py "a red circle left of a blue square"        TEST  tests/test_sample.py
+THE IDEA    Write words one at a time, until the model itself writes BOI. Then put a picture of
+            pure noise there and denoise it, all patches at once. Close the finished picture with
+            EOI and go on writing. One loop makes text, pictures, and any mixture of them.
+A PICTURE   <bos> a red circle -> BOI | ~~~~    t = 1000: pure noise
+                                      | ~:::    t = 996: overwrites t = 1000, in the same places
+                                      | ...
+                                      | [##]    t = 0: what follows reads the finished picture
+                                      | EOI  -> <eos>, or more words, or the next BOI
+THE RULE    out = uncond + w (cond - uncond)                          guidance: §2.2, §4.1
+              cond    reads  <bos> a      red    circle <boi> [ x_t ]
+              uncond  reads  <bos> <drop> <drop> <drop> <boi> [ x_t ]    as long, same positions
+TWICE       write     as the paper says it: one document, and every word and every step reads the
+                      whole sequence anew.
+            generate  the same for a batch, with a cache: the past is read once, and the patches'
+                      keys and values are overwritten at every step. A test holds it to `write`.
+SHAPES      B rows (documents), P patches per picture, V vocabulary; latents (c, h, w) float32.
+            A document is a list of str and latents. b is the number of a row.
+PAPER/HERE  same: both modes, overwriting, BOI chosen by the model, EOI appended, greedy text, 250
+            steps; guidance 3 (§4.3) by default.
+            our choice: guidance drops the words since the last picture, not earlier ones.
+            our choice: an edit (§4.5) may be guided over its words, its picture, or both. The
+            unconditional row then reads noise, at t = 1000, in place of the picture.
+READ NEXT   evaluate.py        TRY IT  python sample.py "a red circle left of a blue square"
+TEST        tests/test_sample.py
 """
 import argparse
+import math
 import re
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -32,201 +42,507 @@ import data
 from data import BOI, BOS, DROP, EOI, EOS, PATCH
 from diffusion import SAMPLERS, guide, sample
 from model import Cache
-from support import figures
-from support.checkpoint import decode_latents, encode_pixels, load_trained
-from support.common import ASSETS, pick_device, UserError, open_picture, run_command
+from support.checkpoint import decode_latents, device_of, encode_pixels, load_trained
+from support.common import ASSETS, UserError, check_writable, open_picture, pick_device, run_command
+
+# Only BOI and EOS are ever predicted. EOI is put there, and the others are never learned.
+NEVER_CHOSEN = [token for token in range(len(data.SPECIAL)) if token not in (BOI, EOS)]
+
+
+# ------------------------------------------------------------ the algorithm, as the paper says it
+@torch.no_grad()
+def write(trained, prompt, max_words=64, max_pictures=1, temperature=0.0, top_p=1.0,
+          guidance=3.0, steps=250, sampler="ddpm", seed=0):
+    """The document that continues the prompt: a list of str and latents (c, h, w).
+
+    One document, no cache, no batch. It is slow and says what happens; `generate` is fast and
+    must give the same. Transfusion §3 "Inference".
+
+    trained       checkpoint.Trained
+    prompt        list of str (words) and latents (c, h, w) (finished pictures); may be empty
+    max_words, max_pictures    when to stop, besides EOS and a full context; beyond the prompt
+    temperature, top_p         of the words, see `choose`
+    guidance, steps, sampler   of the pictures, see diffusion.py
+    seed          of all chance in this document: of its words and of its noise
+    Raises UserError for an unknown word, or a prompt longer than the context.
+    """
+    model = trained.model
+    P = model.config.patches
+    generator = torch.Generator().manual_seed(seed)
+    tokens = prompt_tokens(trained, prompt)             # <bos> a red circle
+    pictures = pictures_of(prompt)                      # one for each run of P patches in tokens
+
+    def network(x, t):
+        """What the model says of the last picture, x (1, c, h, w) at step t; with guidance."""
+        pictures[-1] = x[0]                             # Paper §3: x_{t-1} overwrites x_t
+        _, cond = read_all(model, tokens, pictures, t)
+        if guidance == 1:
+            return cond[-1:]
+        _, uncond = read_all(model, drop_caption(tokens), pictures, t)
+        return guide(cond[-1:], uncond[-1:], guidance)
+
+    while max_words > 0 and len(tokens) < model.config.context:
+        # LM mode: one more token, after all that stands there.
+        logits, _ = read_all(model, tokens, pictures)
+        token = choose(logits[-1:], temperature=temperature, top_p=top_p, generators=[generator])
+        token = token.item()
+        tokens.append(token)
+        if token == EOS:
+            break
+        if token == BOI:
+            if max_pictures == 0 or len(tokens) + P + 1 > model.config.context:
+                break
+            # Diffusion mode: P patches of pure noise, denoised in place.
+            noise = torch.randn(model.config.latent, generator=generator)
+            tokens += [PATCH] * P
+            pictures.append(noise)
+            *_, (_, x, _) = sample(network, noise[None].to(device_of(model)), trained.diffusion,
+                                   steps, sampler, [generator], float(trained.vae.x0_max))
+            pictures[-1] = x[0]                         # finished: from now on it is read at t = 0
+            max_pictures -= 1
+            # Paper §3: EOI is appended, not predicted. Then back to LM mode.
+            tokens.append(EOI)
+        else:
+            max_words -= 1
+    return to_document(tokens, pictures, trained.tokenizer)
+
+
+def read_all(model, tokens, pictures, t=0):
+    """(logits (n, V), outputs (M, c, h, w)): one training forward over a whole document.
+
+    tokens      list of n ids
+    pictures    list of M latents; all are finished, t = 0, but the last one, which is at step t
+    """
+    device = device_of(model)
+    tokens = torch.tensor([tokens], device=device)                              # (1, n)
+    same_document = torch.zeros_like(tokens)                                    # (1, n)
+    everywhere = torch.ones_like(tokens, dtype=torch.bool)                      # (1, n)
+    # TRAP: only the picture being drawn is noisy. A finished one at a random t, as in training,
+    # would be read as if it were hard to see (docs/PAPER.md §4.7).
+    times = torch.zeros(len(pictures), dtype=torch.long, device=device)         # (M,)
+    times[-1:] = t
+    latents = stack(pictures, model.config.latent).to(device)                   # (M, c, h, w)
+    logits, out = model(tokens, image_ids(tokens), same_document, everywhere, latents, times)
+    return logits, out.float()
 
 
 def choose(logits, temperature=0.0, top_p=1.0, generators=None):
-    """Next tokens (B,) of logits (B, V). temperature 0 is greedy (§4.1); top_p keeps the likeliest words whose
-    probabilities add up to top_p; generators: one per row, so that a row's words do not depend on its neighbours.
-    Special tokens other than BOI and EOS cannot be chosen: they are never predicted."""
+    """The next token of each row: (B,) int64.
+
+    logits        (B, V)
+    temperature   Paper: App. B.1 is greedy, which is 0
+    top_p         keep the likeliest words, until their probabilities add up to top_p
+    generators    None, or one per row: a row's words must not depend on its neighbours
+    """
     logits = logits.float().clone()
-    logits[:, [k for k in range(len(data.SPECIAL)) if k not in (BOI, EOS)]] = -torch.inf
+    logits[:, NEVER_CHOSEN] = -torch.inf
     if temperature == 0:
         return logits.argmax(-1)
-    p, order = (logits / temperature).softmax(-1).sort(descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0).cpu()              # the word that crosses top_p is kept
-    picked = torch.stack([torch.multinomial(row, 1, generator=g) for row, g in zip(p, generators or [None] * len(p))])
-    return order.gather(1, picked.to(order.device))[:, 0]
+    p, order = (logits / temperature).softmax(-1).sort(descending=True)         # (B, V) each
+    likelier = p.cumsum(-1) - p                         # what stands before each word
+    p = p.masked_fill(likelier >= top_p, 0).cpu()       # so the word that crosses top_p is kept
+    places = []
+    for b, row in enumerate(p):
+        generator = generators[b] if generators else None
+        places.append(torch.multinomial(row, 1, generator=generator))
+    places = torch.stack(places).to(order.device)                               # (B, 1)
+    return order.gather(1, places)[:, 0]
 
 
+def drop_caption(tokens):
+    """The tokens as the unconditional row of guidance reads them: each word between the last
+    picture and the one before it is <drop>."""
+    boi = max(k for k, token in enumerate(tokens) if token == BOI)
+    start = caption_start(tokens[:boi])
+    # TRAP: BOI stays, and so does the length. A shorter row would move the patches to positions
+    # at which no model has learned to draw without a caption (docs/PAPER.md §4.8).
+    return tokens[:start] + [DROP] * (boi - start) + tokens[boi:]
+
+
+def caption_start(tokens):
+    """Where the words since the last picture begin: after the last EOI, or after BOS."""
+    return 1 + max(k for k, token in enumerate(tokens) if token in (BOS, EOI))
+
+
+def prompt_tokens(trained, prompt, draw_now=False):
+    """List of the ids of a prompt, BOS first, open at the end.
+
+    prompt: list of str and latents. draw_now: a picture follows at once, so BOI ends the list.
+    Raises UserError for an unknown word, or if the prompt (and that picture) has no room."""
+    config = trained.model.config
+    parts = []
+    for part in prompt:
+        parts.append(part if isinstance(part, str) else ("image", 0, 0))
+    # The function that lays out documents for training, so that the two cannot drift apart.
+    tokens = data.lay_out(parts, trained.tokenizer, config.patches, ends=False).tokens
+    need = len(tokens)
+    if draw_now:
+        tokens.append(BOI)
+        need += 1 + config.patches + 1                  # BOI, the patches, EOI
+    check_fits(tokens, need, config.context)
+    return tokens
+
+
+def check_fits(tokens, need, context):
+    """Raise UserError if a prompt of these tokens needs more positions than the context has."""
+    words = sum(token >= len(data.SPECIAL) for token in tokens)
+    fit = words - (need - context)                      # so many words would have had room
+    advice = f"shorten {'its words' if PATCH in tokens else 'it'} to {fit} tokens"
+    if fit < 0:
+        advice = "it has no room for these pictures"
+    if need > context:
+        raise UserError(f"the prompt needs {need} positions, but this model's context is "
+                        f"{context}: {advice}")
+
+
+def pictures_of(document):
+    """The latents of a document, in order."""
+    return [part for part in document if not isinstance(part, str)]
+
+
+def stack(pictures, latent):
+    """(M, c, h, w) of a list of M latents; latent: their shape, for M = 0."""
+    return torch.stack(pictures) if pictures else torch.zeros(0, *latent)
+
+
+def image_ids(tokens):
+    """(B, n) int64: which picture a position is a patch of, counted over all rows; -1 for words.
+    tokens: (B, n) int64. Two pictures are never neighbours: EOI and BOI stand between them."""
+    patch = tokens == PATCH
+    first = patch & (tokens.roll(1, dims=1) != PATCH)                           # opens a picture
+    number = first.flatten().cumsum(0).view(tokens.shape) - 1
+    return torch.where(patch, number, -1)
+
+
+def to_document(tokens, pictures, tokenizer):
+    """List of str and latents: what the tokens say, with the pictures in it. The inverse of
+    data.lay_out."""
+    document = []
+    words = []
+    remaining = iter(pictures)
+    for token in [*tokens, EOS]:
+        if token >= len(data.SPECIAL):
+            words.append(token)
+        elif token in (BOI, EOS) and words:             # the end of these words
+            document.append(tokenizer.decode(words))
+            words = []
+        elif token == EOI:
+            document.append(next(remaining).cpu())
+    return document
+
+
+# --------------------------------------------------------------------- the same, fast: with a cache
 GUIDE_OVER = ("words", "picture", "both")
 
 
 class Decoder:
-    """Sequences under construction: B rows with one cache. tokens: B lists of ids, patches as PATCH; latents: B lists of
-    finished pictures (c, h, w). `lm_step` and `diffusion_steps` are the two modes; `generate` switches between them."""
+    """B documents under construction, and one cache. The two modes are `lm_step` and
+    `diffusion_steps`; `grow` switches between them.
+
+    tokens     B lists of ids; the patches of a picture are PATCH
+    latents    B lists of finished pictures (c, h, w)
+    cache      keys and values of all that stands in `tokens`
+    logits     (B, V): what each row says comes next
+    """
 
     def __init__(self, trained, prompts, draw_now=False, room=None):
-        """prompts: list of documents, each a list of str and latents (c, h, w). draw_now: append BOI, so that the next thing is
-        a picture. room: how many positions will follow the longest prompt, at most; None: the whole context (64 rows of 4096 at
-        7B would be 275 GB of keys and values). Raises UserError for an unknown word or a prompt longer than the context."""
-        self.trained, self.tokens, self.latents = trained, [], []
-        self.device = next(trained.model.parameters()).device
+        """prompts    list of B documents, each a list of str and latents
+        draw_now   append BOI, so that the next thing is a picture
+        room       how many positions follow the longest prompt, at most; None: the whole context
+                   (64 rows of 4096 at 7B would be 275 GB of keys and values)
+        Raises UserError as `prompt_tokens`."""
+        self.trained = trained
+        self.device = device_of(trained.model)
+        self.tokens = [prompt_tokens(trained, prompt, draw_now) for prompt in prompts]
+        self.latents = [pictures_of(prompt) for prompt in prompts]
         config = trained.model.config
-        for prompt in prompts:
-            parts = [part if isinstance(part, str) else ("image", 0, 0) for part in prompt]
-            row = data.lay_out(parts, trained.tokenizer, config.patches, ends=False)
-            self.tokens.append(row.tokens + [BOI] * draw_now)
-            self.latents.append([part for part in prompt if not isinstance(part, str)])
-            need = len(self.tokens[-1]) + (config.patches + 1) * draw_now
-            if need > config.context:
-                raise UserError(f"the prompt needs {need} positions, but this model's context is {config.context}: "
-                                     f"shorten it to {config.context - need + len(self.tokens[-1])} tokens")
-        most = config.context if room is None else min(config.context, max(map(len, self.tokens)) + room)
-        self.cache = Cache(config, len(prompts), most, trained.model.embedding.weight)
-        self.logits = self.read([list(range(len(row))) for row in self.tokens], self.tokens, self.latents, self.cache)
+        size = config.context
+        if room is not None:
+            longest = max(len(row) for row in self.tokens)
+            size = min(size, longest + room)
+        self.cache = Cache(config, len(prompts), size, trained.model.embedding.weight)
+        pos = [list(range(len(row))) for row in self.tokens]
+        self.logits = self.read(pos, self.tokens, self.latents, self.cache)
 
     @torch.no_grad()
-    def read(self, pos, tokens, latents, cache, t=0):
-        """Read B stretches of tokens at their positions into the cache, their pictures at noise t; return the logits (B, V)
-        after each row's last. Rows may differ in length: a short one is filled up by repeating its last token in the same
-        place, which writes the same keys and values once more and changes nothing."""
-        n = max(map(len, tokens))
-        fill = lambda row: torch.tensor(row + [row[-1]] * (n - len(row)))
-        pos, tokens = torch.stack([fill(p) for p in pos]), torch.stack([fill(t) for t in tokens])
-        opened = ((tokens == PATCH) & (tokens.roll(1, 1) != PATCH)).flatten().cumsum(0).view(tokens.shape)
-        image_id = torch.where(tokens == PATCH, opened - 1, -1)
-        flat = [latent for row in latents for latent in row]
-        stacked = torch.stack(flat) if flat else torch.zeros(0, *self.trained.model.config.latent)
-        return self.trained.model.read(*(x.to(self.device) for x in (tokens, image_id, stacked, pos)), cache, t)[:, -1]
+    def read(self, pos, tokens, pictures, cache, t=0):
+        """Read a stretch of each row into the cache; return the logits (B, V) after its last token.
 
-    def events_per_picture(self, steps):
-        """How many Events of mode "noise" a picture of so many diffusion steps takes."""
-        return steps + 1
-
-    def lm_step(self, active, generators=None, **choice):
-        """LM mode: each row in `active` (list of int) gets one more token; returns them as a list. generators: one per row;
-        those of other rows are left alone, or a row that waits for its picture would get other noise in other company."""
-        following = choose(self.logits[active], generators=generators and [generators[b] for b in active], **choice).tolist()
-        for b, token in zip(active, following):
-            self.tokens[b].append(token)
-        self.advance()
-        return following
+        pos, tokens    B lists of positions, and of the ids that stand there
+        pictures       B lists of the pictures in these stretches, which are at step t
+        """
+        config = self.trained.model.config
+        # Rows differ in length. A short one repeats its last token in the same place: that writes
+        # the same keys and values once more and changes nothing.
+        n = max(len(row) for row in tokens)
+        pos = torch.tensor([row + [row[-1]] * (n - len(row)) for row in pos])         # (B, n)
+        tokens = torch.tensor([row + [row[-1]] * (n - len(row)) for row in tokens])   # (B, n)
+        in_order = []
+        for row in pictures:
+            in_order.extend(row)
+        logits = self.trained.model.read(tokens.to(self.device), image_ids(tokens).to(self.device),
+                                         stack(in_order, config.latent).to(self.device),
+                                         pos.to(self.device), cache, t)               # (B, n, V)
+        return logits[:, -1]
 
     def advance(self):
-        """Read the last token of every row (rows that got none read theirs again: nothing changes)."""
-        self.logits = self.read([[len(row) - 1] for row in self.tokens], [[row[-1]] for row in self.tokens],
-                                [[] for _ in self.tokens], self.cache)
+        """Read the last token of every row. A row that got no new one reads it again, in the same
+        place: nothing changes."""
+        pos = [[len(row) - 1] for row in self.tokens]
+        last = [[row[-1]] for row in self.tokens]
+        no_pictures = [[] for _ in self.tokens]
+        self.logits = self.read(pos, last, no_pictures, self.cache)
 
-    def blind(self, rows, over, noise):
-        """The cache of `rows` as the unconditional branch of guidance has it: the same positions, without the words since
-        the last picture (each is <drop>), without that picture (it is `noise`, at t = T), or without both. BOI stays.
-        Raises UserError if the picture is to be forgotten and there is none. Returns (cache, logits (rows, V) after BOI)."""
-        cache, pos, tokens, pictures = self.cache.rows(rows), [], [], []
-        for k, b in enumerate(rows):
+    # ---------------------------------------------------------------------------------- LM mode
+    def lm_step(self, active, generators=None, **choice):
+        """One more token for each row in `active`, a list of row numbers; returns them as a list.
+        generators: None, or one for every row of the batch. choice: as `choose`."""
+        # Only generators of active rows advance. Otherwise the noise of a row that waits for its
+        # picture would depend on its batch.
+        if generators is not None:
+            generators = [generators[b] for b in active]
+        chosen = choose(self.logits[active], generators=generators, **choice).tolist()
+        for b, token in zip(active, chosen, strict=True):
+            self.tokens[b].append(token)
+        self.advance()
+        return chosen
+
+    # --------------------------------------------------------------------------- diffusion mode
+    def events_per_picture(self, steps):
+        """How many Events of mode "noise" a picture takes: one for each step, and the last x."""
+        return steps + 1
+
+    def unconditional(self, rows, over, noise):
+        """(cache, logits (rows, V) after BOI): the rows as the unconditional branch of guidance
+        has them, at the same positions, with BOI.
+
+        rows     row numbers; their last token is BOI
+        over     what is left out. "words": those since the last picture, each is <drop>. "picture":
+                 that picture; noise stands there, at t = T. "both".
+        noise    (rows, c, h, w)
+        Raises UserError if a picture is to be left out and there is none.
+        """
+        picture = self.trained.model.config.patches + 2     # positions, with BOI and EOI
+        pos = []
+        tokens = []
+        forgotten = []
+        for b, other in zip(rows, noise, strict=True):
             row = self.tokens[b]
-            words = max(k for k, token in enumerate(row) if token in (BOS, EOI)) + 1         # where the caption starts
-            start = words if over == "words" else words - self.trained.model.config.patches - 2
-            if row[words - 1] != EOI and over != "words":
-                raise UserError(f"guidance over the {over} needs a picture before the words: leave --guide-over out")
+            start = caption_start(row)
+            seen = row[start:]                          # the caption, and BOI
+            if over in ("words", "both"):
+                seen = [DROP] * (len(seen) - 1) + [BOI]
+            if over in ("picture", "both"):
+                check_follows_picture(row, start, over)
+                seen = row[start - picture: start] + seen
+                start -= picture
+                forgotten.append([other.cpu()])
+            else:
+                forgotten.append([])
             pos.append(list(range(start, len(row))))
-            tokens.append(row[start: words] + (row[words: -1] if over == "picture" else [DROP] * (len(row) - 1 - words)) + [BOI])
-            pictures.append([] if over == "words" else [noise[k].cpu()])
-        return cache, self.read(pos, tokens, pictures, cache, t=self.trained.diffusion.T)
+            tokens.append(seen)
+        # What comes before is right already: only what differs is read again.
+        cache = self.cache.rows(rows)
+        return cache, self.read(pos, tokens, forgotten, cache, t=self.trained.diffusion.T)
 
     @torch.no_grad()
     def diffusion_steps(self, rows, noise, guidance=3.0, generator=None, over="words", **options):
-        """Diffusion mode: draw the next picture of each row of `rows`, whose last token is BOI. noise: (len(rows), c, h, w).
-        over: what guidance leaves out, see `blind`.
-        Yields (t, x_t, x0 estimate) from T to 0; then the pictures and EOI stand in the sequences and in the cache."""
-        model, P, n = self.trained.model, self.trained.model.config.patches, len(rows)
-        cache = self.cache.rows(rows * 2 if guidance != 1 else rows)
-        pos = torch.stack([len(self.tokens[b]) + torch.arange(P) for b in rows]).to(self.device)
-        if guidance != 1:                               # the second half of the cache forgets the caption, but keeps its length
-            blind, _ = self.blind(rows, over, noise.roll((1, 1), (2, 3)))   # any noise but the new picture's
-            cache.k[:, n:], cache.v[:, n:] = blind.k, blind.v
-            pos2 = torch.cat([pos, pos])
+        """Generator of (t, x_t, x0 estimate), from T to 0: the next picture of each row. After the
+        last one the pictures and EOI stand in the sequences and in the cache.
+
+        rows         list of row numbers; their last token is BOI
+        noise        (rows, c, h, w)
+        guidance     w; 1 is the plain model and takes half the time
+        generator    None, a torch.Generator, or a list with one per row: of ddpm's fresh noise
+        over         what guidance leaves out, see `unconditional`
+        options      steps, sampler: see diffusion.sample
+        """
+        model = self.trained.model
+        P = model.config.patches
+        n = len(rows)
+
+        # 1. Where the patches go: the P places after each row's BOI.
+        starts = torch.tensor([len(self.tokens[b]) for b in rows])
+        pos = (starts[:, None] + torch.arange(P)).to(self.device)               # (n, P)
+
+        # 2. What they may look at. Guidance takes two rows for each picture, in one batch. The
+        #    second half of the cache has forgotten the caption.
+        copies = 1 if guidance == 1 else 2
+        cache = self.cache.rows(rows * copies)
+        places = pos.repeat(copies, 1)                                          # (copies n, P)
+        if guidance != 1:
+            other = noise.roll((1, 1), (2, 3))          # any noise but the new picture's own
+            blind, _ = self.unconditional(rows, over, other)
+            overwrite(cache, slice(n, None), blind)
 
         def network(x, t):
+            """The model's output for x (n, c, h, w) at step t, with guidance."""
+            x = torch.cat([x] * copies)                                         # (copies n, c, h, w)
+            times = torch.full((len(x),), t, device=self.device)
+            # Paper: §3, x_{t-1} overwrites x_t. Its keys and values go to the same places.
+            out = model.denoise(x, times, places, cache).float()
             if guidance == 1:
-                return model.denoise(x, torch.full((n,), t, device=self.device), pos, cache).float()
-            both = model.denoise(torch.cat([x, x]), torch.full((2 * n,), t, device=self.device), pos2, cache).float()
-            return guide(both[:n], both[n:], guidance)
+                return out
+            return guide(out[:n], out[n:], guidance)                            # (n, c, h, w)
 
-        for t, x, x0 in sample(network, noise.to(self.device), self.trained.diffusion, generator=generator,
-                               x0_max=float(self.trained.vae.x0_max), **options):
+        # 3. From noise to picture.
+        x0_max = float(self.trained.vae.x0_max)
+        for t, x, x0 in sample(network, noise.to(self.device), self.trained.diffusion,
+                               generator=generator, x0_max=x0_max, **options):
             yield t, x, x0
-        # TRAP: the cache still holds the keys of the last *noisy* step; what follows must read the finished picture, t = 0.
+
+        # 4. TRAP: the cache still holds the keys of the last *noisy* step. What follows must read
+        #    the finished picture, at t = 0: one more forward (docs/PAPER.md §4.7).
         clean = self.cache.rows(rows)
         model.denoise(x, torch.zeros(n, dtype=torch.long, device=self.device), pos, clean)
-        self.cache.k[:, rows], self.cache.v[:, rows] = clean.k, clean.v
-        for k, b in enumerate(rows):
-            self.latents[b].append(x[k].cpu())
+        overwrite(self.cache, rows, clean)
+
+        # 5. EOI is appended, not predicted.
+        for b, picture in zip(rows, x, strict=True):
+            self.latents[b].append(picture.cpu())
             self.tokens[b] += [PATCH] * P + [EOI]
         self.advance()
 
     def document(self, b):
-        """Row b as a list of str and latents, in order: the inverse of `lay_out`."""
-        parts, words, k = [], [], 0
-        for token in self.tokens[b] + [BOI]:
-            if token == BOI and words:
-                parts, words = parts + [self.trained.tokenizer.decode(words)], []
-            elif token == EOI:
-                parts, k = parts + [self.latents[b][k]], k + 1
-            elif token >= len(data.SPECIAL):
-                words.append(token)
-        return parts
+        """Row b as a list of str and latents, in order."""
+        return to_document(self.tokens[b], self.latents[b], self.trained.tokenizer)
+
+
+def check_follows_picture(row, start, over):
+    """Raise UserError if no picture stands right before position `start` of a row of ids."""
+    if row[start - 1] != EOI:
+        raise UserError(f"guidance over the {over} needs a picture before the words: "
+                        "leave --guide-over out")
+
+
+def overwrite(cache, rows, other):
+    """Put all rows of the cache `other` in place of these rows of `cache`. rows: list or slice."""
+    cache.k[:, rows] = other.k
+    cache.v[:, rows] = other.v
+
+
+# ------------------------------------------------------------------- switching between the modes
+class Row:
+    """One document while it grows: its number, its own random numbers, and what it may still do."""
+
+    def __init__(self, decoder, b, seed, max_words, max_pictures):
+        self.b = b
+        self.tokens = decoder.tokens[b]                 # the decoder's list itself: it grows
+        self.config = decoder.trained.model.config
+        self.generator = torch.Generator().manual_seed(seed)
+        self.words_left = max_words
+        self.pictures_left = max_pictures
+
+    def may_write(self):
+        """Whether one more token is allowed, and has room."""
+        return self.words_left > 0 and len(self.tokens) < self.config.context
+
+    def may_draw(self):
+        """Whether a picture is allowed after this BOI, and has room with its EOI."""
+        need = self.config.patches + 1
+        return self.pictures_left > 0 and len(self.tokens) + need <= self.config.context
 
 
 @dataclass
 class Event:
-    """One thing that happens while documents grow. mode: "prompt" (read into the cache), "word" (LM mode: one token
-    each), "noise" (diffusion mode: one step) or "picture" (finished, with EOI, clean in the cache). rows: which rows of the
-    batch; filled: how many positions of the cache each of them has now. tokens: the new ids, of "word". t, x, x0: of "noise"."""
-    mode: str
-    rows: list
-    filled: list
-    tokens: list = None
-    t: int = None
-    x: torch.Tensor = None
-    x0: torch.Tensor = None
+    """One thing that happens while documents grow. A film, a trace and a notebook watch these."""
+    mode: str                                           # "prompt": read into the cache
+    #                                                     "word": LM mode, one token for each row
+    #                                                     "noise": diffusion mode, one step
+    #                                                     "picture": finished, in the cache, EOI
+    rows: list                                          # row numbers
+    filled: list                                        # positions that each has in the cache now
+    tokens: list = None                                 # "word": the new ids
+    t: int = None                                       # "noise": from T to 0
+    x: torch.Tensor = None                              # "noise": (rows, c, h, w), x_t
+    x0: torch.Tensor = None                             # "noise": the estimate of x0
 
 
-def grow(decoder, seeds, draw_now=False, max_words=64, max_pictures=1, temperature=0.0, top_p=1.0, **diffusing):
-    """Generator of Events: the algorithm of Transfusion §3 "Inference", for a batch. Each row is in a mode of its own; rows
-    that wait for a picture are denoised together once no row is writing, which changes the time and nothing else.
-    seeds: one int per row; the other arguments as `generate`, which runs it to the end."""
-    B, config = len(decoder.tokens), decoder.trained.model.config
-    words, pictures = [0] * B, [0] * B
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    event = lambda mode, rows, **more: Event(mode, list(rows), [len(decoder.tokens[b]) for b in rows], **more)
-    room = lambda b, extra: len(decoder.tokens[b]) + extra <= config.context
-    writing, waiting = ([], list(range(B))) if draw_now else (list(range(B)), [])
-    yield event("prompt", range(B))
+def grow(decoder, seeds, draw_now=False, max_words=64, max_pictures=1, temperature=0.0, top_p=1.0,
+         **diffusing):
+    """Generator of Events: the algorithm of `write`, for a batch.
+
+    Each row is in a mode of its own. Rows that wait for a picture are denoised together, once no
+    row is writing: this changes the time and nothing else.
+    seeds: one int per row. draw_now: every row waits for a picture, as the decoder was told.
+    The other arguments: see `generate`, which runs this to its end.
+    """
+    rows = []
+    for b, seed in enumerate(seeds):
+        rows.append(Row(decoder, b, seed, max_words, max_pictures))
+    generators = [row.generator for row in rows]
+
+    def event(mode, rows, **fields):
+        return Event(mode, [row.b for row in rows], [len(row.tokens) for row in rows], **fields)
+
+    yield event("prompt", rows)
+    writing = []
+    waiting = []
+    if draw_now:
+        waiting = rows
+    else:
+        writing = [row for row in rows if row.may_write()]
+
     while writing or waiting:
-        writing = [b for b in writing if room(b, 1) and words[b] < max_words]
         if writing:
-            rows, tokens = writing, decoder.lm_step(writing, temperature=temperature, top_p=top_p, generators=generators)
-            yield event("word", rows, tokens=tokens)
-            words = [n + sum(b == row and token >= len(data.SPECIAL) for row, token in zip(rows, tokens)) for b, n in enumerate(words)]
-            waiting += [b for b, token in zip(rows, tokens)
-                        if token == BOI and pictures[b] < max_pictures and room(b, config.patches + 1)]
-            writing = [b for b, token in zip(rows, tokens) if token not in (BOI, EOS)]
-        elif waiting:
-            noise = torch.stack([torch.randn(config.latent, generator=generators[b]) for b in waiting])
-            for t, x, x0 in decoder.diffusion_steps(waiting, noise, generator=[generators[b] for b in waiting], **diffusing):
+            # LM mode: one more token for every row that writes.
+            tokens = decoder.lm_step([row.b for row in writing], temperature=temperature,
+                                     top_p=top_p, generators=generators)
+            yield event("word", writing, tokens=tokens)
+            still_writing = []
+            for row, token in zip(writing, tokens, strict=True):
+                if token == BOI:
+                    if row.may_draw():
+                        waiting.append(row)             # LM mode -> diffusion mode
+                elif token != EOS:
+                    row.words_left -= 1
+                    if row.may_write():
+                        still_writing.append(row)
+            writing = still_writing
+        else:
+            # Diffusion mode: one picture for every row that waits. Each row's noise comes from its
+            # own generator, so a picture does not depend on its neighbours.
+            noise = []
+            for row in waiting:
+                noise.append(torch.randn(row.config.latent, generator=row.generator))
+            own = [row.generator for row in waiting]
+            for t, x, x0 in decoder.diffusion_steps([row.b for row in waiting], torch.stack(noise),
+                                                    generator=own, **diffusing):
                 yield event("noise", waiting, t=t, x=x, x0=x0)
-            for b in waiting:
-                pictures[b] += 1
             yield event("picture", waiting)
-            writing, waiting = [b for b in waiting if max_words > 0], []
+            for row in waiting:
+                row.pictures_left -= 1
+                if row.may_write():
+                    writing.append(row)                 # diffusion mode -> LM mode
+            waiting = []
 
 
-def generate(trained, prompts, draw_now=False, max_words=64, max_pictures=1, seed=0, first=0, progress=False, watch=None, decoder=None,
-             **options):
-    """Documents that continue the prompts, each a list of str and latents (c, h, w). Transfusion §3 "Inference".
+def generate(trained, prompts, draw_now=False, max_words=64, max_pictures=1, seed=0, first=0,
+             progress=False, watch=None, decoder=Decoder, **options):
+    """Documents that continue the prompts: B lists of str and latents. Transfusion §3 "Inference".
 
-    prompts, draw_now: see Decoder. max_words, max_pictures: when to stop, besides EOS; counted beyond the prompt.
-    options: temperature, top_p (see `choose`), steps, sampler, guidance, over. watch: called with every Event.
-    seed: an int, or one per row. Noise and words of a row come from its own generator, so that a row does not depend on
-    its neighbours in the batch. first: the number of the first row, where these are a part of a longer list."""
-    decoder = (decoder or Decoder)(trained, prompts, draw_now, room=max_words + max(max_pictures, draw_now) * (trained.model.config.patches + 2) + 1)
-    seeds = seed if isinstance(seed, list) else [seed * 100003 + first + b for b in range(len(prompts))]
-    steps = decoder.events_per_picture(options.get("steps", 250))
-    bar = tqdm(total=steps, desc="drawing", disable=not progress, leave=False)
-    for event in grow(decoder, seeds, draw_now, max_words, max_pictures, **options):
+    prompts       B lists of str and latents (c, h, w)
+    draw_now      the next thing is a picture, whatever the model would say
+    max_words, max_pictures    when to stop, besides EOS and a full context; beyond the prompt
+    seed          an int, or one per row
+    first         the number of the first row, where these are a part of a longer list
+    progress      show a bar for each picture
+    watch         called with every Event
+    decoder       the class that reads and draws: Decoder, or a rival's (chameleon.Decoder)
+    options       temperature, top_p, steps, sampler, guidance, over
+    """
+    # No cache larger than what may come: words, pictures with BOI and EOI, and one token that ends
+    # the document, EOS or a BOI too many.
+    pictures = max(1, max_pictures) if draw_now else max_pictures
+    room = max_words + pictures * (trained.model.config.patches + 2) + 1
+    growing = decoder(trained, prompts, draw_now, room=room)
+    seeds = seed
+    if not isinstance(seed, list):
+        # Row k of a seed always gets the same number, in every batch. Those of two seeds differ.
+        seeds = [seed * 100003 + first + b for b in range(len(prompts))]
+    total = growing.events_per_picture(options.get("steps", 250))
+    bar = tqdm(total=total, desc="drawing", disable=not progress, leave=False)
+    for event in grow(growing, seeds, draw_now, max_words, max_pictures, **options):
         if event.mode == "noise":
             bar.update()
         elif event.mode == "picture":
@@ -234,138 +550,260 @@ def generate(trained, prompts, draw_now=False, max_words=64, max_pictures=1, see
         if watch:
             watch(event)
     bar.close()
-    return [decoder.document(b) for b in range(len(prompts))]
+    return [growing.document(b) for b in range(len(prompts))]
 
 
+# --------------------------------------------------------------------------- what it is used for
 def draw(trained, captions, **options):
-    """(M, h, w, 3) uint8: one picture per caption. options: steps, sampler, guidance, seed, first, progress, watch."""
-    documents = generate(trained, [[caption] for caption in captions], draw_now=True, max_words=0, **options)
-    return decode_latents(trained, torch.stack([next(p for p in parts if not isinstance(p, str)) for parts in documents]))
+    """(M, h, w, 3) uint8: one picture per caption. options: as `generate`, without the limits."""
+    prompts = [[caption] for caption in captions]
+    documents = generate(trained, prompts, draw_now=True, max_words=0, **options)
+    return decode_latents(trained, torch.stack([document[-1] for document in documents]))
 
 
 def edit(trained, latents, instructions, over="both", **options):
-    """Latents (M, c, h, w) of the edited pictures, given those before and one instruction each (§4.5). options: as `draw`,
-    and over: what guidance leaves out, "words", "picture" or "both" (README says what each gives)."""
-    documents = generate(trained, [[x, text] for x, text in zip(latents, instructions)], draw_now=True, max_words=0, over=over, **options)
-    return torch.stack([parts[-1] for parts in documents])
+    """Latents (M, c, h, w) of the edited pictures: Transfusion §4.5.
+
+    latents: (M, c, h, w) before; instructions: M strings; over: what guidance leaves out, see
+    `Decoder.unconditional` (docs/RESULTS.md says what each gives); options: as `draw`."""
+    prompts = []
+    for before, text in zip(latents, instructions, strict=True):
+        prompts.append([before, text])
+    documents = generate(trained, prompts, draw_now=True, max_words=0, over=over, **options)
+    return torch.stack([document[-1] for document in documents])
 
 
 def describe(trained, latents, **options):
-    """Captions of pictures given as latents (M, c, h, w), read at t = 0. options: temperature, top_p, seed."""
-    documents = generate(trained, [[latent] for latent in latents], max_pictures=0, **options)
-    return [" ".join(part for part in parts if isinstance(part, str)) for parts in documents]
+    """Captions of pictures, list of M str. latents: (M, c, h, w), read at t = 0. options: as
+    `generate`: temperature, top_p, seed."""
+    prompts = [[picture] for picture in latents]
+    documents = generate(trained, prompts, max_pictures=0, **options)
+    captions = []
+    for document in documents:
+        captions.append(" ".join(part for part in document if isinstance(part, str)))
+    return captions
+
+
+# --------------------------------------------------------------------------------- command line
+def read_picture(path, trained):
+    """The latents (c, h, w) of an image file. Says so when the picture had to be converted.
+    Raises UserError if the file cannot be read."""
+    size = trained.model.config.latent[1] * trained.vae.f
+    pixels = open_picture(path, size, say=True)
+    return encode_pixels(trained, pixels[None])[0]
 
 
 def read_prompt(text, trained):
-    """A prompt as `generate` takes it: words, and pictures where a file stands in brackets: "[a.png] make the circle blue".
-    Raises UserError if a file cannot be read; says so when a picture had to be converted."""
-    size, parts = trained.model.config.latent[1] * trained.vae.f, []
+    """A prompt as `generate` takes it: words, and pictures where a file stands in brackets, as in
+    "[a.png] make the circle blue". Raises UserError if a file cannot be read."""
+    prompt = []
     for k, part in enumerate(re.split(r"\[([^\]]*)\]", text)):
-        if k % 2:
-            parts.append(encode_pixels(trained, open_picture(part, size, say=True)[None])[0])
+        if k % 2 == 1:                                  # what stood in brackets
+            prompt.append(read_picture(part, trained))
         elif part.strip():
-            parts.append(part.strip())
-    return parts
+            prompt.append(part.strip())
+    return prompt
 
 
 def parse_arguments(argv=None):
-    """The options of a command line, checked."""
-    parser = argparse.ArgumentParser(description="Words to a picture, a picture to words, any mixture, or whatever the model decides.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("prompts", nargs="*", help="what to draw; several are drawn as one batch; [file.png] puts a picture among the words")
-    parser.add_argument("--checkpoint", help="a model.pt of train.py; default: assets/scenes.pt, with --edit assets/scenes_edit.pt")
-    parser.add_argument("--image", action="append", default=[], help="describe this picture, or --edit it (may be repeated)")
-    parser.add_argument("--edit", action="append", default=[], help="change --image as told; repeated: one after the other")
-    parser.add_argument("--open", action="store_true", help="let the model decide itself when to draw (prompts may be \"\")")
-    parser.add_argument("--pictures", type=int, default=1, help="with --open: at most so many pictures per document")
-    parser.add_argument("--out", "-o", default="sample.png", help="picture to write (several: side by side)")
-    parser.add_argument("--page", help="also write words and pictures, in order, as one .html page")
-    parser.add_argument("--film", help="also write the denoising, as .gif (a film) or .png (a strip)")
-    parser.add_argument("--trace", action="store_true", help="print the modes and the growing cache")
-    parser.add_argument("--steps", type=int, default=250, help="diffusion steps, 1 to 1000; 25 do for --sampler dpm++")
-    parser.add_argument("--guidance", type=float, default=3.0, help="0 ignores the caption, 1 is plain, 3 is the paper's (ablations)")
-    parser.add_argument("--guide-over", choices=GUIDE_OVER, help="what guidance leaves out; default: with --edit both, else words")
-    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="ddpm is the paper's")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the noise")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the words; 0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest words up to this probability")
+    """The options of a command line, checked. Raises UserError."""
+    parser = argparse.ArgumentParser(
+        description="Words to a picture, a picture to words, or any mixture of them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("prompts", nargs="*",
+        help="what to draw, several as one batch; [file.png] puts a picture among the words")
+    add("--checkpoint", help="a model.pt of train.py; without it: assets/scenes.pt, and with "
+                             "--edit assets/scenes_edit.pt")
+    add("--image", action="append", default=[],
+        help="describe this picture, or --edit it (may be repeated)")
+    add("--edit", action="append", default=[],
+        help="change --image as told; repeated: one after the other")
+    add("--open", action="store_true",
+        help='let the model decide itself when to draw (prompts may be "")')
+    add("--pictures", type=int, default=1, help="with --open: at most so many per document")
+    add("--out", "-o", help="picture to write (several: side by side); without it: sample.png, "
+                            "or sample_2.png if that exists, and so on")
+    add("--film", help="also write the denoising, as .gif (a film) or .png (a strip)")
+    add("--trace", action="store_true", help="print the modes and the growing cache")
+    add("--steps", type=int, default=250,
+        help="diffusion steps, 1 to 1000; 25 do for --sampler dpm++")
+    add("--guidance", type=float, default=3.0,
+        help="0 ignores the caption, 1 is plain, 3 is the paper's (ablations)")
+    add("--guide-over", choices=GUIDE_OVER,
+        help="what guidance leaves out; without it: with --edit both, else words")
+    add("--sampler", choices=SAMPLERS, default="ddpm", help="ddpm is the paper's")
+    add("--seed", type=int, default=0, help="seed of the noise")
+    add("--temperature", type=float, default=0.0, help="of the words; 0 is greedy")
+    add("--top-p", type=float, default=1.0, help="keep the likeliest words up to this probability")
     args = parser.parse_args(argv)
-    if args.edit and not args.image:
-        raise UserError('--edit needs the picture to change: --image in.png --edit "make the circle blue"')
-    if not args.prompts and not args.image:
-        raise UserError('say what to draw, e.g. python sample.py "a red circle", or give a picture with --image')
-    if args.prompts and args.image:
-        raise UserError('--image stands alone or with --edit; to put pictures among words, write "[in.png] make the circle blue"')
-    if (args.open and args.image) or (args.pictures != 1 and not args.open):
-        raise UserError("--open takes prompts, not --image (write \"[in.png] and words\"), and --pictures belongs to --open")
-    if args.film and args.image and not args.edit:
-        raise UserError("--film shows a picture being drawn; --image without --edit only describes one")
-    if not 0 <= args.seed < 2 ** 32:
-        raise UserError(f"--seed must be between 0 and {2 ** 32 - 1}, got {args.seed}")
-    if not (0 <= args.guidance < np.inf and 0 <= args.temperature < np.inf and 0 < args.top_p <= 1):
-        raise UserError("--guidance and --temperature must be 0 or more, --top-p above 0 and at most 1")
-    if not 1 <= args.steps <= 1000 or args.pictures < 1:
-        raise UserError(f"--steps must be between 1 and 1000 and --pictures at least 1, got {args.steps} and {args.pictures}")
-    written = {end for end, kind in Image.registered_extensions().items() if kind in Image.SAVE}       # some can only be read
-    for path, kinds in ((args.out, written), (args.film, written), (args.page, (".html",))):
-        if path and (not Path(path).parent.is_dir() or Path(path).suffix.lower() not in kinds):
-            raise UserError(f"cannot write {path}: its folder must exist and its name end in "
-                                 f"{'.html' if path == args.page else '.png or another picture type'}")
+    check_arguments(args)
     return args
 
 
-def main(argv=None, decoder=None):
-    """Draw, describe, edit, or let the model decide, as the command line says."""
-    args = parse_arguments(argv)
-    shipped = ASSETS / ("scenes_edit.pt" if args.edit else "scenes.pt")
-    trained, began, frames = load_trained(args.checkpoint or shipped, pick_device()), time.time(), []
+def check_arguments(args):
+    """Raise UserError for the first mistake in the options, before anything is loaded."""
+    describes = args.image and not args.edit
+    mistakes = [
+        (args.edit and not args.image,
+         '--edit needs the picture to change: --image in.png --edit "make the circle blue"'),
+        (not args.prompts and not args.image,
+         'say what to draw, e.g. python sample.py "a red circle", or give a picture with --image'),
+        (args.prompts and args.image,
+         '--image stands alone or with --edit; to put pictures among words, write '
+         '"[in.png] make the circle blue"'),
+        (args.open and args.image,
+         '--open takes prompts, not --image (write "[in.png] and words")'),
+        (args.pictures != 1 and not args.open,
+         "--pictures belongs to --open"),
+        (args.film and describes,
+         "--film shows a picture being drawn; --image without --edit only describes one"),
+        (not 0 <= args.seed < 2 ** 32,
+         f"--seed must be between 0 and {2 ** 32 - 1}, got {args.seed}"),
+        (not 0 <= args.guidance < math.inf,             # written so that nan is found, too
+         f"--guidance must be 0 or more, got {args.guidance}"),
+        (not 0 <= args.temperature < math.inf,
+         f"--temperature must be 0 or more, got {args.temperature}"),
+        (not 0 < args.top_p <= 1,
+         f"--top-p must be above 0 and at most 1, got {args.top_p}"),
+        (not 1 <= args.steps <= 1000,
+         f"--steps must be between 1 and 1000, got {args.steps}"),
+        (args.pictures < 1,
+         f"--pictures must be at least 1, got {args.pictures}"),
+    ]
+    for wrong, sentence in mistakes:
+        if wrong:
+            raise UserError(sentence)
+    for path in (args.out, args.film):
+        if path is not None:
+            check_picture_name(path)
 
-    if trained.kind == "llama" or (trained.kind == "chameleon" and (args.edit or args.film or args.trace or args.guide_over)):
-        raise UserError(f"{args.checkpoint} is a {trained.kind}: " + ("it knows words only" if trained.kind == "llama" else
-                             "--edit, --film, --trace and --guide-over are for Transfusion"))
+
+def check_picture_name(path):
+    """Raise UserError if no picture can be written there, before one is drawn."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:                          # Pillow can only read some
+        raise UserError(f"cannot write {path}: its name must end in .png or another picture type")
+    check_writable(path)
+
+
+def check_model(args, trained, path, decoder):
+    """Raise UserError if this model cannot do what the command line says, or not in this program.
+    path: where the model comes from."""
+    if trained.kind == "llama":
+        raise UserError(f"{path} is a llama: it knows words only")
+    if trained.kind == "chameleon" and decoder is Decoder:
+        raise UserError(f'{path} is a chameleon: python chameleon.py "..." --checkpoint {path}')
+    if trained.kind == "transfusion" and decoder is not Decoder:
+        raise UserError(f'{path} is a transfusion: python sample.py "..." --checkpoint {path}, or '
+                        f"name a Chameleon's model.pt with --checkpoint")
+    if trained.kind == "chameleon" and (args.edit or args.film or args.trace or args.guide_over):
+        raise UserError(f"{path} is a chameleon: --edit, --film, --trace and --guide-over are for "
+                        "Transfusion")
+
+
+def check_room(trained, prompts, pictures):
+    """Raise UserError if so many pictures do not fit after the longest prompt."""
+    config = trained.model.config
+    longest = max(len(prompt_tokens(trained, prompt)) for prompt in prompts)
+    need = longest + pictures * (config.patches + 2) + 1                # and EOS
+    if need > config.context:
+        raise UserError(f"{pictures} pictures after this prompt need {need} positions, but the "
+                        f"model's context is {config.context}: ask for fewer --pictures or "
+                        "shorten the prompt")
+
+
+def free_name():
+    """sample.png, or sample_2.png, sample_3.png, ...: the first that does not exist. A default
+    must never overwrite a picture of the user's."""
+    path = Path("sample.png")
+    k = 1
+    while path.exists():
+        k += 1
+        path = Path(f"sample_{k}.png")
+    return path
+
+
+def edit_in_turn(trained, pictures, instructions, **options):
+    """Documents [picture, instruction, picture, instruction, picture, ...], one for each of the
+    pictures: each instruction changes what the one before it has left."""
+    for text in instructions:                           # all mistakes, before the first is drawn
+        prompt_tokens(trained, [pictures[0], text], draw_now=True)
+    documents = [[picture] for picture in pictures]
+    for text in instructions:
+        # Each edit is a fresh document with one picture, as in training.
+        prompts = [[document[-1], text] for document in documents]
+        edited = generate(trained, prompts, draw_now=True, max_words=0, **options)
+        for document, (_, *new) in zip(documents, edited, strict=True):
+            document += new
+    return documents
+
+
+def run_task(args, trained, watch, decoder):
+    """The documents that the command line asks for. watch, decoder: see `generate`."""
+    writing = {"decoder": decoder, "watch": watch, "seed": args.seed,
+               "temperature": args.temperature, "top_p": args.top_p}
+    drawing = {"steps": args.steps, "sampler": args.sampler, "guidance": args.guidance,
+               "over": args.guide_over or ("both" if args.edit else "words"), "progress": True}
+    if args.image:
+        pictures = [read_picture(path, trained) for path in args.image]
+        if args.edit:
+            return edit_in_turn(trained, pictures, args.edit, **writing, **drawing)
+        prompts = [[picture] for picture in pictures]
+        return generate(trained, prompts, max_pictures=0, **writing)
+    prompts = [read_prompt(text, trained) for text in args.prompts]
+    if args.open:
+        check_room(trained, prompts, args.pictures)
+        return generate(trained, prompts, max_words=trained.model.config.context,
+                        max_pictures=args.pictures, **writing, **drawing)
+    return generate(trained, prompts, draw_now=True, max_words=0, **writing, **drawing)
+
+
+def main(argv=None, decoder=Decoder):
+    """Draw, describe, edit, or let the model decide, as the command line says. decoder: the class
+    that reads and draws; chameleon.py calls this with its own."""
+    # matplotlib is for those who write pictures, not for those who import `draw`.
+    from support import figures
+    if hasattr(sys.stdout, "reconfigure"):
+        # A name may have letters that stdout cannot print: spell them out.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    args = parse_arguments(argv)
+    path = args.checkpoint or ASSETS / ("scenes_edit.pt" if args.edit else "scenes.pt")
+    trained = load_trained(path, pick_device())
+    check_model(args, trained, path, decoder)
+    began = time.time()
+    steps = []                                          # Events of the denoising, for the film
 
     def watch(event):
         if event.mode == "noise":
-            frames.append(event)
+            steps.append(event)
         if args.trace:
             figures.print_event(trained, event)
 
-    writing = dict(decoder=decoder, temperature=args.temperature, top_p=args.top_p, seed=args.seed, watch=watch)
-    drawing = dict(steps=args.steps, guidance=args.guidance, over=args.guide_over or ("both" if args.edit else "words"),
-                   sampler=args.sampler, progress=True)
-    if args.edit:
-        documents = [read_prompt(f"[{path}]", trained) for path in args.image]
-        trained.tokenizer.encode(" ".join(args.edit))           # an unknown word in the last one: say so before the first is drawn
-        for text in args.edit:                          # each edit is a fresh document of one picture, as it was trained
-            after = generate(trained, [[parts[-1], text] for parts in documents], draw_now=True, max_words=0, **writing, **drawing)
-            documents = [parts + new[1:] for parts, new in zip(documents, after)]
-    elif args.image:
-        documents = generate(trained, [read_prompt(f"[{path}]", trained) for path in args.image], max_pictures=0, **writing)
-    else:
-        config, prompts = trained.model.config, [read_prompt(text, trained) for text in args.prompts]
-        need = args.pictures * (config.patches + 2) + max(len(data.lay_out(
-            [p if isinstance(p, str) else ("image", 0, 0) for p in parts], trained.tokenizer, config.patches).tokens) for parts in prompts)
-        if args.open and need > config.context:
-            raise UserError(f"{args.pictures} pictures after this prompt need {need} positions, but the model's context "
-                                 f"is {config.context}: ask for fewer --pictures or shorten the prompt")
-        documents = generate(trained, prompts, draw_now=not args.open, max_words=config.context if args.open else 0,
-                             max_pictures=args.pictures, **writing, **drawing)
-    for name, parts in zip(args.image or args.prompts, documents):
-        print((f"{name}: " if args.image else "") + " ".join(part if isinstance(part, str) else "[picture]" for part in parts))
-    if args.page:
-        figures.save_page(trained, documents, args.page)
-        print(f"wrote {args.page}")
-    latents = [part for parts in documents for part in (parts[-1:] if args.edit else parts) if not isinstance(part, str)]
-    if args.image and not args.edit:
-        return
-    if not frames:                                      # nothing was drawn: an answer about the prompt's pictures, or words alone
-        return None if latents else print("the model wrote words only; leave out --open to make it draw")
-    pictures = decode_latents(trained, torch.stack(latents))
-    figures.save_picture(figures.grid(pictures, min(8, len(pictures)), gap=1) if len(pictures) > 1 else pictures[0], args.out)
-    print(f"wrote {args.out} ({len(pictures)} pictures, {time.time() - began:.1f} s)")
-    if args.film:
-        figures.save_film(trained, frames, args.film)
-        print(f"wrote {args.film}")
+    documents = run_task(args, trained, watch, decoder)
+    # Save first, print after: whatever goes wrong with the words, the picture is there.
+    lines = []
+    for k, document in enumerate(documents):
+        line = " ".join(part if isinstance(part, str) else "[picture]" for part in document)
+        lines.append(f"{args.image[k]}: {line}" if args.image else line)
+    latents = []
+    for document in documents:
+        latents += document[-1:] if args.edit else pictures_of(document)
+    if steps:                                           # else nothing was drawn
+        pictures = decode_latents(trained, torch.stack(latents))
+        sheet = pictures[0]
+        if len(pictures) > 1:
+            sheet = figures.grid(pictures, columns=min(8, len(pictures)), gap=1)
+        out = args.out or free_name()
+        figures.save_picture(sheet, out)
+        lines.append(f"wrote {out} ({len(pictures)} pictures, {time.time() - began:.1f} s)")
+        if args.film:
+            figures.save_film(trained, steps, args.film)
+            lines.append(f"wrote {args.film}")
+    elif not latents:
+        lines.append("the model wrote words only; leave out --open to make it draw")
+    for line in lines:
+        print(line)
 
 
 if __name__ == "__main__":

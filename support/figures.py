@@ -1,135 +1,166 @@
 """
-show.py: what a run did, as pictures                                     (the figures of the paper: 1, 2, 6, 7; our own curves)
+figures.py: what a run did, as pictures                   (the paper's Fig. 1, 2, 6, 7; our curves)
 
-THE IDEA    Numbers convince, pictures explain. Everything that draws for people is here, so that the other files hold ideas.
-            curves.png and samples.png of a training run; pages of words and pictures, films of the denoising, and a trace of
-            the two modes, of `python sample.py`.
+THE IDEA    Numbers convince, pictures explain. Everything that draws for people is here, so that
+            the other files hold ideas. A training run leaves curves.png and samples.png; sample.py
+            leaves a sheet of pictures, a film of the denoising, and a trace of the two modes.
+A PICTURE   film.png    x_t   ~~~~  ~~~:  ~~::  ...  [##]       ten moments, from t = T to t = 0
+                        x0    ....  :..:  :##:  ...  [##]       what the model believes at each
 SHAPES      pictures (M, h, w, 3) uint8; documents and Events as sample.py has them
-READ NEXT   sample.py        TRY IT  python sample.py "a red circle" --film film.png --page page.html --trace
+HERE        matplotlib's Figure is used without pyplot. No window opens and no backend is chosen,
+            so a notebook that imports this keeps its own figures.
+READ NEXT   sample.py        TRY IT  python sample.py "a red circle" --film film.png --trace
 """
-import base64
-import html
-import io
 import textwrap
 from pathlib import Path
 
 import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
 from support.checkpoint import decode_latents
 
-matplotlib.use("Agg")                                   # files, no windows
 
-
-# --------------------------------------------------------------------------------------------------------- of a training run
+# -------------------------------------------------------------------------------- a training run
 def plot_curves(log, path):
-    """curves.png: both losses, the loss by noise level, the conditioning gap; of a rival what it has of them."""
-    steps, gaps = [row["step"] for row in log], [(row["step"], row["gap"]) for row in log if "gap" in row]
+    """Save curves.png: the losses, the diffusion loss by noise level, the conditioning gap. A rival
+    has no diffusion loss and perhaps no gap: then these panels are left out.
+
+    log: list of dicts, the lines of log.jsonl."""
     diffuses = any(row["diffusion"] is not None for row in log)
-    panels = ["losses"] + ["noise"] * diffuses + ["gap"] * bool(gaps)
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6), constrained_layout=True, squeeze=False)
-    axes = dict(zip(panels, axes[0]))
-    axes["losses"].plot(steps, [row["lm"] for row in log], label="LM (nats per word)")
-    axes["losses"].set_title("the two losses" if diffuses else "the loss")
-    axes["losses"].set_yscale("log")
+    with_gap = [row for row in log if "gap" in row]
+    panels = ["losses"]
     if diffuses:
-        axes["losses"].plot(steps, [row["diffusion"] for row in log], label="diffusion (mean square)")
+        panels.append("noise")
+    if with_gap:
+        panels.append("gap")
+    figure = Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
+    axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
+
+    steps = [row["step"] for row in log]
+    axis = axes["losses"]
+    axis.plot(steps, [row["lm"] for row in log], label="LM (nats per word)")
+    if diffuses:
+        axis.plot(steps, [row["diffusion"] for row in log], label="diffusion (mean square)")
+    axis.set_title("the two losses" if diffuses else "the loss")
+    axis.set_yscale("log")
+    axis.legend(frameon=False)
+
+    if diffuses:
+        # One mean over all t hides that little noise is hard and much noise is easy.
+        axis = axes["noise"]
         for k in range(5):
-            axes["noise"].plot(steps, [row["by_t"][k] for row in log], label=f"t in {200 * k + 1}..{200 * k + 200}", color=plt.cm.viridis(k / 5))
-        axes["noise"].set_title("diffusion loss by noise level")
-        axes["noise"].set_yscale("log")
-        axes["noise"].legend(frameon=False, fontsize=8)
-    if gaps:
-        axes["gap"].plot(*zip(*gaps), marker=".")
-        axes["gap"].axhline(0, color="grey", linewidth=0.8)
-        axes["gap"].set_title("conditioning gap (0: caption ignored)")
+            axis.plot(steps, [row["by_t"][k] for row in log],
+                      label=f"t in {200 * k + 1}..{200 * k + 200}",
+                      color=matplotlib.colormaps["viridis"](k / 5))
+        axis.set_title("diffusion loss by noise level")
+        axis.set_yscale("log")
+        axis.legend(frameon=False, fontsize=8)
+
+    if with_gap:
+        axis = axes["gap"]
+        axis.plot([row["step"] for row in with_gap], [row["gap"] for row in with_gap], marker=".")
+        axis.axhline(0, color="grey", linewidth=0.8)
+        axis.set_title("conditioning gap (0: caption ignored)")
+
     for axis in axes.values():
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
-    axes["losses"].legend(frameon=False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def plot_samples(shown, path, columns=6, rows=4):
-    """samples.png: pictures under their prompts; a red title marks one that is not what was asked for."""
+def plot_samples(samples, path, columns=6, rows=4):
+    """Save samples.png: pictures under their prompts. A red title marks a picture that does not
+    show what its prompt says.
+
+    samples: list of (prompt, (h, w, 3) uint8, whether it is right)."""
     # By chance: prompts come in turn, and every ninth of them could be the same three.
-    chosen = [shown[k] for k in sorted(np.random.default_rng(0).permutation(len(shown))[:columns * rows])]
-    tall = chosen[0][1].shape[0] / chosen[0][1].shape[1]
-    figure, axes = plt.subplots(-(-len(chosen) // columns), columns, figsize=(2 * columns, (2 * tall + 0.4) * -(-len(chosen) // columns)),
-                                squeeze=False, constrained_layout=True)
-    for axis in axes.flat:
+    order = np.random.default_rng(0).permutation(len(samples))
+    chosen = [samples[k] for k in sorted(order[: columns * rows])]
+    _, first, _ = chosen[0]
+    h, w, _ = first.shape
+    rows = -(-len(chosen) // columns)
+    figure = Figure(figsize=(2 * columns, (2 * h / w + 0.4) * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
         axis.axis("off")
-    for axis, (text, picture, right) in zip(axes.flat, chosen):
+    for axis, (prompt, picture, right) in zip(axes, chosen, strict=False):
         axis.imshow(picture, interpolation="nearest")
-        text = textwrap.shorten(text, 60, placeholder=" ...")           # captions of the web are long ...
-        halves = text.split() if len(text) > 18 else [text]
-        middle = len(halves) // 2
-        axis.set_title(" ".join(halves[:middle]) + "\n" + " ".join(halves[middle:]) if len(halves) > 1 else text,
-                       fontsize=9, color="black" if right else "red", parse_math=False)          # ... and have dollar signs
+        # Captions from the web have dollar signs, which matplotlib would read as formulas.
+        axis.set_title(two_lines(prompt), fontsize=9, color="black" if right else "red",
+                       parse_math=False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-# ------------------------------------------------------------------------------------------------------------ of sampling
+def two_lines(text, length=60):
+    """A caption as a title: cut to a length, and in two lines if it is long."""
+    text = textwrap.shorten(text, length, placeholder=" ...")
+    words = text.split()
+    if len(text) <= 18 or len(words) < 2:
+        return text
+    middle = len(words) // 2
+    return " ".join(words[:middle]) + "\n" + " ".join(words[middle:])
+
+
+# -------------------------------------------------------------------------------------- sampling
 def save_picture(pixels, path, enlarge=8):
     """Save (h, w, 3) uint8, enlarged without smoothing so that small pictures can be seen."""
-    Image.fromarray(pixels).resize((pixels.shape[1] * enlarge, pixels.shape[0] * enlarge), Image.Resampling.NEAREST).save(path)
-
-
-def save_page(trained, documents, path):
-    """One HTML file that holds everything: the words and pictures of each document, in order."""
-    rows = []
-    for parts in documents:
-        cells = []
-        for part in parts:
-            if isinstance(part, str):
-                cells.append(f"<p>{html.escape(part)}</p>")
-            else:
-                file = io.BytesIO()
-                Image.fromarray(decode_latents(trained, part[None])[0]).save(file, "PNG")
-                cells.append(f'<img alt="picture" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">')
-        rows.append("<section>" + "\n".join(cells) + "</section>")
-    Path(path).write_text("<!doctype html><meta charset=utf-8><title>Transfusion</title><style>"
-                          "body{font:18px/1.4 Georgia,serif;margin:2em auto;max-width:60em;background:#fafafa}"
-                          "section{display:flex;flex-wrap:wrap;align-items:center;gap:.8em;padding:1em 0;border-bottom:1px solid #ccc}"
-                          "p{max-width:12em;margin:0}img{width:128px;image-rendering:pixelated}</style>\n" + "\n".join(rows), encoding="utf-8")
+    h, w, _ = pixels.shape
+    large = Image.fromarray(pixels).resize((w * enlarge, h * enlarge), Image.Resampling.NEAREST)
+    large.save(path)
 
 
 def save_film(trained, frames, path):
-    """The denoising of the first picture: a .gif, or ten moments side by side, x_t above and the guess at x0 below.
-    frames: Events of mode "noise"."""
+    """Save the denoising of the first picture: a .gif, or ten moments side by side, x_t above and
+    the estimate of x0 below.
+
+    frames: the Events of mode "noise", of one picture or of several."""
     last = next(k for k, event in enumerate(frames) if event.t == 0)
-    shown = [frames[round(k * last / 9)] for k in range(10)]
-    rows = [decode_latents(trained, torch.stack([f[0].cpu() for f in states]))
-            for states in ([e.x for e in shown], [e.x0 for e in shown])]
-    if Path(path).suffix.lower() == ".gif":
-        films = [Image.fromarray(p).resize((256, 256), Image.Resampling.NEAREST) for p in rows[0]]
-        films[0].save(path, save_all=True, append_images=films[1:] + [films[-1]] * 5, duration=200, loop=0)
-    else:
-        save_picture(grid(np.concatenate(rows), 10), path, enlarge=4)
+    moments = [frames[round(k * last / 9)] for k in range(10)]
+    # Only the first row of each batch is shown.
+    states = decode_latents(trained, torch.stack([event.x[0].cpu() for event in moments]))
+    estimates = decode_latents(trained, torch.stack([event.x0[0].cpu() for event in moments]))
+    if Path(path).suffix.lower() != ".gif":
+        save_picture(grid(np.concatenate([states, estimates]), columns=10), path, enlarge=4)
+        return
+    film = []
+    for picture in states:
+        film.append(Image.fromarray(picture).resize((256, 256), Image.Resampling.NEAREST))
+    film += [film[-1]] * 5                              # the finished picture stays for a second
+    film[0].save(path, save_all=True, append_images=film[1:], duration=200, loop=0)
 
 
 def print_event(trained, event):
-    """One line of --trace: the mode, the rows, and how far each row's cache has grown. Of the steps of a picture, the first
-    and the last."""
-    say = {"prompt": lambda: "prompt read", "picture": lambda: "picture read again at t = 0, then <eoi>",
-           "word": lambda: "LM mode: " + " | ".join(trained.tokenizer.vocabulary[k] for k in event.tokens),
-           "noise": lambda: f"diffusion mode: t = {event.t}, {trained.model.config.patches} patches over the same places"}[event.mode]
-    if event.mode != "noise" or event.t in (0, trained.diffusion.T):
-        tqdm.write(f"rows {','.join(map(str, event.rows)):8s} cache {','.join(map(str, event.filled)):12s} {say()}")
+    """Print one line of --trace: the rows, how far the cache of each has grown, and the mode. Of
+    the steps of a picture only the first and the last are printed."""
+    if event.mode == "prompt":
+        what = "prompt read"
+    elif event.mode == "word":
+        names = [trained.tokenizer.vocabulary[token] for token in event.tokens]
+        what = "LM mode: " + " | ".join(names)
+    elif event.mode == "noise":
+        if event.t not in (0, trained.diffusion.T):
+            return
+        patches = trained.model.config.patches
+        what = f"diffusion mode: t = {event.t}, {patches} patches over the same places"
+    else:
+        what = "picture read again at t = 0, then <eoi>"
+    rows = ",".join(str(b) for b in event.rows)
+    filled = ",".join(str(n) for n in event.filled)
+    tqdm.write(f"rows {rows:8s} cache {filled:12s} {what}")
 
 
 def grid(pictures, columns, gap=2):
     """One (H, W, 3) uint8 picture of many (M, h, w, 1 or 3), in rows, on grey."""
     M, h, w, _ = pictures.shape
-    rows = -(-M // columns)
-    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 96, dtype=np.uint8)
+    rows = -(-M // columns)                             # rounded up
+    shape = (rows * (h + gap) + gap, columns * (w + gap) + gap, 3)
+    sheet = np.full(shape, 96, dtype=np.uint8)
     for k, picture in enumerate(pictures):
-        y, x = gap + (k // columns) * (h + gap), gap + (k % columns) * (w + gap)
+        y = gap + (k // columns) * (h + gap)
+        x = gap + (k % columns) * (w + gap)
         sheet[y: y + h, x: x + w] = picture
     return sheet

@@ -100,7 +100,9 @@ def mistake(capsys, monkeypatch, folder, program, arguments, *words):
     (["a circle", "--top-p", "0"], ["--top-p"]),
     (["a circle", "--sampler", "euler"], ["--sampler", "euler", "ddpm"]),
     (["a circle", "--stepz", "3"], ["--stepz"]),
-    (["a circle and a square " * 8], ["context is 24"]),                              # a prompt longer than the context
+    (["a circle and a square " * 8], ["context is 24: shorten it to 17 tokens"]),     # a prompt longer than the context
+    (["[GOOD] " + "a circle " * 8], ["context is 24: shorten its words to 11 tokens"]),
+    (["[GOOD] [GOOD] [GOOD] a circle"], ["context is 24: it has no room for these pictures"]),
     (["a circle", "--out", "nowhere/picture.png"], ["nowhere/picture.png"]),
     (["a circle", "--out", "picture.docx"], ["picture.docx", ".png"]),
     (["a circle", "--film", "nowhere/film.gif"], ["nowhere/film.gif"]),
@@ -110,8 +112,7 @@ def mistake(capsys, monkeypatch, folder, program, arguments, *words):
     (["a circle", "--open", "--temperature", "nan"], ["--temperature"]),
     (["a circle", "--seed", "10000000000000000"], ["--seed"]),
     (["--image", "absent.png"], ["absent.png"]),
-    (["a circle", "--page", "page.txt"], ["page.txt", ".html"]),
-    (["a circle", "--page", "nowhere/page.html"], ["nowhere/page.html"]),
+    (["a circle", "--page", "page.html"], ["--page"]),                                # there is no such option any more
     (["a circle [absent.png]"], ["absent.png"]),
     (["[GOOD] a red circel"], ["'circel'", "'circle'"]),
     (["a circle", "--image", "GOOD"], ["--image", "["]),

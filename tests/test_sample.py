@@ -1,8 +1,8 @@
 """test_sample.py: decoding with a cache must say what one training forward of the finished sequence says.
 Bugs: docs/PAPER.md §4.2, §4.7, §4.8."""
-import base64
 import io
-from html.parser import HTMLParser
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -15,9 +15,8 @@ from data import BOI, EOI, EOS, PATCH
 from diffusion import Diffusion, SAMPLERS
 from sample import Decoder, choose, generate
 from support import checkpoint
-from support import figures
 from support.checkpoint import Trained
-from support.common import UserError
+from support.common import ASSETS, UserError
 from vae import VAE, VAEConfig
 
 WORDS = data.Words("a and blue circle red square the".split())
@@ -33,12 +32,25 @@ def make_trained(make_model):
     return make
 
 
+@pytest.fixture
+def eager(monkeypatch):
+    """A random model that seldom ends its document, and often draws: else there is little to compare."""
+    real, lean = sample.choose, torch.zeros(len(WORDS))
+    lean[EOS], lean[BOI] = -3.0, 1.0
+    monkeypatch.setattr(sample, "choose", lambda logits, **choice: real(logits + lean, **choice))
+
+
+def parts_of(document):
+    """A document to compare: its words, and the places of its pictures."""
+    return [part if isinstance(part, str) else "[picture]" for part in document]
+
+
 def noise(how_many=1, seed=0):
     """Starting noise (n, 4, 4, 4); picture k is the same whatever n is."""
     return torch.stack([torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(100 * seed + k)) for k in range(how_many)])
 
 
-def write(decoder, b, text):
+def go_on(decoder, b, text):
     """Row b goes on with `text`, as if the model had chosen those words; "<boi>" opens a picture."""
     for word in text.split():
         decoder.tokens[b].append(WORDS.ids[word])
@@ -74,6 +86,43 @@ def check_against_uncached(trained, decoder, b):
     assert torch.allclose(decoder.logits[b], logits[-1], atol=1e-4)
 
 
+# ------------------------------------------------------------------------------------------- fast = as the paper says it
+def hold_to_write(trained, prompts, seeds, tolerance, **options):
+    """Check `generate` of all prompts, in one batch, against `write` of each; return what `write` wrote."""
+    slow = [sample.write(trained, prompt, seed=seed, **options) for prompt, seed in zip(prompts, seeds, strict=True)]
+    for one, two in zip(slow, generate(trained, prompts, seed=seeds, **options), strict=True):
+        assert parts_of(one) == parts_of(two)
+        for x, y in zip(one, two, strict=True):
+            assert isinstance(x, str) or (x - y).abs().max() < tolerance
+    return slow
+
+
+@BOTH
+@pytest.mark.parametrize("kind, guidance, sampler", [("ddpm", 1, "ddpm"), ("ddpm", 3.0, "ddpm"), ("flow", 3.0, "dpm++")])
+def test_generate_is_what_the_paper_says(make_trained, eager, encoder, kind, guidance, sampler):
+    """The cache keeps the last *noisy* step (§4.7), a step is read at another t, guidance's unconditional branch has lost its BOI
+    (§4.8), EOI is not read, a limit is one off, or noise and words are drawn in another order."""
+    prompts = [["a red circle"], ["a", noise(seed=5)[0], "the square"], [], ["the", noise(seed=6)[0]]] * 2
+    # With other seeds now and then one number of a DDPM's x0 at t = T is not clipped, and a[T] = 5e-5 makes much of an error of 1e-6.
+    slow = hold_to_write(make_trained(encoder, kind), prompts, [*range(32, 40)], 5e-5, max_words=9, max_pictures=2, temperature=1.0, top_p=0.9,
+                         guidance=guidance, sampler=sampler, steps=4)
+    drawn = [len(sample.pictures_of(document)) - len(sample.pictures_of(prompt)) for document, prompt in zip(slow, prompts, strict=True)]
+    # There is something to compare: two pictures in one document, words after the last, a picture in the prompt.
+    assert sum(n == 2 for n in drawn) >= 3 and any(n == 2 and isinstance(d[-1], str) for n, d in zip(drawn, slow, strict=True))
+    assert max(n for n, prompt in zip(drawn, prompts, strict=True) if sample.pictures_of(prompt)) == 2
+
+
+@pytest.mark.parametrize("guidance", [1, 3.0])
+def test_the_shipped_model_writes_what_the_paper_says(guidance):
+    """The same of a model that has learned to draw, greedily: it says BOI itself, and then EOS."""
+    trained = checkpoint.load_trained(ASSETS / "scenes.pt")
+    prompts = [["a red circle left of a blue square"], ["a green triangle"], []]
+    slow = hold_to_write(trained, prompts, [3, 4, 5], 1e-4, max_words=30, guidance=guidance, steps=6)
+    assert parts_of(slow[0]) == ["a red circle left of a blue square", "[picture]"]
+    (seen,) = hold_to_write(trained, [slow[0][1:]], [3], 1e-4, max_words=30, guidance=guidance, steps=6)
+    assert len(seen) == 2 and len(seen[1].split()) > 3                  # the picture in the prompt, and what it says of it
+
+
 # ------------------------------------------------------------------------------------------------------ cached = uncached
 @BOTH
 @pytest.mark.parametrize("guidance", [1, 3.0])
@@ -84,10 +133,10 @@ def test_cached_is_uncached_after_generated_pictures(make_trained, encoder, guid
     decoder = Decoder(trained, [["a red circle"]])
     check_against_uncached(trained, decoder, 0)
     for text, seed in (("and a <boi>", 1), ("the blue square <boi>", 2)):
-        write(decoder, 0, text)
+        go_on(decoder, 0, text)
         finish(decoder.diffusion_steps([0], noise(seed=seed), guidance, torch.Generator().manual_seed(3), steps=4, sampler=sampler))
         check_against_uncached(trained, decoder, 0)
-        write(decoder, 0, "the")
+        go_on(decoder, 0, "the")
         check_against_uncached(trained, decoder, 0)
     decoder.lm_step([0])
     assert [type(part) for part in decoder.document(0)] == [str, torch.Tensor, str, torch.Tensor, str]
@@ -108,9 +157,9 @@ def test_each_denoising_step_is_a_training_forward(make_trained, encoder, monkey
     patches at other positions than in training (§4.2)."""
     trained, seen = make_trained(encoder), []
     decoder = Decoder(trained, [["a red circle"]])
-    write(decoder, 0, "<boi>")
+    go_on(decoder, 0, "<boi>")
     finish(decoder.diffusion_steps([0], noise(), 1, steps=3, sampler="ddim"))
-    write(decoder, 0, "the blue square <boi>")
+    go_on(decoder, 0, "the blue square <boi>")
     first, real = decoder.latents[0][0], trained.model.denoise
 
     def listening(xt, t, pos, cache):
@@ -152,7 +201,7 @@ def test_guidance_leaves_the_sequence_alone(make_trained, encoder):
     trained = make_trained(encoder)
     decoder = Decoder(trained, [["a red circle"]], draw_now=True)
     finish(decoder.diffusion_steps([0], noise(), 5.0, steps=3, sampler="ddim"))
-    write(decoder, 0, "and the square")
+    go_on(decoder, 0, "and the square")
     check_against_uncached(trained, decoder, 0)
 
 
@@ -168,8 +217,8 @@ def test_ragged_prompts_are_the_same_one_at_a_time(make_trained, encoder):
         assert torch.allclose(together.logits[b], decoder.logits[0], atol=1e-4)
         check_against_uncached(trained, together, b)
     for b, text in enumerate(("and a <boi>", "<boi>", "", "the <boi>")):
-        write(together, b, text)
-        write(alone[b], 0, text)
+        go_on(together, b, text)
+        go_on(alone[b], 0, text)
     rows = [3, 0, 1]                                    # not all of them draw, and not in order
     finish(together.diffusion_steps(rows, noise(3), 3.0, steps=3, sampler="ddim"))
     for k, b in enumerate(rows):
@@ -326,10 +375,22 @@ def test_special_tokens_are_never_chosen():
 def test_too_long_a_prompt_raises(make_trained):
     """An index error deep in the cache instead of a sentence with the two numbers."""
     trained = make_trained(context=12)
-    with pytest.raises(UserError, match="needs 13 positions, but this model's context is 12: shorten it to 12 tokens"):
+    with pytest.raises(UserError, match="needs 13 positions, but this model's context is 12: shorten it to 11 tokens"):
         Decoder(trained, [["a " * 12]])
-    with pytest.raises(UserError, match="needs 13 positions, but this model's context is 12: shorten it to 7 tokens"):
+    with pytest.raises(UserError, match="needs 13 positions, but this model's context is 12: shorten it to 5 tokens"):
         Decoder(trained, [["a"], ["a " * 6]], draw_now=True)
+
+
+@pytest.mark.parametrize("before, draw_now", [(0, False), (0, True), (1, False), (1, True), (2, False)])
+def test_the_advice_to_shorten_is_right(make_trained, before, draw_now):
+    """A number that counts BOS or BOI among the words: who follows the advice is told the same again."""
+    trained = make_trained(context=20)
+    with pytest.raises(UserError) as mistake:
+        Decoder(trained, [[*noise(9)[:before], "a " * 30]], draw_now=draw_now)
+    fit = int(re.search("shorten (?:it|its words) to ([0-9]+) tokens", str(mistake.value))[1])
+    Decoder(trained, [[*noise(9)[:before], "a " * fit]], draw_now=draw_now)
+    with pytest.raises(UserError, match=f"to {fit} tokens"):
+        Decoder(trained, [[*noise(9)[:before], "a " * (fit + 1)]], draw_now=draw_now)
 
 
 def test_unknown_words_raise(make_trained):
@@ -430,19 +491,6 @@ def test_guidance_over_a_picture_needs_one(make_trained, prompt, over):
 # ------------------------------------------------------------------------------------------------- mixtures, and events
 MIXED = [["a red circle"], [noise(seed=3)[0]], [noise(seed=4)[0], "the blue square"], [], ["a", noise(seed=5)[0], noise(seed=6)[0], "red"]]
 GROWING = dict(max_words=9, max_pictures=2, steps=3, guidance=1.5, temperature=1.0, top_p=0.9)
-
-
-@pytest.fixture
-def eager(monkeypatch):
-    """A random model that seldom ends its document, and often draws: else there is little to compare."""
-    real, lean = sample.choose, torch.zeros(len(WORDS))
-    lean[EOS], lean[BOI] = -3.0, 1.0
-    monkeypatch.setattr(sample, "choose", lambda logits, **choice: real(logits + lean, **choice))
-
-
-def parts_of(document):
-    """A document to compare: its words, and the places of its pictures."""
-    return [part if isinstance(part, str) else "[picture]" for part in document]
 
 
 def equal(one, two):
@@ -623,72 +671,76 @@ def test_prompts_with_pictures(here, capsys):
         read("a [absent.png]")
 
 
-class Page(HTMLParser):
-    """What a page shows, in order: its words, and its pictures as arrays; one list per section."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.found, self.inside = [], None
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.inside = tag
-        if tag == "section":
-            self.found.append([])
-        elif tag == "img":
-            kind, content = dict(attributes)["src"].split(",")
-            assert kind == "data:image/png;base64"
-            self.found[-1].append(np.asarray(Image.open(io.BytesIO(base64.b64decode(content, validate=True)))))
-
-    def handle_endtag(self, tag):
-        self.inside = None
-
-    def handle_data(self, text):
-        if self.inside == "p":
-            self.found[-1].append(text)
-
-
-def test_a_page_shows_the_documents(here, tmp_path):
-    """Pictures in another order, decoded from another latent, or as files beside the page; words that are read as markup."""
-    here.tokenizer.vocabulary[WORDS.ids["red"]] = "<red>"        # a folder of one's own may have such words
-    documents = generate(here, [["a", noise()[0], "the square"], [], [noise(seed=1)[0]]], draw_now=True, max_words=0, steps=2)
-    documents[0][0] = "a <b>&amp; circle"
-    figures.save_page(here, documents, tmp_path / "page.html")
-    text = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert text.startswith("<!doctype html>") and "src=\"data:" in text and "http" not in text
-    page = Page(text).found
-    assert [len(section) for section in page] == [len(document) for document in documents] == [4, 1, 2]
-    for section, document in zip(page, documents):
-        for shown, part in zip(section, document):
-            if isinstance(part, str):
-                assert shown == part
-            else:
-                assert (shown == checkpoint.decode_latents(here, part[None])[0]).all() and shown.shape == (8, 8, 3)
+def sheet(path, k=None):
+    """Picture k of a sheet that sample.py wrote of pictures of 8 x 8, or the only one, as it was before it was enlarged."""
+    pixels = np.asarray(Image.open(path))[::8, ::8]
+    return pixels if k is None else pixels[1: 9, 1 + 9 * k: 9 + 9 * k]
 
 
 def test_command_line(here, tmp_path, capsys):
-    """Every way to call sample.py, and what it leaves behind: the picture of the last edit (not of the first), one page with
-    all that happened, a film, a trace with all modes."""
-    command("a red circle", "the [plain.png] blue square", "--page", "page.html", "--film", "film.gif", "--trace", "-o", "two.png")
+    """Every way to call sample.py, and what it leaves behind: the picture of the last edit (not of the first), a film, a trace
+    with all modes."""
+    command("a red circle", "the [plain.png] blue square", "--film", "film.gif", "--trace", "-o", "two.png")
     said = capsys.readouterr().out
-    assert "a red circle [picture]" in said and "the [picture] blue square [picture]" in said and "wrote page.html" in said
+    assert "a red circle [picture]" in said and "the [picture] blue square [picture]" in said and "wrote two.png (3 pictures" in said
     lines = [line for line in said.splitlines() if line.startswith("rows 0,1")]
     assert ["prompt read" in lines[0], "t = 1000" in lines[1], "t = 0" in lines[2], "t = 0, then <eoi>" in lines[3]] == [True] * 4
     assert "cache 5,11" in lines[0] and "cache 10,16" in lines[3] and len(lines) == 4
-    assert [len(section) for section in Page((tmp_path / "page.html").read_text()).found] == [2, 4]
     assert Image.open("film.gif").n_frames > 2 and Image.open("two.png").size == (3 * 8 * 8 + 4 * 8, 8 * 8 + 2 * 8)
     capsys.readouterr()
-    command("--image", "plain.png", "--page", "said.html")
+    command("--image", "plain.png")
     assert capsys.readouterr().out.startswith("plain.png: [picture]") and not (tmp_path / "sample.png").exists()
-    command("--image", "plain.png", "--image", "wide.png", "--edit", "the blue square", "--edit", "a red circle", "--page", "edits.html")
+    command("--image", "plain.png", "--image", "wide.png", "--edit", "the blue square", "--edit", "a red circle")
     assert "plain.png: [picture] the blue square [picture] a red circle [picture]" in capsys.readouterr().out
-    page = Page((tmp_path / "edits.html").read_text()).found
-    assert [[part if isinstance(part, str) else "" for part in section] for section in page] == [["", "the blue square", "", "a red circle", ""]] * 2
-    sheet = np.asarray(Image.open("sample.png"))[::8, ::8]
-    assert (sheet[1: 9, 1: 9] == page[0][4]).all() and (sheet[1: 9, 10: 18] == page[1][4]).all()
-    plain = np.asarray(Image.open("plain.png"))[None]
-    (after,) = sample.edit(here, checkpoint.encode_pixels(here, plain), ["the blue square"], steps=2, seed=[0])
-    assert np.abs(checkpoint.decode_latents(here, after[None])[0].astype(int) - page[0][2]).max() <= 2
+    latents = torch.stack([sample.read_picture(name, here) for name in ("plain.png", "wide.png")])
+    for text in ("the blue square", "a red circle"):
+        latents = sample.edit(here, latents, [text] * 2, steps=2, seed=0)
+    for k, wanted in enumerate(checkpoint.decode_latents(here, latents).astype(int)):
+        assert np.abs(sheet("sample.png", k).astype(int) - wanted).max() <= 2
+    command("--image", "plain.png", "--edit", "the blue square", "-o", "one.png")
+    (after,) = sample.edit(here, sample.read_picture("plain.png", here)[None], ["the blue square"], steps=2, seed=0)
+    assert np.abs(sheet("one.png").astype(int) - checkpoint.decode_latents(here, after[None])[0]).max() <= 2
+
+
+@pytest.mark.parametrize("line, kept", [
+    (["--image", "sample.png", "--edit", "a red circle"], "sample.png"),
+    (["[sample.png] a red circle"], "sample.png"),
+    (["--image", "./sample.png", "--image", "sample_2.png", "--edit", "the square"], "sample_2.png"),
+    (["a red circle"], "sample.png")], ids=str)
+def test_a_default_overwrites_nothing(here, capsys, tmp_path, line, kept):
+    """A picture of the user's that the edit of it has replaced, because nobody said -o."""
+    for name in ("sample.png", kept):
+        Image.new("RGB", (8, 8), "red").save(name)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    command(*line)
+    new = [path for path in tmp_path.iterdir() if path not in before]
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert [path.name for path in new] == ["sample_2.png" if kept == "sample.png" else "sample_3.png"]
+    assert f"wrote {new[0].name}" in capsys.readouterr().out
+    command(*line, "-o", "sample.png")                  # who says so may overwrite
+    assert (tmp_path / "sample.png").read_bytes() != before[tmp_path / "sample.png"]
+
+
+@pytest.mark.parametrize("name", ["kreis_\u00fc.png", "photo[1].png", "\udcff.png"], ids=ascii)
+def test_names_of_pictures(here, tmp_path, monkeypatch, name):
+    """A drawn picture that is lost because stdout cannot print the name of another; brackets in a name that are read as a prompt's."""
+    Image.new("RGB", (20, 12), "red").save(name)
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, encoding="ascii", write_through=True))
+    command("--image", name, "--edit", "the blue square")
+    assert (tmp_path / "sample.png").exists() and b"converted" in said.getvalue()
+    assert f"{name}: [picture] the blue square [picture]".encode("ascii", "backslashreplace") in said.getvalue()
+    command("--image", name)
+
+
+def test_the_picture_is_saved_before_it_is_told_of(here, tmp_path, monkeypatch):
+    """An output that is closed, or full, and the picture is gone."""
+    def broken(*_, **__):
+        raise OSError("no space left on device")
+    monkeypatch.setattr("builtins.print", broken)
+    with pytest.raises(OSError):
+        command("a red circle", "--film", "film.png")
+    assert (tmp_path / "sample.png").exists() and (tmp_path / "film.png").exists()
 
 
 def test_open_command_line(here, tmp_path, capsys, monkeypatch):
