@@ -1,36 +1,49 @@
 """
-coco.py: pictures and captions, judged by the field's yardsticks              (Transfusion §4.1 "Evaluation", Table 7, App. B.1)
+coco.py: pictures and captions, judged by the field's yardsticks    (Transfusion §4.1, App. B.1)
 
-THE IDEA    A caption is good if it says what people say of the same picture: CIDEr counts the phrases that they share, rare ones
-            most. Drawn pictures are good if, as a crowd, they cannot be told from real ones, and each fits its prompt: FID
-            compares what a network sees in the two crowds, CLIP score what another one sees in a picture and in its prompt.
-A PICTURE   photo --model--> "a cat on a mat"  --+-- CIDEr          prompt --model--> picture --+-- CLIP score
-            five people's captions of it       --+                         real photos          --+-- FID
-THE RULE    CIDEr-D   100 * mean over pictures, references, n = 1..4 of
-                      10 exp(-(l - l')^2 / 72) sum over n-grams of min(g, g') g' / (|g| |g'|)            Vedantam et al. 2015
-                      g, g' the counts of n-grams in the answer and a reference, each times ln(pictures / pictures that use
-                      it); l, l' their lengths
-            FID       |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)),  m, S: mean and covariance of the features    Heusel et al. 2017
-            CLIP      100 * mean cosine of a picture's and its prompt's vectors                     Radford et al. 2021
-SHAPES      pictures (n, h, w, 3) uint8; features (n, d) float
-PAPER/HERE  same: greedy captions of Karpathy's test split (`--only captions`); n pictures drawn from one random caption each of the
-            validation set, n = 30,000, in the ablations 5,000 (`--only pictures`); 250 steps, guidance as asked for.
-            our choice: FID's real pictures are those whose captions are drawn. The paper does not say which CLIP it used.
-            differs: COCO cuts words with a Java program; we take runs of letters and digits, with - . , : inside, in lower case.
-            It makes "do n't" of "don't", we "don t".
-            Two networks of others are needed, as files: Inception (inception-2015-12-05.pt, TorchScript, published with
-            StyleGAN2-ADA) and CLIP (a folder of transformers'). Not run with them here: no network; the tests have stand-ins.
-            Without Inception the distance is that of a VAE's latents, which toys need and nobody should call FID.
-            GenEval judges with a detector of its own: `geneval` draws its prompts into the folders that its script reads.
-READ NEXT   evaluate.py, where the scenes world needs no judge      TEST  tests/test_coco.py (ours = pycocoevalcap, scipy)
-TRY IT      python coco.py;  python coco.py scenes --limit 200 --steps 25 --sampler dpm++
+THE IDEA    A caption is good if it says what people say of the same picture: CIDEr counts the
+            phrases that they share, rare ones most. Drawn pictures are good if, as a crowd, they
+            cannot be told from real ones, and if each fits its prompt. FID compares what a network
+            sees in the two crowds; CLIP score compares what another one sees in a picture and in
+            its prompt.
+A PICTURE   photo --model--> "a cat on a mat" --+-- CIDEr     prompt --model--> picture --+-- CLIP
+            five people's captions of it      --+                        real photos    --+-- FID
+THE RULE    CIDEr-D   100 * mean over pictures, references and n = 1..4 of
+                      10 exp(-(l - l')^2 / 72) sum over n-grams of min(g, g') g' / (|g| |g'|)
+                      g, g'  counts of n-grams in the answer and in a reference, each times
+                             ln(pictures / pictures that use it);  l, l'  their lengths in words
+                                                                          Vedantam et al. 2015
+            FID       |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2))               Heusel et al. 2017
+                      m, S   mean and covariance of the features of a crowd
+            CLIP      100 * mean cosine of a picture's vector and its prompt's
+                                                                           Radford et al. 2021
+SHAPES      pictures (N, h, w, 3) uint8; features (N, d) float
+PAPER/HERE  same: greedy captions of Karpathy's test split (`--only captions`). Pictures drawn from
+            one random caption each of the validation set, 30,000, in the ablations 5,000 (`--only
+            pictures`), in 250 steps.
+            our choice: FID's real pictures are those whose captions are drawn. The paper does not
+            say which CLIP it used.
+            differs: COCO cuts words with a Java program. We take runs of letters and digits, with
+            - . , : inside, in lower case. It makes "do n't" of "don't", we "don t".
+            Two networks of others are needed, as files: Inception (inception-2015-12-05.pt,
+            TorchScript, published with StyleGAN2-ADA) and CLIP (a folder of transformers'). Not run
+            with them here: no network; the tests have stand-ins. Without Inception the distance is
+            that of a VAE's latents, which toys need and nobody should call FID.
+            GenEval judges with a detector of its own: `geneval` draws its prompts into the folders
+            that its script reads.
+READ NEXT   ../evaluate.py, where the scenes world needs no judge
+TRY IT      python -m metrics.coco
+            python -m metrics.coco scenes --limit 200 --steps 25 --sampler dpm++
+TEST        tests/test_coco.py (ours = pycocoevalcap, scipy)
 """
 import argparse
 import functools
 import hashlib
 import json
+import math
 import re
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,67 +52,127 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import chameleon
 import sample
 from diffusion import SAMPLERS
-from scale import distributed
-from scale import streams
+from scale import distributed, streams
 from sources import scenes
 from support import checkpoint
 from support.checkpoint import encode_pixels, load_trained
-from support.common import ASSETS, UserError, read_lines, run_command
+from support.common import ASSETS, UserError, check_writable, read_lines, run_command
+
+COMMAND = "python -m metrics.coco"
 
 
-# ------------------------------------------------------------------------------------------------------------ the yardsticks
+# ------------------------------------------------------------------------------------------ CIDEr
 def ngrams(text):
     """[Counter of the text's n-grams, for n = 1, 2, 3, 4]."""
     words = re.findall(r"\w+(?:[-.,:]\w+)*", text.lower())
-    return [Counter(tuple(words[k: k + n]) for k in range(len(words) - n + 1)) for n in (1, 2, 3, 4)]
+    counters = []
+    for n in (1, 2, 3, 4):
+        starts = range(len(words) - n + 1)
+        counters.append(Counter(tuple(words[k: k + n]) for k in starts))
+    return counters
 
 
 def cider(answers, references):
-    """CIDEr-D, times 100 as papers print it (1000 at most: each answer word by word all of its references). answers: a text per
-    picture; references: a list of texts per picture. An n-gram's weight depends on how many of *these* pictures it is said of:
-    numbers of different sets of pictures cannot be compared. Vedantam et al. 2015."""
+    """CIDEr-D, times 100 as papers print it: 1000 at most, where each answer is word by word all of
+    its references. Vedantam et al. 2015.
+
+    answers: a text per picture; references: a list of texts per picture. An n-gram's weight depends
+    on how many of *these* pictures it is said of, so numbers of different sets of pictures cannot
+    be compared."""
     answers = [ngrams(text) for text in answers]
-    references = [[ngrams(text) for text in texts] for texts in references]
-    used = Counter(gram for texts in references for gram in {gram for text in texts for grams in text for gram in grams})
-    tfidf = lambda grams: {gram: count * np.log(len(references) / max(1, used[gram])) for gram, count in grams.items()}
-    size = lambda weights: np.sqrt(sum(w * w for w in weights.values()))
+    references = [list(map(ngrams, texts)) for texts in references]
+
+    # 1. Of how many pictures is an n-gram said? What is said of all of them counts for nothing.
+    used = Counter()
+    for texts in references:
+        grams = set()
+        for counters in texts:
+            for counter in counters:
+                grams.update(counter)
+        used.update(grams)
+
+    def weigh(counter):
+        weights = {}
+        for gram, count in counter.items():
+            weights[gram] = count * np.log(len(references) / max(1, used[gram]))
+        return weights
+
+    # 2. Each answer against each of its references: the mean, not the best.
     total = 0.0
-    for answer, texts in zip(answers, references):
+    for answer, texts in zip(answers, references, strict=True):
         for text in texts:
-            apart = sum(answer[0].values()) - sum(text[0].values())     # in words
-            for mine, theirs in zip(map(tfidf, answer), map(tfidf, text)):
-                if (sizes := size(mine) * size(theirs)) > 0:
-                    shared = sum(min(w, theirs[gram]) * theirs[gram] for gram, w in mine.items() if gram in theirs)
-                    total += 10 * np.exp(-apart ** 2 / 72) * shared / sizes / 4 / len(texts)          # sigma = 6
+            # Too many words, or too few, cost: sigma = 6. Else a long answer would collect matches.
+            surplus = sum(answer[0].values()) - sum(text[0].values())
+            penalty = np.exp(-surplus ** 2 / 72)
+            for own, other in zip(answer, text, strict=True):
+                total += 10 * penalty * similarity(weigh(own), weigh(other)) / 4 / len(texts)
     return 100 * total / len(answers)
 
 
+def similarity(own, other):
+    """Cosine of two bags of n-grams {gram: weight}, in which no gram counts more often than it
+    stands in `other`: saying a good word twice must not help."""
+    sizes = length(own) * length(other)
+    if sizes == 0:
+        return 0.0
+    shared = 0.0
+    for gram, weight in own.items():
+        if gram in other:
+            shared += min(weight, other[gram]) * other[gram]
+    return shared / sizes
+
+
+def length(weights):
+    """The length of a bag of n-grams as a vector."""
+    return np.sqrt(sum(weight * weight for weight in weights.values()))
+
+
+# ----------------------------------------------------------------------------- FID and CLIP score
 def frechet(real, drawn):
-    """The Fréchet distance of two crowds of features (n, d), (m, d), as if both were Gaussian. FID, where Inception made them.
-    Too high by about 1/n: compare crowds of one size. Heusel et al. 2017, eq. 6."""
-    (m, S), (m2, S2) = ((x.double().mean(0), torch.cov(x.double().T)) for x in (real, drawn))
+    """The Fréchet distance of two crowds of features, (n, d) and (m, d), as if both were Gaussian.
+    It is FID where Inception made them. Heusel et al. 2017, eq. 6.
+
+    Too high by about 1/n: compare crowds of one size."""
+    m, S = moments(real)
+    m2, S2 = moments(drawn)
+    # The root of S S2 is slow and need not be real. S^(1/2) S2 S^(1/2) has the same eigenvalues and
+    # is symmetric, and the trace needs no more than these.
     values, vectors = torch.linalg.eigh(S)
-    half = vectors * values.clamp(min=0).sqrt() @ vectors.T             # S^(1/2): (S S2)^(1/2) has the eigenvalues of this
-    root = torch.linalg.eigvalsh(half @ S2 @ half).clamp(min=0).sqrt().sum()           # symmetric one, which is found faster
-    return max(0.0, float((m - m2).square().sum() + S.trace() + S2.trace() - 2 * root))             # rounding may fall below 0
+    half = vectors * values.clamp(min=0).sqrt() @ vectors.T             # S^(1/2)
+    root = torch.linalg.eigvalsh(half @ S2 @ half).clamp(min=0).sqrt().sum()
+    distance = (m - m2).square().sum() + S.trace() + S2.trace() - 2 * root
+    return max(0.0, float(distance))                    # rounding may make it negative
+
+
+def moments(features):
+    """(mean (d,), covariance (d, d)) of features (n, d), in float64: a difference of large numbers
+    follows."""
+    features = features.double()
+    return features.mean(0), torch.cov(features.T)
 
 
 def load_inception(path, device):
-    """pictures (n, h, w, 3) uint8 -> (n, 2048) features, by the TorchScript file that StyleGAN2-ADA published; it resizes by itself.
-    Raises UserError if there is no such file, or it is no TorchScript."""
+    """A function: pictures (n, h, w, 3) uint8 -> features (n, 2048), by the TorchScript file that
+    StyleGAN2-ADA published; it resizes by itself. Raises UserError if there is no such file."""
     try:
         net = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError):
-        raise UserError(f"{path} is missing or not TorchScript: --inception must name inception-2015-12-05.pt, as published with "
-                        f"StyleGAN2-ADA") from None
-    return lambda pixels: net(torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device), return_features=True).float().cpu()
+        raise UserError(f"{path} is missing or not TorchScript: --inception must name "
+                        f"inception-2015-12-05.pt, as published with StyleGAN2-ADA") from None
+
+    def features(pixels):
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device)
+        return net(images, return_features=True).float().cpu()
+
+    return features
 
 
 def load_clip(folder, device):
-    """(pictures (n, h, w, 3) uint8, n texts) -> (n,) cosines, by a CLIP model of transformers. Raises UserError if the library or the
-    model is not there."""
+    """A function: pictures (n, h, w, 3) uint8, n texts -> cosines (n,), by a CLIP model of
+    transformers. Raises UserError if the library or the model is not there."""
     try:
         from transformers import CLIPModel, CLIPProcessor
     except ImportError:
@@ -108,49 +181,97 @@ def load_clip(folder, device):
         net = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
         prepare = CLIPProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError):
-        raise UserError(f"{folder} has no CLIP model: --clip must name a folder that transformers' save_pretrained wrote, such as "
-                        f"a download of openai/clip-vit-base-patch32") from None
+        raise UserError(f"{folder} has no CLIP model: --clip must name a folder that "
+                        f"transformers' save_pretrained wrote, such as a download of "
+                        f"openai/clip-vit-base-patch32") from None
 
     def cosines(pixels, texts):
-        out = net(**prepare(text=texts, images=[Image.fromarray(p) for p in pixels], return_tensors="pt", padding=True, truncation=True,
-                            max_length=net.config.text_config.max_position_embeddings).to(device))
+        images = [Image.fromarray(picture) for picture in pixels]
+        # A prompt that is too long for CLIP is cut: the alternative is an error in the last hour.
+        inputs = prepare(
+            text=texts, images=images, return_tensors="pt", padding=True, truncation=True,
+            max_length=net.config.text_config.max_position_embeddings,
+        )
+        out = net(**inputs.to(device))
         return torch.cosine_similarity(out.image_embeds, out.text_embeds).cpu()
+
     return cosines
 
 
-# -------------------------------------------------------------------------------------------------------------- the pictures
+def vae_features(path, device):
+    """A function: pictures (n, h, w, 3) uint8 -> (n, c h w), the latents of a vae.pt. For toys. All
+    models that are compared need the same file."""
+    holder = SimpleNamespace(vae=checkpoint.load_vae(path).to(device))
+
+    def features(pixels):
+        return encode_pixels(holder, pixels).flatten(1)
+
+    return features
+
+
+# ---------------------------------------------------------------------- pictures and their captions
 def read_folder(folder, size, n, seed=0):
-    """[(picture: () -> (h, w, 3) uint8, its captions)] of n random pictures of a folder with captions.jsonl, in which several lines may
-    speak of one picture."""
-    path, found = Path(folder) / "captions.jsonl", {}
+    """n random pictures of a folder with captions.jsonl: [(picture, its captions)], in which a
+    picture is a function () -> (size, size, 3) uint8. Several lines may speak of one picture.
+    Raises UserError, naming the line, if one is no caption of a picture."""
+    path = Path(folder) / "captions.jsonl"
+    items = {}
     for number, line in read_lines(path, '{"image": file name, "caption": words}'):
-        caption, picture = streams.read_line(line.encode(), f"{path} line {number}", ["caption", "image"], path.parent, size)
-        found.setdefault(picture.args, (picture, []))[1].append(caption)
-    order = np.random.default_rng([seed, 15]).permutation(len(found))[:n]
-    return [list(found.values())[k] for k in sorted(order)]
+        where = f"{path} line {number}"
+        keys = ["caption", "image"]
+        caption, picture = streams.read_line(line.encode(), where, keys, path.parent, size)
+        _, captions = items.setdefault(picture.args, (picture, []))
+        captions.append(caption)
+    rng = np.random.default_rng([seed, 15])
+    chosen = rng.permutation(len(items))[:n]
+    items = list(items.values())
+    return [items[k] for k in sorted(chosen)]
 
 
 def draw_scenes(categories, size, n, seed=0):
-    """The same of n unseen scenes, each with up to five of the captions that are true of it and leave nothing unnamed."""
-    rng, world, items = np.random.default_rng([seed, 16]), scenes.World(tuple(categories)), []
-    claims = [item for category in categories for item in scenes.captions(category)]
+    """The same of n unseen scenes, each with up to five of the captions that are true of it and
+    leave nothing unnamed."""
+    rng = np.random.default_rng([seed, 16])
+    world = scenes.World(tuple(categories))
+    claims = []
+    for category in categories:
+        claims.extend(scenes.captions(category))
+    items = []
     for _ in range(n):
-        things = scenes.draw_scene(world.caption(rng)[1], rng, size)
+        _, claim = world.caption(rng)
+        things = scenes.draw_scene(claim, rng, size)
         true = [text for text, claim in claims if scenes.holds(claim, things)]
-        items.append((functools.partial(scenes.render, things, size), [true[k] for k in rng.permutation(len(true))[:5]]))
+        order = rng.permutation(len(true))
+        captions = [true[k] for k in order[:5]]
+        items.append((functools.partial(scenes.render, things, size), captions))
     return items
 
 
-def vae_features(path, device):
-    """pictures (n, h, w, 3) uint8 -> (n, c h w): the latents of a vae.pt. For toys: the same file for all models to be compared."""
-    vae = checkpoint.load_vae(path).to(device)
-    return lambda pixels: encode_pixels(SimpleNamespace(vae=vae), pixels).flatten(1)
+# ------------------------------------------------------------------------------------- the judging
+@dataclass
+class Verdict:
+    """What was found out about some pictures, in order. Each list has one entry per picture that
+    could be read, except real and drawn: these have one tensor (n, d) per batch."""
+    answers: list = field(default_factory=list)         # what the model says of a picture
+    references: list = field(default_factory=list)      # what people say of it: lists of texts
+    real: list = field(default_factory=list)            # features of the pictures
+    drawn: list = field(default_factory=list)           # features of what the model drew
+    cosines: list = field(default_factory=list)         # CLIP's, of a drawn picture and its prompt
+    unreadable: list = field(default_factory=list)      # sentences, one per picture
+
+    def add(self, other):
+        """Append another's lists to ours."""
+        for name, entries in vars(other).items():
+            getattr(self, name).extend(entries)
 
 
 def pictures_per_batch(trained):
-    """How many pictures to draw at a time: 64, or as many as have 4 GB of keys and values, which guidance takes three times over."""
-    config, number = trained.model.config, trained.model.embedding.weight.element_size()
-    row = 3 * 2 * config.layers * config.width * (config.patches + 100) * number        # captions have fewer than 100 tokens
+    """How many pictures to draw at a time: 64, or as many as have 4 GB of keys and values."""
+    config = trained.model.config
+    number = trained.model.embedding.weight.element_size()
+    positions = config.patches + 100                    # captions have fewer than 100 tokens
+    caches = 3                                          # guidance takes three times as much
+    row = caches * 2 * config.layers * config.width * positions * number
     return max(1, min(64, 2 ** 32 // row))
 
 
@@ -158,167 +279,336 @@ def check_prompts(trained, prompts):
     """Raise UserError for a prompt that the model cannot take, before the first one is drawn."""
     config = trained.model.config
     for text in prompts:
-        if (need := len(trained.tokenizer.encode(text)) + config.patches + 3) > config.context:
-            raise UserError(f"the caption {text[:40]!r} and its picture need {need} positions, but this model's context is {config.context}")
+        need = len(trained.tokenizer.encode(text)) + config.patches + 3     # <bos>, BOI, EOI
+        if need > config.context:
+            raise UserError(f"the caption {text[:40]!r} and its picture need {need} positions, "
+                            f"but this model's context is {config.context}")
+
+
+def check_networks(trained, prompts, features, clip):
+    """Run both networks once on black pictures: if they do not fit, they fail now, and not when the
+    first pictures have been drawn."""
+    size = trained.model.config.latent[1] * trained.vae.f
+    texts = prompts[:2]
+    blank = np.zeros((len(texts), size, size, 3), np.uint8)
+    if features:
+        features(blank)
+    if clip:
+        clip(blank, texts)
 
 
 @torch.no_grad()
-def judge(trained, items, features=None, clip=None, captions=True, seed=0, progress=True, **drawing):
-    """(numbers, [(caption, references)]) of n items, as `read_folder` has them. Numbers: "n", "references" per picture; "cider", of
-    `captions`; with `features`, pictures -> (n, d), "distance" of the drawn pictures and the real ones, "halves", of two halves of
-    the real ones; with `clip`, pictures, texts -> cosines, "clip". Pictures that cannot be read are named and skipped. drawing: as
-    `sample.draw`. Divided among the ranks: every one must call it. Raises UserError, before anything is drawn, for a prompt that
-    the model cannot take."""
-    rng, size = np.random.default_rng([seed, 17]), trained.model.config.latent[1] * trained.vae.f
+def judge(trained, items, features=None, clip=None, captions=True, seed=0, progress=True,
+          **options):
+    """(numbers, [(caption, references)]) of n items. Every process must call it.
+
+    items       [(picture, captions)], as `read_folder` has them
+    features    function pictures -> (n, d); adds "distance", of drawn and real pictures, "halves",
+                of two halves of the real ones, and "dimensions"
+    clip        function pictures, texts -> cosines; adds "clip"
+    captions    whether to describe the pictures; adds "cider"
+    options     as `sample.draw`
+    Pictures that cannot be read are named and skipped. Raises UserError, before anything is drawn,
+    for a prompt that the model cannot take."""
+    # 1. One caption of each picture is drawn.
+    rng = np.random.default_rng([seed, 17])
     prompts = [texts[rng.integers(len(texts))] for _, texts in items]
     check_prompts(trained, prompts if features else [])
-    blank = np.zeros((len(prompts[:2]), size, size, 3), np.uint8)
-    if features:                                        # networks that do not fit fail now, not when the first pictures are drawn
-        features(blank)
-    if clip:
-        clip(blank, prompts[:2])
+    check_networks(trained, prompts, features, clip)
 
-    def work(part, first):
-        said, references, real, drawn, fits, bad = [], [], [], [], [], []
-        for k in tqdm(range(0, len(part), pictures_per_batch(trained)), desc="drawing and describing", disable=not progress or distributed.rank() > 0):
-            there = []
-            for n, ((picture, texts), prompt) in enumerate(part[k: k + pictures_per_batch(trained)], first + k):
-                try:
-                    there.append((picture(), texts, prompt, seed * 100003 + n))
-                except UserError as problem:
-                    bad.append(str(problem))
-            if not there:
-                continue
-            photos, texts, asked, seeds = map(list, zip(*there))
-            photos, references = np.stack(photos), references + texts
-            said += sample.describe(trained, encode_pixels(trained, photos)) if captions else [""] * len(texts)
-            if features:
-                pictures = sample.draw(trained, asked, seed=seeds, **drawing)
-                real.append(features(photos))
-                drawn.append(features(pictures))
-                fits += clip(pictures, asked).tolist() if clip else []
-        return said, references, torch.cat(real) if real else None, torch.cat(drawn) if drawn else None, fits, bad
+    # 2. Each process judges its part, batch by batch.
+    def judge_part(part, first):
+        verdict = Verdict()
+        n = pictures_per_batch(trained)
+        silent = not progress or distributed.rank() > 0
+        for k in tqdm(range(0, len(part), n), desc="drawing and describing", disable=silent):
+            # Noise belongs to a picture, whatever batch or process it falls to.
+            seeds = [seed * 100003 + first + j for j in range(k, min(k + n, len(part)))]
+            verdict.add(judge_batch(trained, part[k: k + n], seeds, features, clip, captions,
+                                    options))
+        return verdict
 
-    parts = list(zip(*distributed.split_work(work, list(zip(items, prompts)))))
-    said, references, fits, bad = (sum(parts[k], []) for k in (0, 1, 4, 5))
-    if len(said) < 4:
-        raise UserError(f"{len(said)} of {len(items)} pictures can be read, at least four are compared; " + "; ".join(bad[:3]))
-    if bad and distributed.rank() == 0:
-        print(f"skipped {len(bad)} of {len(items)} pictures: {'; '.join(bad[:5])}")
-    found = {"n": len(said), "references": float(np.mean([len(texts) for texts in references]))}
+    verdict = Verdict()
+    for part in distributed.split_work(judge_part, list(zip(items, prompts, strict=True))):
+        verdict.add(part)
+    report_unreadable(verdict, len(items))
+
+    # 3. The numbers, of all of them.
+    numbers = {
+        "n": len(verdict.answers),
+        "references": float(np.mean([len(texts) for texts in verdict.references])),
+    }
     if captions:
-        found["cider"] = float(cider(said, references))
+        numbers["cider"] = float(cider(verdict.answers, verdict.references))
     if features:
-        real, drawn = (torch.cat([x for x in parts[k] if x is not None]) for k in (2, 3))
-        found |= {"distance": frechet(real, drawn), "halves": frechet(real[::2], real[1::2]), "dimensions": real.shape[1]}
-    return found | ({"clip": 100 * float(np.mean(fits))} if clip else {}), list(zip(said, references))
+        real = torch.cat(verdict.real)
+        numbers["distance"] = frechet(real, torch.cat(verdict.drawn))
+        numbers["halves"] = frechet(real[::2], real[1::2])
+        numbers["dimensions"] = real.shape[1]
+    if clip:
+        numbers["clip"] = 100 * float(np.mean(verdict.cosines))
+    return numbers, list(zip(verdict.answers, verdict.references, strict=True))
 
 
-def geneval(trained, path, out, each=4, limit=None, seed=0, **drawing):
-    """Draw GenEval's prompts as its own script wants them judged: out/00000/metadata.jsonl and samples/0000.png to 0003.png, for
-    each line {"prompt": ..., ...} of its evaluation_metadata.jsonl. Finished folders are passed over, so that a stopped command
-    goes on. Divided among the ranks. Returns how many prompts there are. App. B.1. Raises UserError if `out` has pictures of
-    another model, or of other options."""
-    lines = [line for _, line in read_lines(Path(path), 'prompt of GenEval, {"tag": ..., "include": ..., "prompt": ...}')][:limit]
-    try:
-        prompts = [" ".join(json.loads(line)["prompt"].split()) for line in lines]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f'{path} is not GenEval\'s evaluation_metadata.jsonl: every line must be {{"prompt": ..., ...}}') from None
+def judge_batch(trained, batch, seeds, features, clip, captions, options):
+    """Verdict of a few items. batch: [((picture, captions), prompt)]; seeds: one per item; the
+    others as `judge`."""
+    verdict = Verdict()
+    decoder = chameleon.decoder_of(trained)
+    photos = []
+    prompts = []
+    seeds_read = []
+    for ((picture, texts), prompt), noise in zip(batch, seeds, strict=True):
+        try:
+            photos.append(picture())
+        except UserError as problem:
+            verdict.unreadable.append(str(problem))
+            continue
+        prompts.append(prompt)
+        seeds_read.append(noise)
+        verdict.references.append(texts)
+    if not photos:
+        return verdict
+
+    photos = np.stack(photos)
+    if captions:
+        latents = encode_pixels(trained, photos)
+        verdict.answers = sample.describe(trained, latents, decoder=decoder)
+    else:
+        verdict.answers = [""] * len(photos)
+    if features:
+        pictures = sample.draw(trained, prompts, seed=seeds_read, decoder=decoder, **options)
+        verdict.real.append(features(photos))
+        verdict.drawn.append(features(pictures))
+        if clip:
+            verdict.cosines = clip(pictures, prompts).tolist()
+    return verdict
+
+
+def report_unreadable(verdict, n):
+    """Name the pictures that could not be read. n: how many there were. Raises UserError if too few
+    are left to compare."""
+    read = len(verdict.answers)
+    if read < 4:
+        raise UserError(f"{read} of {n} pictures can be read, at least four are compared; "
+                        + "; ".join(verdict.unreadable[:3]))
+    if verdict.unreadable and distributed.rank() == 0:
+        print(f"skipped {len(verdict.unreadable)} of {n} pictures: "
+              f"{'; '.join(verdict.unreadable[:5])}")
+
+
+# ---------------------------------------------------------------------------------------- GenEval
+@torch.no_grad()
+def geneval(trained, path, out, each=4, limit=None, seed=0, **options):
+    """Draw GenEval's prompts as its own script wants them judged, and return how many there are.
+    App. B.1. Every process must call it.
+
+    path        its evaluation_metadata.jsonl, one {"prompt": ..., ...} per line
+    out         for each line out/00000/metadata.jsonl and samples/0000.png to 0003.png
+    each        pictures per prompt
+    limit       at most so many prompts
+    options     as `sample.draw`
+    Finished folders are passed over, so that a stopped command goes on. Raises UserError if `out`
+    has pictures of another model, or of other options."""
+    lines, prompts = read_prompts(path, limit)
     check_prompts(trained, prompts)
-    weights = hashlib.sha256(trained.model.head.weight.float().cpu().numpy().tobytes()).hexdigest()[:16]
-    settings, kept = json.dumps({"model": weights, "seed": seed, "each": each, **drawing}), Path(out) / "settings.json"
-    if kept.exists() and kept.read_text() != settings:
-        raise UserError(f"{out} has pictures of {kept.read_text()}, these would be of {settings}: name another --out")
-    folder = lambda k: Path(out) / f"{k:05d}"
-    whole = lambda k: (folder(k) / "metadata.jsonl").exists() and (folder(k) / "metadata.jsonl").read_text() == lines[k]
-    to_do = [k for k in range(len(lines)) if not whole(k)]
-    distributed.wait()                                        # before the first writes, all must have looked
+    decoder = chameleon.decoder_of(trained)
+    out = Path(out)
+    settings = {"model": fingerprint(trained.model), "seed": seed, "each": each, **options}
+    check_settings(out, settings)
+    missing = [k for k, line in enumerate(lines) if not is_finished(folder_of(out, k), line)]
+    distributed.wait()                                  # before the first writes, all have looked
     if distributed.rank() == 0:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        kept.write_text(settings)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "settings.json").write_text(json.dumps(settings))
 
-    def work(part, _):
+    def draw_part(part, _):
         for k in tqdm(part, desc="drawing for GenEval", disable=distributed.rank() > 0):
-            (folder(k) / "samples").mkdir(parents=True, exist_ok=True)
-            for j, picture in enumerate(sample.draw(trained, [prompts[k]] * each, seed=seed, first=each * k, **drawing)):
-                Image.fromarray(picture).save(folder(k) / "samples" / f"{j:04d}.png")
-            (folder(k) / "metadata.jsonl").write_text(lines[k])         # last: it says that the folder is whole
-    distributed.split_work(work, to_do)
+            folder = folder_of(out, k)
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            pictures = sample.draw(trained, [prompts[k]] * each, seed=seed, first=each * k,
+                                   decoder=decoder, **options)
+            for j, picture in enumerate(pictures):
+                Image.fromarray(picture).save(folder / "samples" / f"{j:04d}.png")
+            # Last, for it says that the folder is whole.
+            (folder / "metadata.jsonl").write_text(lines[k])
+
+    distributed.split_work(draw_part, missing)
     return len(prompts)
 
 
-# -------------------------------------------------------------------------------------------------------------- command line
+def read_prompts(path, limit):
+    """(lines, prompts) of GenEval's evaluation_metadata.jsonl."""
+    wanted = 'prompt of GenEval, {"tag": ..., "include": ..., "prompt": ...}'
+    lines = [line for _, line in read_lines(Path(path), wanted)][:limit]
+    prompts = []
+    try:
+        for line in lines:
+            prompts.append(" ".join(json.loads(line)["prompt"].split()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{path} is not GenEval's evaluation_metadata.jsonl: every line must be "
+                        f'{{"prompt": ..., ...}}') from None
+    return lines, prompts
+
+
+def fingerprint(model):
+    """A short name of a model's weights: another checkpoint has another one."""
+    weights = model.head.weight.float().cpu().numpy()
+    return hashlib.sha256(weights.tobytes()).hexdigest()[:16]
+
+
+def check_settings(out, settings):
+    """Raise UserError if the folder `out` has pictures that were drawn with other settings."""
+    path = out / "settings.json"
+    new = json.dumps(settings)
+    if path.exists() and path.read_text() != new:
+        raise UserError(f"{out} has pictures of {path.read_text()}, these would be of {new}: name "
+                        f"another --out")
+
+
+def folder_of(out, k):
+    """Where the pictures of prompt k lie."""
+    return out / f"{k:05d}"
+
+
+def is_finished(folder, line):
+    """Whether the pictures of a prompt have all been drawn, and of this very line."""
+    path = folder / "metadata.jsonl"
+    return path.exists() and path.read_text() == line
+
+
+# ---------------------------------------------------------------------------------- command line
 def demo():
     """CIDEr of three answers, and what the distance of two crowds says."""
-    references = [["a cat on a mat", "a black cat lies on a mat"], ["two dogs on a beach", "dogs run along the beach"]]
+    references = [["a cat on a mat", "a black cat lies on a mat"],
+                  ["two dogs on a beach", "dogs run along the beach"]]
     for answer in ("a cat on a mat", "a cat", "a dog on a beach"):
-        print(f"CIDEr of {answer!r:20} for {references[0]}: {2 * cider([answer, ''], references):6.1f}")
+        value = 2 * cider([answer, ""], references)     # of two pictures; the other has no answer
+        print(f"CIDEr of {answer!r:20} for {references[0]}: {value:6.1f}")
     crowd = torch.randn(10000, 8, generator=torch.Generator().manual_seed(0))
-    for name, other in (("the same crowd", crowd), ("all moved by 1 in 8 dimensions", crowd + 1), ("half as varied", crowd / 2)):
+    others = {
+        "the same crowd": crowd,
+        "all moved by 1 in 8 dimensions": crowd + 1,
+        "half as varied": crowd / 2,
+    }
+    for name, other in others.items():
         print(f"Fréchet distance to {name:31s} {frechet(crowd, other):6.3f}")
 
 
-def main(argv=None):
-    """Judge a model as the command line says and print the numbers."""
-    parser = argparse.ArgumentParser(description="CIDEr, FID and CLIP score on captioned pictures; pictures for GenEval's own judge.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("pictures", nargs="?", help="a folder of pictures with captions.jsonl, one {\"image\": ..., \"caption\": ...} per line, "
-                        "where several lines may speak of one picture; the word scenes; GenEval's evaluation_metadata.jsonl; "
-                        "without it: a small example")
-    parser.add_argument("--checkpoint", default=str(ASSETS / "scenes.pt"), help="a model.pt of train.py")
-    parser.add_argument("--only", choices=("captions", "pictures"), help="CIDEr alone, or FID and CLIP score alone; default: all")
-    parser.add_argument("--inception", help="inception-2015-12-05.pt (TorchScript): the distance is FID")
-    parser.add_argument("--vae", default=str(ASSETS / "scenes_vae.pt"), help="without it: the vae.pt whose latents are compared")
-    parser.add_argument("--clip", help="folder of a CLIP model of transformers: CLIP score, too")
-    parser.add_argument("--world", choices=tuple(scenes.WORLDS), default="six", help="of scenes: which captions")
-    parser.add_argument("--limit", type=int, default=30000, help="at most so many pictures (the paper: 30000, in its ablations 5000), or prompts")
-    parser.add_argument("--steps", type=int, default=250, help="diffusion steps")
-    parser.add_argument("--guidance", type=float, default=3.0, help="guidance weight")
-    parser.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="ddpm is the paper's")
-    parser.add_argument("--seed", type=int, default=0, help="seed of pictures, prompts and noise")
-    parser.add_argument("--out", default="out/geneval", help="of GenEval: folder of the pictures")
-    parser.add_argument("--json", help="also write the numbers here")
+def parse_arguments(argv=None):
+    """The options of the command line, checked."""
+    parser = argparse.ArgumentParser(
+        prog=COMMAND, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="CIDEr, FID and CLIP score on captioned pictures; pictures for GenEval's own "
+                    "judge.")
+    add = parser.add_argument
+    add("pictures", nargs="?",
+        help='a folder of pictures with captions.jsonl, one {"image": ..., "caption": ...} per '
+             "line, where several lines may speak of one picture; the word scenes; GenEval's "
+             "evaluation_metadata.jsonl; without it: a small example")
+    add("--checkpoint", default=str(ASSETS / "scenes.pt"), help="a model.pt of train.py")
+    add("--only", choices=("captions", "pictures"),
+        help="CIDEr alone, or FID and CLIP score alone; default: all")
+    add("--inception", help="inception-2015-12-05.pt (TorchScript): the distance is FID")
+    add("--vae", default=str(ASSETS / "scenes_vae.pt"),
+        help="without it: the vae.pt whose latents are compared")
+    add("--clip", help="folder of a CLIP model of transformers: CLIP score, too")
+    add("--world", choices=tuple(scenes.WORLDS), default="six", help="of scenes: which captions")
+    add("--limit", type=int, default=30000,
+        help="at most so many pictures (the paper: 30000, in its ablations 5000), or prompts")
+    add("--steps", type=int, default=250, help="diffusion steps")
+    add("--guidance", type=float, default=3.0, help="guidance weight")
+    add("--sampler", choices=SAMPLERS, default="ddpm", help="ddpm is the paper's")
+    add("--seed", type=int, default=0, help="seed of pictures, prompts and noise")
+    add("--out", default="out/geneval", help="of GenEval: folder of the pictures")
+    add("--json", help="also write the numbers here")
     args = parser.parse_args(argv)
+    if args.pictures is not None:
+        check_arguments(args)
+    return args
+
+
+def check_arguments(args):
+    """Raise UserError for options that do not make sense, before any work is done."""
+    if args.limit < 4:
+        raise UserError(f"--limit must be at least 4, got {args.limit}")
+    if not 1 <= args.steps <= 1000:
+        raise UserError(f"--steps must be between 1 and 1000, got {args.steps}")
+    if not 0 <= args.guidance < math.inf:
+        raise UserError(f"--guidance must be 0 or more, got {args.guidance}")
+    if args.seed < 0:
+        raise UserError(f"--seed must be 0 or more, got {args.seed}")
+    if args.json is not None:
+        check_writable(args.json)
+    if is_geneval(args):
+        if args.inception or args.clip or args.only or args.json:
+            raise UserError("GenEval's pictures are judged by its own script: --inception, --clip, "
+                            "--only and --json are for a folder of pictures")
+        if not args.out or Path(args.out).is_file():
+            raise UserError(f"cannot write into {args.out!r}: --out must name a folder")
+
+
+def is_geneval(args):
+    """Whether the command line names GenEval's prompts, and not pictures."""
+    return Path(args.pictures).suffix == ".jsonl"
+
+
+def print_numbers(args, numbers, captions):
+    """The numbers as lines. captions: [(what the model says, what people say)]."""
+    print(f"n = {numbers['n']} pictures")
+    if "cider" in numbers:
+        for answer, texts in captions[:3]:
+            print(f"  it says: {answer}\n  people say: {'; '.join(texts)}")
+        print(f"CIDEr {numbers['cider']:.1f} ({numbers['references']:.1f} references each)")
+    if "distance" in numbers:
+        name = "FID" if args.inception else "Fréchet distance of latents"
+        doubt = ""
+        if numbers["n"] <= numbers["dimensions"]:       # the covariance has not its full rank
+            doubt = f"; unreliable: the features have {numbers['dimensions']} dimensions"
+        print(f"{name} {numbers['distance']:.2f} (two halves of the real pictures: "
+              f"{numbers['halves']:.2f}{doubt})")
+    if "clip" in numbers:
+        print(f"CLIP score {numbers['clip']:.1f} ({Path(args.clip).name})")
+
+
+def main(argv=None):
+    """Judge a model as the command line says, print the numbers, return them."""
+    args = parse_arguments(argv)
     if args.pictures is None:
         return demo()
-    if args.limit < 4 or not 0 <= args.guidance < np.inf or not 1 <= args.steps <= 1000:
-        raise UserError("--limit must be at least 4, --guidance 0 or more, --steps between 1 and 1000")
-    if args.json and not Path(args.json).parent.is_dir():
-        raise UserError(f"cannot write {args.json}: its folder does not exist")
-    drawing = dict(seed=args.seed, steps=args.steps, guidance=args.guidance, sampler=args.sampler)
-    prompts, ranks = Path(args.pictures).suffix == ".jsonl", distributed.start()
-    if prompts and (args.inception or args.clip or args.only or args.json):
-        raise UserError("GenEval's pictures are judged by its own script: --inception, --clip, --only and --json are for a folder of pictures")
+    ranks = distributed.start()
     trained = load_trained(args.checkpoint, ranks.device)
-    trained.model.to(ranks.dtype)
+    trained.model.to(ranks.dtype)                       # bfloat16 on a GPU
     if trained.kind == "llama":
         raise UserError(f"{args.checkpoint} is a llama: it knows words only")
-    if prompts:
-        count = geneval(trained, args.pictures, args.out, limit=args.limit, **drawing)
+    options = {"seed": args.seed, "steps": args.steps, "guidance": args.guidance,
+               "sampler": args.sampler}
+    if is_geneval(args):
+        n = geneval(trained, args.pictures, args.out, limit=args.limit, **options)
         if distributed.rank() == 0:
-            print(f"{count} prompts in {args.out}: judge them with GenEval's evaluation/evaluate_images.py")
-        return count
+            print(f"{n} prompts in {args.out}: judge them with GenEval's "
+                  f"evaluation/evaluate_images.py")
+        return n
+
     size = trained.model.config.latent[1] * trained.vae.f
-    items = (draw_scenes(scenes.WORLDS[args.world], size, args.limit, args.seed) if args.pictures == "scenes" else
-             read_folder(args.pictures, size, args.limit, args.seed))
-    features = load_inception(args.inception, ranks.device) if args.inception else vae_features(args.vae, ranks.device)
+    if args.pictures == "scenes":
+        items = draw_scenes(scenes.WORLDS[args.world], size, args.limit, args.seed)
+    else:
+        items = read_folder(args.pictures, size, args.limit, args.seed)
+    if args.inception:
+        features = load_inception(args.inception, ranks.device)
+    else:
+        features = vae_features(args.vae, ranks.device)
     clip = load_clip(args.clip, ranks.device) if args.clip else None
-    found, said = judge(trained, items, *((None, None) if args.only == "captions" else (features, clip)), args.only != "pictures", **drawing)
+    if args.only == "captions":
+        features = clip = None
+
+    numbers, captions = judge(trained, items, features, clip, args.only != "pictures", **options)
     if distributed.rank() == 0:
-        print(f"n = {found['n']} pictures")
-        if "cider" in found:
-            for answer, texts in said[:3]:
-                print(f"  it says: {answer}\n  people say: {'; '.join(texts)}")
-            print(f"CIDEr {found['cider']:.1f} ({found['references']:.1f} references each)")
-        if "distance" in found:
-            few = f"; unreliable: the features have {found['dimensions']} dimensions" if found["n"] <= found["dimensions"] else ""
-            print(f"{'FID' if args.inception else 'Fréchet distance of latents'} {found['distance']:.2f} (two halves of the real pictures: "
-                  f"{found['halves']:.2f}{few})")
-        if "clip" in found:
-            print(f"CLIP score {found['clip']:.1f} ({Path(args.clip).name})")
-        if args.json:
-            Path(args.json).write_text(json.dumps(found, indent=1))
-    return found
+        if args.json:                                   # first: a caption may not be printable
+            Path(args.json).write_text(json.dumps(numbers, indent=1))
+        print_numbers(args, numbers, captions)
+    return numbers
 
 
 if __name__ == "__main__":
