@@ -1,5 +1,5 @@
 """
-test_edits.py: a picture, an instruction, a picture                       (edits.py; Transfusion §4.5; PAPER §4.8, §4.9)
+test_edits.py: a picture, an instruction, a picture                       (sources/edits.py; Transfusion §4.5; PAPER §4.8, §4.9)
 
 First the grammar of instructions and its judge, on random scenes; then the documents that are learned from, counted over
 many draws; then folders of the user's own triples.
@@ -222,7 +222,11 @@ def test_scene_edits_are_chains_of_what_they_say():
 
 # --------------------------------------------------------------------------------------------------------------- documents
 SOURCE = edits.scene_edits(400, seed=7, size=20, progress=False)
-is_picture = lambda part: not isinstance(part, str) and part[0] == "image"
+
+
+def is_picture(part):
+    """Whether a part of a document is a picture."""
+    return not isinstance(part, str) and part[0] == "image"
 
 
 def drawn(n=12000, seed=0, **options):
@@ -335,8 +339,8 @@ def test_a_word_of_the_test_split_is_known(tmp_path):
 
 def test_missing_and_broken_pictures_are_counted_named_and_skipped(tmp_path, capsys):
     """Catches one bad file that ends the run, vanishes without a word, or shifts the instructions beside it."""
-    line = lambda a, b: json.dumps({"before": a, "instruction": "bad", "after": b})
-    write_triples(tmp_path, 12, [line("absent.png", "0b.png"), line("0a.png", "gone.png"), line("0a.png", "text.png"), line("cut.png", "0b.png")])
+    bad = [("absent.png", "0b.png"), ("0a.png", "gone.png"), ("0a.png", "text.png"), ("cut.png", "0b.png")]
+    write_triples(tmp_path, 12, [json.dumps({"before": a, "instruction": "bad", "after": b}) for a, b in bad])
     (tmp_path / "text.png").write_text("not a picture")
     whole = (tmp_path / "0a.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])

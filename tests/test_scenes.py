@@ -1,5 +1,5 @@
 """
-test_scenes.py: can the toy world be trusted as a judge?                       (scenes.py; Transfusion App. B.1, GenEval)
+test_scenes.py: can the toy world be trusted as a judge?                       (sources/scenes.py; Transfusion App. B.1, GenEval)
 
 Every number that evaluate.py reports rests on four things, tested here in this order: the parser reads back what the renderer
 drew; a caption is true of its own picture and of no other; held-out pairs never reach training; and the grammar's
@@ -215,7 +215,7 @@ def test_relation_is_divided_by_the_whole_offset():
 def test_held_out_pairs_never_reach_training():
     """Catches a leak: then `held_out` measures memory, not composition. Colours left open leak most easily."""
     rng, world = np.random.default_rng(5), World(EVERY)
-    for k in range(3000):
+    for _ in range(3000):
         text, claim = world.caption(rng)
         pairs = {(t.colour, t.shape) for t in scenes.draw_scene(claim, rng)} | set(claim.objects)
         assert not pairs & HELD_OUT, text
@@ -288,5 +288,5 @@ def test_deductions_follow(rel):
     assert told.split()[1:3] == ["blue", "square"]       # the second sentence starts at the second object
     fact_wrong, told_wrong, _ = wrong.split(".")
     assert fact_wrong == fact and arrow(told_wrong.strip()) != arrow(told.strip())
-    strip = lambda text: [w for w in text.split() if w not in "left right of above below".split()]
-    assert strip(told_wrong) == strip(told)
+    others = [[word for word in text.split() if word not in "left right of above below".split()] for text in (told_wrong, told)]
+    assert others[0] == others[1]
