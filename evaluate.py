@@ -1,150 +1,335 @@
 """
-evaluate.py: the toy's own numbers, in one place                                          (Transfusion App. B.1, in miniature)
+evaluate.py: one command for every number                     (Transfusion App. B.1, in miniature)
 
-THE IDEA    A falling loss proves little: models with a leaking mask or a wrong t train with a beautiful curve. So measure what
-            the model does. In the `scenes` world that needs no judge: the parser reads the drawn picture, the grammar reads
-            the written caption, and the entropy of the language is known.
-THE TABLE   the paper's                      here
-              GenEval                        the same six categories and rule, by the exact parser        `geneval`
-              CIDEr of captions              share of captions that are true of the picture               `captioning`
-              C4 / Wikipedia perplexity      excess nats per token over the language's own entropy        `excess_nats`
-              Llama suite, ranked 0-shot     two-choice deductions, ranked by likelihood                  `deductions`
-              (not in the paper)             conditioning gap: does the model use its caption at all?     `conditioning_gap`
-              (MNIST)                        digits that a separate classifier reads as asked             `digits`
-              edits, shown (Figs. 6, 10)     edits, counted; documents of several parts                   mixtures.py
-PAPER/HERE  same: GenEval's include / exclude / position rule, ranked classification, greedy captions.
-            our choice: beside GenEval's rule the stricter `exact`: nothing unnamed may be in the picture.
-READ NEXT   likelihood.py, coco.py: the paper's own, on files      TRY IT  python evaluate.py      TEST  tests/test_evaluate.py
+THE IDEA    A falling loss proves little: models with a leaking mask or a wrong t train with a
+            beautiful curve. So measure what the model does. In the world of scenes that needs no
+            judge: the parser reads the drawn picture, the grammar reads the written caption, and
+            the entropy of the language is known.
+THE TABLE   the paper's                    here                                     in metrics/
+              GenEval                      the same six categories, by a parser     scenes.py
+              CIDEr of captions            share of captions that are true          scenes.py
+              C4, Wikipedia perplexity     excess nats over the language's entropy  scenes.py
+              Llama suite, ranked 0-shot   two-choice deductions, ranked            scenes.py
+              edits, shown (Figs. 6, 10)   edits, counted; mixed documents          mixtures.py
+              (not in the paper)           conditioning gap: is the caption used?   gap.py
+              (not in the paper)           digits that a classifier reads as asked  digits.py
+              CIDEr, FID, CLIP, GenEval    the paper's own, on files                coco.py
+              perplexity, Llama suite      the paper's own, on files                likelihood.py
+THE RULE    checkpoint, kind of data  ->  REPORTS[kind]  ->  numbers, pictures  ->  lines of text
+PAPER/HERE  same: GenEval's include / exclude / position rule, ranked classification, greedy
+            captions.
+            our choice: beside GenEval's rule the stricter `exact`: nothing unnamed may be there.
+READ NEXT   metrics/scenes.py, metrics/gap.py        TRY IT  python evaluate.py --n 60 --steps 25
+TEST        tests/test_evaluate.py
 """
 import argparse
 import json
+import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import data
 import sample
-from metrics import mixtures
-from metrics.digits import digits, train_classifier
-from metrics.drawing import draw
+from diffusion import SAMPLERS
+from metrics import digits, drawing, mixtures
+from metrics import scenes as scene_metrics
 from metrics.gap import conditioning_gap
-from metrics.scenes import captioning, deduction_nats, deductions, excess_nats, geneval
 from sample import GUIDE_OVER
 from sources import choose, edits, mnist, scenes
 from sources.feed import probe
 from support.checkpoint import decode_latents, encode_pixels, load_trained
-from support.common import ASSETS, pick_device, UserError, run_command
+from support.common import ASSETS, UserError, check_writable, pick_device, run_command
 
 
-# ------------------------------------------------------------------------------------------------------------------ report
-def report(trained, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, held_out=True, texts=(), **drawing):
-    """(dict of numbers, lines to print, list of (prompt, picture, right) to show). name: "scenes", "mnist", "edits", "mixtures",
-    "folder" or "shards"; categories: those the model was trained on; test: sources.Pairs, unseen; texts: captions to draw, of
-    shards, which keep no pixels; n: how many samples; drawing: as `sample.draw`."""
-    began, shown, draws = time.time(), [], trained.kind != "llama"
-    if not draws:
-        found = {}
-    elif name == "mnist":
-        found, shown = digits(trained, test, n, seed, **drawing)
-    elif name == "mixtures":
-        found, shown = mixtures.mixing(trained, n, seed, categories, **drawing), []
-    elif name == "edits" and test.scenes:
-        found, shown = mixtures.editing(trained, n, seed, trained.model.config.latent[1] * trained.vae.f, **drawing)
-    elif name == "edits":
-        before, said, _ = map(list, zip(*test.triples()[:min(n, 24)]))
-        drawn = decode_latents(trained, sample.edit(trained, encode_pixels(trained, test.pixels[before]), said, seed=seed, **drawing))
-        found, shown = {}, [(t, mixtures.beside(a, b), True) for t, a, b in zip(said, test.pixels[before], drawn)]
-    elif name == "scenes":
-        asked = [c for c in categories if c in scenes.CATEGORIES]
-        table, shown = geneval(trained, asked, -(-n // len(asked)), seed=seed, **drawing)
-        found = {"geneval": table, "exact": float(np.mean([row["exact"] for row in table.values()])),
-                 "rule": float(np.mean([row["rule"] for row in table.values()]))}
-        if held_out:
-            found["held_out"] = geneval(trained, asked, 50, held_out=True, seed=seed, **drawing)[0]
-        found["captions"], _ = captioning(trained, categories, n, seed, trained.model.config.latent[1] * trained.vae.f)
-    else:
-        texts = list(texts or test.captions)[:min(n, 32)]
-        found, shown = {}, [(t, p, True) for t, p in zip(texts, draw(trained, texts, seed=seed, **drawing))]
-    if name == "scenes":
-        if trained.kind == "transfusion":
-            world = scenes.World(tuple(categories))
-            documents = data.Documents(scenes.load_scenes(5000, [seed, 2], categories, progress=False), trained.model.config.patches,
-                                       trained.model.config.context, text_share=trained.text_share)
-            found["excess_nats"], found["entropy"] = excess_nats(trained, documents, world, 500, seed)
-        found["alone"] = deduction_nats(trained, 500, seed)
-        found["deductions"] = deductions(trained, n, seed)
-    if test is not None and draws:
-        found["conditioning_gap"] = conditioning_gap(trained.model, trained.tokenizer, trained.diffusion, *probe(test, trained.vae, 256), seed=seed)
-    found["seconds"] = time.time() - began
-    return found, describe_report(found, drawing if draws else None), shown
+# ------------------------------------------------------------------------- what there is to measure
+@dataclass
+class Job:
+    """What is to be measured, and how.
+
+    categories  of scenes: those that the model was trained on
+    test        unseen Pairs or Edits, or None
+    n           how many samples
+    seed        of prompts and noise
+    texts       captions to draw, of shards, which keep no pixels
+    options     as `sample.draw`: steps, guidance, sampler
+    """
+    categories: tuple
+    test: object
+    n: int
+    seed: int
+    texts: list
+    options: dict
 
 
-def describe_report(found, drawing):
-    """The report as lines of text."""
-    lines = [f"pictures drawn with {drawing}" if drawing else "a Llama: words only"]
+def report_scenes(trained, job):
+    """GenEval, captions, and text. This report and the others return (dict of numbers, list of
+    (prompt, picture, right) to show)."""
+    # 1. GenEval: n prompts, shared evenly among those of its categories that were trained; then 50
+    #    of each category that name a pair of colour and shape which no training has shown.
+    categories = [name for name in job.categories if name in scenes.CATEGORIES]
+    n = math.ceil(job.n / len(categories))
+    table, results = scene_metrics.geneval(trained, categories, n, False, job.seed, **job.options)
+    unseen, _ = scene_metrics.geneval(trained, categories, 50, True, job.seed, **job.options)
+    numbers = {
+        "geneval": table,
+        "exact": float(np.mean([row["exact"] for row in table.values()])),
+        "rule": float(np.mean([row["rule"] for row in table.values()])),
+        "held_out": unseen,
+    }
+
+    # 2. Captions of unseen scenes, of all categories: also the seventh, which GenEval lacks.
+    size = picture_size(trained)
+    share, _ = scene_metrics.captioning(trained, job.categories, job.n, job.seed, size)
+    numbers["captions"] = share
+
+    # 3. Text. A Chameleon's documents have codes in them, whose entropy nobody knows: no excess.
+    if trained.kind == "transfusion":
+        excess, entropy = measure_excess(trained, job)
+        numbers["excess_nats"] = excess
+        numbers["entropy"] = entropy
+    return numbers | report_text(trained, job), results
+
+
+def measure_excess(trained, job):
+    """(excess, entropy) of metrics.scenes.excess_nats, over documents as the model's training drew
+    them, of other scenes."""
+    config = trained.model.config
+    pairs = scenes.load_scenes(5000, [job.seed, 2], job.categories, progress=False)
+    documents = data.Documents(pairs, config.patches, config.context,
+                               text_share=trained.text_share)
+    world = scenes.World(tuple(job.categories))
+    return scene_metrics.excess_nats(trained, documents, world, 500, job.seed)
+
+
+def report_text(trained, job):
+    """Numbers about text alone: all that there is of a Llama."""
+    # The same documents for all three kinds of model, whatever else they were trained on.
+    return {
+        "alone": scene_metrics.deduction_nats(trained, 500, job.seed),
+        "deductions": scene_metrics.deductions(trained, job.n, job.seed),
+    }
+
+
+def report_mnist(trained, job):
+    """Digits, by a classifier."""
+    return digits.digits(trained, job.test, job.n, job.seed, **job.options)
+
+
+def report_edits(trained, job):
+    """Edits of scenes, counted; of a user's own pictures, shown."""
+    if job.test.scenes:
+        return mixtures.editing(trained, job.n, job.seed, picture_size(trained), **job.options)
+
+    # Nobody can say by a rule whether a photo was edited as told: look at two dozen.
+    triples = job.test.triples()[:min(job.n, 24)]
+    numbers = [number for number, _, _ in triples]
+    instructions = [text for _, text, _ in triples]
+    before = job.test.pixels[numbers]
+    latents = encode_pixels(trained, before)
+    latents = sample.edit(trained, latents, instructions, seed=job.seed, **job.options)
+    after = decode_latents(trained, latents)
+    results = []
+    for text, old, new in zip(instructions, before, after, strict=True):
+        results.append((text, mixtures.beside(old, new), True))
+    return {}, results
+
+
+def report_mixtures(trained, job):
+    """Documents of several parts."""
+    return mixtures.mixing(trained, job.n, job.seed, job.categories, **job.options), []
+
+
+def report_pictures(trained, job):
+    """A user's own data: no rule says what is right, so a few captions are drawn and shown."""
+    texts = list(job.texts or job.test.captions)[:min(job.n, 32)]
+    pictures = drawing.draw(trained, texts, seed=job.seed, **job.options)
+    results = []
+    for text, picture in zip(texts, pictures, strict=True):
+        results.append((text, picture, True))
+    return {}, results
+
+
+# By the name of the data. For data of your own, write a function and name it here.
+REPORTS = {
+    "scenes": report_scenes,
+    "mnist": report_mnist,
+    "edits": report_edits,
+    "mixtures": report_mixtures,
+    "folder": report_pictures,
+    "shards": report_pictures,
+}
+
+
+def report(trained, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, texts=(),
+           **options):
+    """(dict of numbers, lines to print, list of (prompt, picture, right) to show). name: one of
+    REPORTS; the others as in Job. Every process must call it."""
+    began = time.time()
+    job = Job(categories, test, n, seed, texts, options)
+    if trained.kind == "llama":                         # it knows words only
+        numbers = report_text(trained, job)
+        numbers["seconds"] = time.time() - began
+        return numbers, describe_report(numbers, None), []
+
+    numbers, results = REPORTS[name](trained, job)
+    if test is not None:
+        # TRAP: a model that ignores its captions has a fine loss and draws fine pictures, only not
+        # the right ones. On data of your own, where nothing is counted, look at this number.
+        captions, latents, before = probe(test, trained.vae, 256)
+        numbers["conditioning_gap"] = conditioning_gap(
+            trained.model, trained.tokenizer, trained.diffusion, captions, latents, before, seed)
+    numbers["seconds"] = time.time() - began
+    return numbers, describe_report(numbers, options), results
+
+
+def picture_size(trained):
+    """Pixels per side of the model's pictures."""
+    return trained.model.config.latent[1] * trained.vae.f
+
+
+# ----------------------------------------------------------------------------- as lines of text
+SHARES = {                                             # numbers in 0..1, in the order of the report
+    "exact": "mean over categories, exact",
+    "rule": "mean over categories, GenEval's rule",
+    "guided": "guided digits read as asked",
+    "unguided": "unguided digits read as asked",
+    "classifier": "the classifier on test digits",
+    "captions": "captions true of unseen pictures",
+    "deductions": "two-choice deductions (chance 50%)",
+    "edits": "edits exactly as told",
+    "kept": "untouched objects within 2 pixels",
+    "chains": "chains of three edits that end right",
+    "asked": "\"what changed ?\" answered right",
+    "single": "pictures of single captions, exact",
+    "second": "second pictures of documents, exact",
+    "boi": "BOI where the language has it",
+    "well_formed": "greedy documents that are well formed",
+    "sampled": "the same, sampled at temperature 1",
+}
+
+
+def describe_report(numbers, options):
+    """The numbers of a report as lines of text. options: how pictures were drawn; None: they were
+    not."""
+    lines = [f"pictures drawn with {options}" if options else "a Llama: words only"]
+
+    # 1. What has a row per category.
     for key in ("geneval", "held_out"):
-        for category, row in found.get(key, {}).items():
-            lines.append(f"  {key:9s} {category:14s} exact {row['exact']:6.1%}   GenEval's rule {row['rule']:6.1%}   (n = {row['n']})")
-    lines += [f"  edits     {kind:14s} exact {share:6.1%}" for kind, share in found.get("kinds", {}).items()]
-    words = {"exact": "mean over categories, exact", "rule": "mean over categories, GenEval's rule",
-             "guided": "guided digits read as asked", "unguided": "unguided digits read as asked",
-             "classifier": "the classifier on test digits", "captions": "captions true of unseen pictures",
-             "deductions": "two-choice deductions (chance 50%)", "edits": "edits exactly as told",
-             "kept": "untouched objects within 2 pixels", "chains": "chains of three edits that end right",
-             "asked": "\"what changed ?\" answered right", "single": "pictures of single captions, exact",
-             "second": "second pictures of documents, exact", "boi": "BOI where the language has it",
-             "well_formed": "greedy documents that are well formed", "sampled": "the same, sampled at temperature 1"}
-    lines += [f"  {text:40s} {found[key]:6.1%}" for key, text in words.items() if key in found]
-    if "batch" in found:
-        lines.append(f"  {'16 mixed prompts, batch against one by one':40s} {found['batch']:6.1f} times faster")
-    if "excess_nats" in found:
-        lines.append(f"  {'text loss above the language entropy':40s} {found['excess_nats']:6.3f} nats per token (entropy {found['entropy']:.3f})")
-    if "alone" in found:
-        lines.append(f"  {'text loss of deductions, likewise':40s} {found['alone']:6.4f} nats per token")
-    if "conditioning_gap" in found:
-        lines.append(f"  {'conditioning gap':40s} {found['conditioning_gap']:6.3f} (0 = the caption is ignored)")
-    return lines + [f"  measured in {found['seconds']:.0f} s"]
+        for category, row in numbers.get(key, {}).items():
+            lines.append(f"  {key:9s} {category:14s} exact {row['exact']:6.1%}   "
+                         f"GenEval's rule {row['rule']:6.1%}   (n = {row['n']})")
+    for kind, share in numbers.get("kinds", {}).items():
+        lines.append(f"  edits     {kind:14s} exact {share:6.1%}")
+
+    # 2. What is one number. A report has only some of them.
+    def add(text, value):
+        lines.append(f"  {text:40s} {value}")
+
+    for key, text in SHARES.items():
+        if key in numbers:
+            add(text, f"{numbers[key]:6.1%}")
+    if "excess_nats" in numbers:
+        add("text loss above the language entropy",
+            f"{numbers['excess_nats']:6.3f} nats per token (entropy {numbers['entropy']:.3f})")
+    if "alone" in numbers:
+        add("text loss of deductions, likewise", f"{numbers['alone']:6.4f} nats per token")
+    if "conditioning_gap" in numbers:
+        add("conditioning gap",
+            f"{numbers['conditioning_gap']:6.3f} (0 = the caption is ignored)")
+    lines.append(f"  measured in {numbers['seconds']:.0f} s")
+    return lines
+
+
+# -------------------------------------------------------------------------------- command line
+def parse_arguments(argv=None):
+    """The options of the command line, checked."""
+    parser = argparse.ArgumentParser(
+        description="Measure a trained model.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", default=str(ASSETS / "scenes.pt"), help="a model.pt of train.py")
+    add("--data", choices=("scenes", "mnist", "edits", "mixtures"), default="scenes",
+        help="what to measure")
+    add("--data-dir", help="folder of the MNIST idx files, or of edits.jsonl")
+    add("--world", choices=tuple(scenes.WORLDS), default="six", help="which captions of scenes")
+    add("--n", type=int, default=600, help="pictures to draw, over all categories")
+    add("--steps", type=int, default=250, help="diffusion steps, 1 to 1000")
+    add("--guidance", type=float, default=3.0, help="guidance weight")
+    add("--guide-over", default="both", choices=GUIDE_OVER,
+        help="of --data edits: what guidance leaves out")
+    add("--sampler", default="ddpm", choices=SAMPLERS, help="ddpm is the paper's")
+    add("--seed", type=int, default=0, help="seed of prompts and noise")
+    add("--json", help="also write the numbers here")
+    add("--train-classifier", action="store_true",
+        help="train the judge of MNIST digits anew, then stop")
+    args = parser.parse_args(argv)
+    check_arguments(args)
+    return args
+
+
+def check_arguments(args):
+    """Raise UserError for options that do not make sense, before any work is done."""
+    if args.n < 1:
+        raise UserError(f"--n must be at least 1, got {args.n}")
+    if not 1 <= args.steps <= 1000:
+        raise UserError(f"--steps must be between 1 and 1000, got {args.steps}")
+    if not 0 <= args.guidance < math.inf:
+        raise UserError(f"--guidance must be 0 or more, got {args.guidance}")
+    if args.seed < 0:
+        raise UserError(f"--seed must be 0 or more, got {args.seed}")
+    if args.guide_over != "both" and args.data != "edits":
+        raise UserError(f"--guide-over {args.guide_over} is for --data edits: elsewhere no "
+                        f"picture stands before the words")
+    if args.json is not None:
+        check_writable(args.json)
+
+
+def check_kind(trained, args):
+    """Raise UserError if this kind of model cannot be measured with these data."""
+    if trained.kind == "transfusion":
+        return
+    only_ours = args.data in ("edits", "mixtures")
+    if only_ours or (trained.kind == "llama" and args.data != "scenes"):
+        raise UserError(f"{args.checkpoint} is a {trained.kind}: it cannot be measured with "
+                        f"--data {args.data}")
+
+
+def load_test(trained, args):
+    """The unseen Pairs or Edits that the command line names; None where the measure draws its own
+    scenes."""
+    # Pictures of the model's own size: of another, the gap at the end could not be measured.
+    choice = {"size": picture_size(trained), "split": "test", "n": 256, "seed": args.seed,
+              "progress": False}
+    if args.data == "mixtures":
+        return None
+    if args.data == "edits":
+        return edits.load_edits(args.data_dir, **choice)
+    return choose.load_pairs(args.data, args.data_dir, categories=scenes.WORLDS[args.world],
+                             **choice)
 
 
 def main(argv=None):
     """Measure a checkpoint as the command line says and print the report."""
-    parser = argparse.ArgumentParser(description="Measure a trained model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(ASSETS / "scenes.pt"), help="a model.pt of train.py")
-    parser.add_argument("--data", choices=("scenes", "mnist", "edits", "mixtures"), default="scenes", help="what to measure")
-    parser.add_argument("--data-dir", help="folder of the MNIST idx files")
-    parser.add_argument("--world", choices=tuple(scenes.WORLDS), default="six", help="which captions of scenes")
-    parser.add_argument("--n", type=int, default=600, help="pictures to draw, over all categories")
-    parser.add_argument("--steps", type=int, default=250, help="diffusion steps")
-    parser.add_argument("--guidance", type=float, default=3.0, help="guidance weight")
-    parser.add_argument("--guide-over", default="both", choices=GUIDE_OVER, help="of --data edits: what guidance leaves out")
-    parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim or dpm++")
-    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and noise")
-    parser.add_argument("--json", help="also write the numbers here")
-    parser.add_argument("--train-classifier", action="store_true", help="train the judge of MNIST digits anew, then stop")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     if args.train_classifier:
-        return train_classifier(*(mnist.load_mnist(args.data_dir, split) for split in ("train", "test")))
-    if args.json and not Path(args.json).parent.is_dir():
-        raise UserError(f"cannot write {args.json}: its folder does not exist")
-    if args.n < 1 or not 0 <= args.guidance < np.inf:
-        raise UserError("--n must be at least 1 and --guidance 0 or more")
-    if args.guide_over != "both" and args.data != "edits":
-        raise UserError(f"--guide-over {args.guide_over} is for --data edits: elsewhere no picture stands before the words")
-    trained, categories = load_trained(args.checkpoint, pick_device()), scenes.WORLDS[args.world]
-    if trained.kind != "transfusion" and args.data in ("edits", "mixtures") or trained.kind == "llama" and args.data != "scenes":
-        raise UserError(f"{args.checkpoint} is a {trained.kind}: it cannot be measured with --data {args.data}")
-    some = dict(size=trained.model.config.latent[1] * trained.vae.f, split="test", n=256, seed=args.seed, progress=False)
-    test, over = None, {}
+        train = mnist.load_mnist(args.data_dir, "train")
+        test = mnist.load_mnist(args.data_dir, "test")
+        return digits.train_classifier(train, test)
+
+    trained = load_trained(args.checkpoint, pick_device())
+    check_kind(trained, args)
+    test = load_test(trained, args)
+    options = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler}
     if args.data == "edits":
-        test, over = edits.load_edits(args.data_dir, **some), dict(over=args.guide_over)
-    elif args.data != "mixtures":
-        test = choose.load_pairs(args.data, args.data_dir, categories=categories, **some)
-    found, lines, _ = report(trained, args.data, categories, test, args.n, args.seed,
-                             steps=args.steps, guidance=args.guidance, sampler=args.sampler, **over)
+        options["over"] = args.guide_over
+    numbers, lines, _ = report(trained, args.data, scenes.WORLDS[args.world], test, args.n,
+                               args.seed, **options)
+    if args.json:                                       # first: nothing can be lost any more
+        Path(args.json).write_text(json.dumps(numbers, indent=1))
     print("\n".join(lines))
-    if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

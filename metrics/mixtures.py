@@ -1,71 +1,214 @@
 """
-mixtures.py: documents of several parts, measured                       (Transfusion §3 "Inference", §4.5 "Image Editing")
+mixtures.py: documents of several parts, measured         (Transfusion §3 "Inference", §4.5)
 
-THE IDEA    One decoding algorithm makes any mixture of words and pictures, and edits. Whether it does is measured in the world
-            of scenes as evaluate.py measures single pictures: with the exact parser, the grammar, and the known language.
-THE TABLE   edits of unseen scenes: exact; untouched objects in place; chains of three; "what changed ?"        `editing`
-            a second picture in a document against the same caption alone; BOI where the language has it;
-            open documents that are well formed; a batch of 16 mixed prompts against one by one                 `mixing`
-PAPER/HERE  the paper shows edits (Figs. 6, 10) and counts none; all of these numbers are ours.
-READ NEXT   edits.py, evaluate.py, which prints them      TEST  tests/test_mixtures.py
+THE IDEA    One decoding algorithm makes any mixture of words and pictures, and edits. Whether it
+            does is measured in the world of scenes as scenes.py measures single pictures: with the
+            exact parser, the grammar, and the known language.
+A PICTURE   `editing`   [picture] make the circle blue --model--> [picture'] --parse--> is it blue?
+                        [picture] [picture'] what changed ? --model--> make the circle blue
+            `mixing`    a circle [picture] two squares --model--> [picture'] --parse--> two squares?
+THE RULE    An edit is exact if the parsed picture is what the instruction asks for and nothing
+            else. An object that was not named must stand within 2 pixels of its place.
+            BOI is right where a caption is over for certain, and wrong where it cannot be over.
+SHAPES      pictures (N, h, w, 3) uint8; latents (N, c, h, w) float32
+PAPER/HERE  The paper shows edits (Figs. 6, 10) and counts none. All of these numbers are ours.
+READ NEXT   ../sources/edits.py, ../evaluate.py, which prints them
 TRY IT      python evaluate.py --data mixtures --n 40 --steps 25 --sampler dpm++
+TEST        tests/test_mixtures.py
 """
-import time
-from dataclasses import replace
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
 from sample import edit, generate
-from sources import edits
-from sources import scenes
+from sources import edits, scenes
 from support.checkpoint import decode_latents, device_of, encode_pixels
 
 
-# ------------------------------------------------------------------------------------------------------------------ editing
+# ---------------------------------------------------------------------------------------- editing
 def beside(before, after):
     """(h, 2w + 2, 3) uint8: two pictures of (h, w, 3), a white line between them."""
-    return np.concatenate([before, np.full_like(before[:, :2], 255), after], 1)
+    line = np.full_like(before[:, :2], 255)
+    return np.concatenate([before, line, after], axis=1)
 
 
-def editing(trained, n=200, seed=0, size=32, progress=True, **drawing):
-    """Numbers of edits of unseen scenes: {"edits": share of n single edits after which the picture holds exactly what the
-    instruction asks for, "kept": share of untouched objects that stand within 2 pixels of their place, "chains": share of n
-    chains of three edits that end in the right scene, "asked": share of n questions "what changed ?" answered with an
-    instruction that does lead from the one picture to the other, "kinds": {kind: exact}}; and (instruction, before |
-    after, exact) to show. Each edit of a chain starts from the model's own picture. drawing: as `sample.edit`."""
-    found = edits.scene_edits(max(4 * n, 60), [seed, 12], single=0, size=size, progress=False)
-    pixels = lambda index: np.stack([found.pixels[k] for k in index])
-    change = lambda x, said, seed: torch.cat([edit(trained, x[k: k + 100], said[k: k + 100], seed=seed + k, **drawing)
-                                              for k in range(0, len(said), 100)])
-    before, said, after = map(list, zip(*[(pictures[0], texts[0], pictures[1]) for pictures, texts in found.chains[:n]]))
-    drawn = decode_latents(trained, change(encode_pixels(trained, pixels(before)), said, seed))
-    verdicts = [edits.judge(found.scenes[a], text, scenes.parse(picture), size) for a, text, picture in zip(before, said, drawn)]
-    table = {kind: [v[0] for v, text in zip(verdicts, said) if edits.kind_of(text) == kind] for kind in edits.KINDS}
-    shown = [(text, beside(a, b), v[0]) for text, a, b, v in zip(said, pixels(before), drawn, verdicts)]
+def editing(trained, n=200, seed=0, size=32, progress=True, **options):
+    """Numbers about edits of unseen scenes, and [(instruction, before | after, exact)].
 
-    two = [encode_pixels(trained, pixels(index)) for index in (before, after)]
-    answers, asked = generate(trained, [[a, b, "what changed ?"] for a, b in zip(*two)], max_pictures=0), []
-    for answer, a, b in zip(answers, before, after):
-        try:
-            asked.append(edits.judge(found.scenes[a], answer[-1].removeprefix("what changed ? "), found.scenes[b], size)[0])
-        except ValueError:                              # no instruction, or one that does not fit the picture
-            asked.append(False)
+    edits     share of n single edits after which the picture holds exactly what was asked for
+    kept      share of untouched objects that stand within 2 pixels of their place
+    chains    share of n chains of three edits that end in the right scene
+    asked     share of n questions "what changed ?" answered with an instruction that does lead
+              from the one picture to the other
+    kinds     {kind of edit: share that is exact}
 
-    threes = [chain for chain in found.chains if len(chain[1]) == 3][:n]
-    latents = encode_pixels(trained, pixels([pictures[0] for pictures, _ in threes]))
+    size: pixels per side; options: as `sample.edit`."""
+    # Chains of three edits. Some end early, where nothing in a picture can be named: so many that n
+    # whole ones are among them.
+    enough = max(4 * n, 60)
+    truth = edits.scene_edits(enough, [seed, 12], single=0, size=size, progress=False)
+    numbers, results = single_edits(trained, truth, n, seed, size, options)
+    numbers["chains"] = chains_of_edits(trained, truth, n, seed, size, progress, options)
+    numbers["asked"] = what_changed(trained, truth, n, size)
+    return numbers, results
+
+
+def first_edits(truth, n):
+    """[(number of the picture before, instruction, number of the picture after)] of n chains."""
+    triples = []
+    for pictures, texts in truth.chains[:n]:
+        before, after = pictures[:2]
+        triples.append((before, texts[0], after))
+    return triples
+
+
+def pixels_of(truth, numbers):
+    """(N, h, w, 3) uint8: some of the true pictures."""
+    return np.stack([truth.pixels[k] for k in numbers])
+
+
+def change(trained, latents, instructions, seed, options):
+    """Latents of the edited pictures, drawn 100 at a time."""
+    parts = []
+    for k in range(0, len(instructions), 100):
+        before = latents[k: k + 100]
+        texts = instructions[k: k + 100]
+        parts.append(edit(trained, before, texts, seed=seed + k, **options))
+    return torch.cat(parts)
+
+
+def single_edits(trained, truth, n, seed, size, options):
+    """{"edits", "kept", "kinds"} of `editing`, and [(instruction, before | after, exact)]."""
+    triples = first_edits(truth, n)
+    instructions = [text for _, text, _ in triples]
+    pictures = pixels_of(truth, [before for before, _, _ in triples])
+    latents = change(trained, encode_pixels(trained, pictures), instructions, seed, options)
+    edited = decode_latents(trained, latents)
+
+    right = []                                          # per edit: is it exact?
+    kept = 0                                            # untouched objects that are still in place
+    untouched = 0
+    kinds = {kind: [] for kind in edits.KINDS}
+    results = []
+    for k, (before, text, _) in enumerate(triples):
+        things = scenes.parse(edited[k])
+        exact, in_place, others = edits.judge(truth.scenes[before], text, things, size)
+        right.append(exact)
+        kept += in_place
+        untouched += others
+        kinds[edits.kind_of(text)].append(exact)
+        results.append((text, beside(pictures[k], edited[k]), exact))
+
+    numbers = {
+        "edits": float(np.mean(right)),
+        "kept": kept / max(1, untouched),               # in a few pictures nothing is untouched
+        "kinds": {kind: float(np.mean(rows)) for kind, rows in kinds.items() if rows},
+    }
+    return numbers, results
+
+
+def chains_of_edits(trained, truth, n, seed, size, progress, options):
+    """The share "chains" of `editing`."""
+    chains = [chain for chain in truth.chains if len(chain[1]) == 3][:n]
+    starts = pixels_of(truth, [pictures[0] for pictures, _ in chains])
+    # Each edit starts from the picture that the model drew before, so its mistakes add up, as they
+    # do for a user. Each step has other noise.
+    latents = encode_pixels(trained, starts)
     for step in tqdm(range(3), desc="editing", disable=not progress, leave=False):
-        latents = change(latents, [texts[step] for _, texts in threes], seed + 1000 * (step + 1))
-    ends = [edits.judge_end(found.scenes[pictures[0]], found.scenes[pictures[-1]], scenes.parse(picture), size)
-            for (pictures, _), picture in zip(threes, decode_latents(trained, latents))]
-    return {"edits": float(np.mean([v[0] for v in verdicts])), "kept": sum(v[1] for v in verdicts) / max(1, sum(v[2] for v in verdicts)),
-            "chains": float(np.mean(ends)), "asked": float(np.mean(asked)),
-            "kinds": {kind: float(np.mean(v)) for kind, v in table.items() if v}}, shown
+        instructions = [texts[step] for _, texts in chains]
+        noise = seed + 1000 * (step + 1)
+        latents = change(trained, latents, instructions, noise, options)
+
+    ends = decode_latents(trained, latents)
+    right = []
+    for (pictures, _), end in zip(chains, ends, strict=True):
+        first = truth.scenes[pictures[0]]
+        last = truth.scenes[pictures[-1]]
+        things = scenes.parse(end)
+        right.append(edits.judge_end(first, last, things, size))
+    return float(np.mean(right))
 
 
-# ----------------------------------------------------------------------------------------------------------------- mixtures
+def what_changed(trained, truth, n, size):
+    """The share "asked" of `editing`: from two true pictures to the instruction between them."""
+    triples = first_edits(truth, n)
+    before = pixels_of(truth, [number for number, _, _ in triples])
+    after = pixels_of(truth, [number for _, _, number in triples])
+    latents = zip(encode_pixels(trained, before), encode_pixels(trained, after), strict=True)
+    prompts = [[x, y, "what changed ?"] for x, y in latents]
+    documents = generate(trained, prompts, max_pictures=0)
+
+    right = []
+    for parts, (a, _, b) in zip(documents, triples, strict=True):
+        answer = parts[-1].removeprefix("what changed ? ")
+        # Not compared with the instruction that was carried out: another may lead there, too.
+        try:
+            exact, _, _ = edits.judge(truth.scenes[a], answer, truth.scenes[b], size)
+        except ValueError:                              # no instruction, or not of this picture
+            exact = False
+        right.append(exact)
+    return float(np.mean(right))
+
+
+# --------------------------------------------------------------------------------------- mixtures
+@torch.no_grad()
+def mixing(trained, n=200, seed=0, categories=scenes.WORLDS["six"], **options):
+    """Numbers about documents of several parts.
+
+    single        share of n pictures that are exactly what their caption says
+    second        the same captions, each after another caption and its picture
+    boi           share of places in unseen captions where the likeliest token is rightly BOI or
+                  rightly not; where the language leaves a choice, nothing is counted
+    well_formed   share of n documents that the model ends, greedily, from unseen captions
+    sampled       share of n documents that it begins, too, at temperature 1
+
+    categories: of the captions; options: as `sample.draw`."""
+    rng = np.random.default_rng([seed, 13])
+    world = scenes.World(tuple(categories))
+    texts = []
+    claims = []
+    for _ in range(n):
+        text, claim = world.caption(rng)
+        texts.append(text)
+        claims.append(claim)
+
+    # A caption alone; then the same caption behind another one and the picture that the model drew
+    # for that. The first text follows the last one.
+    captions = [[text] for text in texts]
+    single = draw_last(trained, captions, seed, options)
+    prompts = []
+    for k in range(n):
+        prompts.append([texts[k - 1], single[k - 1], texts[k]])
+    second = draw_last(trained, prompts, seed + 1000, options)
+
+    return {
+        "single": share_exact(trained, single, claims),
+        "second": share_exact(trained, second, claims),
+        "boi": share_of_boi(trained, texts, single),
+        "well_formed": share_well_formed(trained, captions, seed, 0.0, options),
+        "sampled": share_well_formed(trained, [[]] * n, seed, 1.0, options),
+    }
+
+
+def draw_last(trained, prompts, seed, options):
+    """Latents (N, c, h, w): the picture that follows each prompt, drawn 100 at a time."""
+    latents = []
+    for k in range(0, len(prompts), 100):
+        documents = generate(trained, prompts[k: k + 100], draw_now=True, max_words=0,
+                             seed=seed + k, **options)
+        latents += [parts[-1] for parts in documents]
+    return torch.stack(latents)
+
+
+def share_exact(trained, latents, claims):
+    """Share of pictures that are exactly what their Claim says."""
+    right = []
+    for claim, picture in zip(claims, decode_latents(trained, latents), strict=True):
+        right.append(scenes.holds(claim, scenes.parse(picture)))
+    return float(np.mean(right))
+
+
 def next_words(texts):
     """{words so far, a tuple: set of what may follow} over texts; "<boi>" follows a whole text."""
     table = {}
@@ -76,65 +219,95 @@ def next_words(texts):
     return table
 
 
+def beginnings():
+    """All that a document may begin with, as texts: the captions, and what the deductions say up to
+    their first "is"."""
+    texts = list(scenes.all_claims())
+    for _, claim in scenes.captions("color_attr"):
+        first, _ = scenes.deduction_text(claim.objects, "left of").split(" is ", 1)
+        texts.append(f"{first} is")
+    return texts
+
+
+def share_of_boi(trained, texts, latents):
+    """The share "boi" of `mixing`. latents: the pictures that follow the texts."""
+    follow = next_words(beginnings())
+    right = []
+    for k in range(0, len(texts), 50):
+        part = slice(k, k + 50)
+        for words, says_boi in read_captions(trained, texts[part], latents[part]):
+            for m, boi in enumerate(says_boi):
+                may_follow = follow[words[:m]]
+                only_boi = may_follow == {"<boi>"}
+                # "a circle": is that all, or "a circle left of ..."? Both are right: no matter.
+                if only_boi or "<boi>" not in may_follow:
+                    right.append(boi == only_boi)
+    return float(np.mean(right))
+
+
+def read_captions(trained, texts, latents):
+    """[(words of a caption, says_boi)]: the model reads captions with their finished pictures, one
+    document per row. says_boi[m]: whether, after m words, it finds BOI the likeliest token."""
+    model = trained.model
+    rows = []
+    for k, text in enumerate(texts):
+        document = [text, ("image", k, 0)]
+        rows.append(data.lay_out(document, trained.tokenizer, model.config.patches))
+    longest = max(len(row.tokens) for row in rows)
+    batch = data.pack(rows, longest)
+    batch.latents = latents[batch.images]
+    batch.t = torch.zeros_like(batch.images)
+    batch = batch.to(device_of(model))
+    logits, _ = model(
+        batch.tokens, batch.image_id, batch.doc_id, batch.has_loss, batch.latents, batch.t,
+    )
+    greedy = torch.full_like(batch.tokens, -1)
+    greedy[batch.has_loss] = logits.argmax(-1)
+
+    captions = []
+    for tokens, likeliest in zip(batch.tokens.tolist(), greedy.tolist(), strict=True):
+        end = tokens.index(data.BOI)
+        words = tuple(trained.tokenizer.vocabulary[token] for token in tokens[1:end])
+        # Position 0 is <bos>: what it predicts comes after no word.
+        says_boi = [token == data.BOI for token in likeliest[:end]]
+        captions.append((words, says_boi))
+    return captions
+
+
+def share_well_formed(trained, prompts, seed, temperature, options):
+    """Share of documents that are well formed when the model itself has ended them."""
+    right = []
+    context = trained.model.config.context              # as many words as fit
+    for k in range(0, len(prompts), 50):
+        documents = generate(trained, prompts[k: k + 50], max_words=context, max_pictures=4,
+                             seed=seed + k, temperature=temperature, **options)
+        right += [well_formed(parts) for parts in documents]
+    return float(np.mean(right))
+
+
 def well_formed(document):
-    """Whether words and pictures alternate, and every stretch of words is a caption; or a deduction is all there is."""
-    kinds = [isinstance(part, str) for part in document]
-    words = document[0].split() if kinds == [True] else []
+    """Whether words and pictures alternate, and every stretch of words is a caption; or a deduction
+    is all there is."""
+    is_text = [isinstance(part, str) for part in document]
+    if is_text == [True]:
+        return is_deduction(document[0])
+    if len(document) < 2:                               # nothing, or a picture alone
+        return False
+    for part, following in zip(is_text, is_text[1:], strict=False):
+        if part == following:
+            return False
+    return all(scenes.read_caption(part) for part in document if isinstance(part, str))
+
+
+def is_deduction(text):
+    """Whether a text is one of the world's: "a red circle is left of a blue square . the ..."."""
+    words = text.split()
     end = words.index(".") if "." in words else 0
-    if end > 4:
-        a, b = words[1:3], words[end - 2: end]          # "a red circle is ... a blue square ."
-        return any(document[0] == scenes.deduction_text((a, b), rel) for rel in scenes.RELATIONS)
-    return len(document) > 1 and all(a != b for a, b in zip(kinds, kinds[1:])) and \
-        all(scenes.read_caption(part) for part in document if isinstance(part, str))
-
-
-@torch.no_grad()
-def mixing(trained, n=200, seed=0, categories=scenes.WORLDS["six"], **drawing):
-    """Numbers about documents of several parts: {"single", "second": share of n pictures that are exactly what their caption
-    says, alone, and, the same captions, after another caption and its picture; "boi": share of places in unseen captions
-    at which the likeliest token is rightly BOI or rightly not, where the language leaves no choice; "well_formed": share of
-    n documents that the model ends, greedily, from unseen captions; "sampled": of n that it begins, too, at temperature 1; "batch": see
-    `batch_speed`}."""
-    rng, world = np.random.default_rng([seed, 13]), scenes.World(tuple(categories))
-    texts, claims = zip(*[world.caption(rng) for _ in range(n)])
-    exact = lambda latents: float(np.mean([scenes.holds(claim, scenes.parse(picture))
-                                           for claim, picture in zip(claims, decode_latents(trained, latents))]))
-    run = lambda prompts, seed: torch.stack([parts[-1] for k in range(0, n, 100) for parts in generate(
-        trained, prompts[k: k + 100], draw_now=True, max_words=0, seed=seed + k, **drawing)])
-    single = run([[text] for text in texts], seed)
-    second = run([[texts[k - 1], single[k - 1], texts[k]] for k in range(n)], seed + 1000)
-
-    follow, right = next_words([text for text in scenes.all_claims()] +
-                               [scenes.deduction_text(claim.objects, "left of").split(" is ")[0] + " is" for _, claim in scenes.captions("color_attr")]), []
-    for k in range(0, n, 50):
-        rows = [data.lay_out([text, ("image", j, 0)], trained.tokenizer, trained.model.config.patches) for j, text in enumerate(texts[k: k + 50])]
-        batch = data.pack(rows, max(len(row.tokens) for row in rows))
-        batch = replace(batch, latents=single[k: k + 50][batch.images], t=torch.zeros_like(batch.images)).to(device_of(trained.model))
-        logits, _ = trained.model(batch.tokens, batch.image_id, batch.doc_id, batch.has_loss, batch.latents, batch.t)
-        said = torch.full_like(batch.tokens, -1)
-        said[batch.has_loss] = logits.argmax(-1)
-        for b, row in zip(said.tolist(), batch.tokens.tolist()):
-            words = tuple(trained.tokenizer.vocabulary[w] for w in row[1: row.index(data.BOI)])
-            for m in range(len(words) + 1):
-                options = follow[words[:m]]
-                if options == {"<boi>"} or "<boi>" not in options:
-                    right.append((b[m] == data.BOI) == (options == {"<boi>"}))
-
-    grown = lambda prompts, **choice: float(np.mean([well_formed(parts) for k in range(0, n, 50) for parts in generate(
-        trained, prompts[k: k + 50], max_words=trained.model.config.context, max_pictures=4, seed=seed + k, **choice, **drawing)]))
-    return {"single": exact(single), "second": exact(second), "boi": float(np.mean(right)),
-            "well_formed": grown([[text] for text in texts]), "sampled": grown([[]] * n, temperature=1.0),
-            "batch": batch_speed(trained, texts, single, **drawing)}
-
-
-def batch_speed(trained, texts, pictures, **drawing):
-    """How many times faster 16 mixed prompts are together than one at a time: words; a picture; both; and a second caption."""
-    n, times = len(texts), []
-    mixed = [[[texts[k % n]], [pictures[k % n]], [texts[k % n], pictures[k % n]], [texts[k % n], pictures[k % n], texts[(k + 1) % n]]][k % 4]
-             for k in range(16)]
-    for groups in ([[k] for k in range(16)], [list(range(16))]):
-        began = time.time()
-        for group in groups:
-            generate(trained, [mixed[k] for k in group], seed=list(group), max_words=20, **drawing)
-        times.append(time.time() - began)
-    return times[0] / times[1]
+    if end <= 4:
+        return False
+    first = words[1:3]                                  # "red circle"
+    second = words[end - 2: end]                        # "blue square"
+    for relation in scenes.RELATIONS:
+        if text == scenes.deduction_text((first, second), relation):
+            return True
+    return False
