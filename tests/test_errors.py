@@ -22,12 +22,10 @@ import train
 import vae as vae_module
 from autoencoder import train as vae_training
 from diffusion import Diffusion
-from metrics import coco
-from metrics import likelihood
+from metrics import coco, likelihood
 from metrics import scenes as scene_metrics
 from model import Transfusion, sized
-from sources import choose
-from sources import scenes
+from sources import choose, scenes
 from support import checkpoint
 from support.common import UserError, run_command
 

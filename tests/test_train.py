@@ -1,5 +1,5 @@
 """
-test_train.py: the loop                                          (train.py; Transfusion §4.1, App. B; PAPER §4.3, §4.9, §4.10)
+test_train.py: the loop                                          (train.py; Transfusion §4.1, App. B; docs/PAPER.md §4.3, §4.9, §4.10)
 
 The batches first, then one step against its formula, then whole runs: interrupted and resumed to the bit, refused where
 they would damage what is there.
@@ -15,7 +15,6 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import draw_batch, make_run
 from PIL import Image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -25,6 +24,7 @@ import model
 import train
 import vae as vae_module
 from config import Config, parse_arguments
+from conftest import draw_batch, make_run
 from metrics import progress
 from scale import distributed
 from sources import mnist, scenes
@@ -80,14 +80,22 @@ def prepared(command, tmp_path):
     return build
 
 
+def flatten(value, name=""):
+    """{"model.embedding.weight": tensor} of dicts within dicts."""
+    if not isinstance(value, dict):
+        return {name: value}
+    flat = {}
+    for key in value:
+        flat |= flatten(value[key], f"{name}.{key}" if name else str(key))
+    return flat
+
+
 def states(out):
     """Everything in the last checkpoint that must be repeated: {name: tensor or number}."""
     step = distributed.list_checkpoints(out)[0][-1]
     dcp_to_torch_save(distributed.folder_of(out, step), out.parent / "state.pt")
     saved = torch.load(out.parent / "state.pt", weights_only=False)
-    flat = lambda value, name="": {name[1:]: value} if not isinstance(value, dict) else {
-        k: v for key in value for k, v in flat(value[key], f"{name}.{key}").items()}
-    return {**flat({k: saved[k] for k in ("model", "average") if k in saved}), **flat(saved["optimizer"]["state"]), "step": step,
+    return {**flatten({k: saved[k] for k in ("model", "average") if k in saved}), **flatten(saved["optimizer"]["state"]), "step": step,
             "groups": [{k: v for k, v in group.items() if k != "lr"} for group in saved["optimizer"]["param_groups"]],
             "lr": [group["lr"] for group in saved["optimizer"]["param_groups"]]}
 
@@ -100,7 +108,9 @@ def log(out):
 
 def same(one, two):
     """The names under which two dicts of tensors or numbers differ, to the bit."""
-    differ = lambda a, b: not torch.equal(a, b) if isinstance(a, torch.Tensor) else a != b
+    def differ(a, b):
+        return not torch.equal(a, b) if isinstance(a, torch.Tensor) else a != b
+
     return [k for k in one if k not in two or differ(one[k], two[k])] + [k for k in two if k not in one]
 
 
@@ -129,7 +139,7 @@ def many_batches(run, n=60):
 
 
 def test_noise_levels(prepared):
-    """PAPER §4.3 and §4.9: catches t per batch, the limit as a fixed t, t = 0 in training, and T never reached."""
+    """docs/PAPER.md §4.3 and §4.9: catches t per batch, the limit as a fixed t, t = 0 in training, and T never reached."""
     run = prepared(documents=60)
     t, t_max, *_ = many_batches(run)
     assert set(t_max.tolist()) == {500, 1000} and (t >= 1).all() and (t <= t_max).all()
@@ -141,7 +151,7 @@ def test_noise_levels(prepared):
 
 
 def test_the_limit_belongs_to_pictures_before_their_caption(prepared):
-    """PAPER §4.9: catches the limits shifted by one picture on their way through packing."""
+    """docs/PAPER.md §4.9: catches the limits shifted by one picture on their way through packing."""
     run = prepared(documents=40)
     for step in range(10):
         batch = draw_batch(run, step, 0)
@@ -155,7 +165,7 @@ def test_the_limit_belongs_to_pictures_before_their_caption(prepared):
 
 @pytest.mark.parametrize("options", [dict(), dict(shift=3.0), dict(diffusion="flow"), dict(diffusion="flow", shift=3.0)], ids=str)
 def test_the_limit_is_a_level_of_noise(prepared, options):
-    """PAPER §4.9: catches "t <= 500" left at 500 in a schedule that is noisier there than the paper's."""
+    """docs/PAPER.md §4.9: catches "t <= 500" left at 500 in a schedule that is noisier there than the paper's."""
     run, paper = prepared(**options), diffusion.Diffusion()
     limits = {int(m) for step in range(8) for m in draw_batch(run, step, 0).t_max} - {1000}
     assert len(limits) == 1
@@ -201,7 +211,7 @@ def joined(a, b):
 
 
 def test_accumulation_equals_the_joint_batch(prepared, monkeypatch):
-    """PAPER §4.10, mean of micro-batch means: the gradient of a step must not depend on how it was cut into micro-batches."""
+    """docs/PAPER.md §4.10, mean of micro-batch means: the gradient of a step must not depend on how it was cut into micro-batches."""
     run = prepared(accumulate=2, clip=1e9, drop=0.5)
     run.model.patch_encoder.out.weight.data.normal_(0, 0.1)                  # it starts at zero and would hide the trunk's part
     large = draw_batch(run, 0, 0)
@@ -250,7 +260,7 @@ def test_the_loss_is_equation_4(prepared, monkeypatch):
 
 
 def test_clipping_sees_the_whole_gradient(prepared):
-    """PAPER §4.10: catches clipping in the middle of accumulation, or a gradient left over from the step before."""
+    """docs/PAPER.md §4.10: catches clipping in the middle of accumulation, or a gradient left over from the step before."""
     run = prepared(accumulate=2, clip=0.01)
     for _ in range(2):
         kept = stop_before_step(run)
@@ -480,7 +490,7 @@ def test_the_log_tells_the_truth(prepared):
 
 
 def test_losses_fall(command, tmp_path):
-    """PAPER §4.14, "is this loss normal?": forty steps on sixty scenes must already bring both losses down."""
+    """docs/PAPER.md §4.14, "is this loss normal?": forty steps on sixty scenes must already bring both losses down."""
     train.main(command(steps=40, documents=12, lr=0.02, warmup=5, log_every=10, gap_every=40))
     rows = log(tmp_path / "run")
     assert rows[-1]["lm"] < 0.7 * rows[0]["lm"] and rows[-1]["diffusion"] < rows[0]["diffusion"] < 1.3
@@ -602,7 +612,7 @@ def test_fine_tuning_resumes_to_the_bit(pretrained, tmp_path, monkeypatch):
 
 
 def test_blinded_pictures_are_pure_noise(pretrained, tmp_path):
-    """PAPER §4.8: guidance over the picture needs a branch that never saw it: catches a blinded picture with a little of
+    """docs/PAPER.md §4.8: guidance over the picture needs a branch that never saw it: catches a blinded picture with a little of
     itself left in, or limits that reach another picture on their way through packing."""
     run = make_run(parse_arguments(tuning(pretrained, tmp_path / "run", documents=60, drop=0.3))[0], tmp_path / "run")
     batches = [draw_batch(run, step, 0) for step in range(25)]

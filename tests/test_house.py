@@ -1,0 +1,394 @@
+"""
+test_house.py: the house stays in order                                              (every file)
+
+Which file may import which, how many files a reader must open, what the README promises, and how comments speak. What is
+kept by no test is lost by the tenth change.
+"""
+import ast
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tokenize
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import train
+from config import parse_arguments
+from conftest import make_run
+from docs import voices
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("sources", "autoencoder", "scale", "metrics", "support", "docs")
+GROUND_FLOOR = ("data", "attention_mask", "diffusion", "patchify", "vae", "model")
+# What the README calls a concept file: one idea of the paper each.
+CONCEPT_FILES = (*GROUND_FLOOR, "train", "sample", "chameleon")
+
+# A file may import what stands on its own line, and below it.
+LINES = [
+    {"train", "evaluate", "experiments", "docs"},
+    {"chameleon", "metrics"},
+    {"sample", "scale", "autoencoder", "config"},
+    {"sources", "support"},
+    {"model"},
+    {"data", "attention_mask", "diffusion", "patchify", "vae"},
+    {"support.common"},
+]
+# These files know less than their line allows.
+ONLY = {
+    "attention_mask": set(),
+    "diffusion": set(),
+    "patchify": set(),
+    "vae": {"support.common"},
+    "data": {"support.common"},
+    "model": {"attention_mask", "patchify", "diffusion"},
+    "support.common": set(),
+    "support.checkpoint": {*GROUND_FLOOR, "support.common"},
+    "support.figures": {*GROUND_FLOOR, "support.common", "support.checkpoint"},
+    "support.run_folder": {"support.common"},
+    "sample": {*GROUND_FLOOR, "support.common", "support.checkpoint", "support.figures"},
+}
+# The ground floor knows no command line, no file format, no group of processes.
+NOT_ON_THE_GROUND_FLOOR = {"argparse", "json", "pickle", "csv", "PIL", "torch.distributed"}
+
+
+# ------------------------------------------------------------------------------------------------------ reading the files
+def module_name(path):
+    """scale.plan of ROOT/scale/plan.py."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def our_files():
+    """{module name: path} of every .py file outside the tests, without the rooms' __init__.py."""
+    paths = [*ROOT.glob("*.py")]
+    for room in ROOMS:
+        paths += (ROOT / room).rglob("*.py")
+    return {module_name(path): path for path in sorted(paths) if path.stem != "__init__"}
+
+
+FILES = our_files()
+
+
+def imported_names(path):
+    """Every (dotted name, name in it or "") that a file imports, inside functions too."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [(node.module, alias.name) for alias in node.names]
+    return names
+
+
+def imports(path):
+    """The set of our modules that a file imports."""
+    found = set()
+    for module, name in imported_names(path):
+        found |= {module, f"{module}.{name}"} & set(FILES)
+    return found
+
+
+ARROWS = {name: imports(path) for name, path in FILES.items()}
+
+
+def line_of(name):
+    """On which of LINES a module stands: by its own name, or by its room's."""
+    for number, line in enumerate(LINES):
+        if name in line:
+            return number
+    return next(number for number, line in enumerate(LINES) if name.split(".")[0] in line)
+
+
+def circle(arrows):
+    """A circle in {name: names}, as a list of names, or []."""
+    finished = set()
+
+    def walk(name, way):
+        if name in way:
+            return [*way[way.index(name):], name]
+        if name not in finished:
+            for other in sorted(arrows[name]):
+                if found := walk(other, [*way, name]):
+                    return found
+            finished.add(name)
+        return []
+
+    for name in arrows:
+        if found := walk(name, []):
+            return found
+    return []
+
+
+# ----------------------------------------------------------------------------------------------------------- the arrows
+def test_no_circle_of_imports():
+    """Catches two files that cannot be read, or used, one without the other."""
+    assert len(FILES) > 30
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]          # the test sees one
+    assert circle(ARROWS) == []
+
+
+def test_no_circle_of_rooms():
+    """Catches rooms that need each other. support.common is a room of its own: it stands below everything."""
+    rooms = {}
+    for name, others in ARROWS.items():
+        room = name if name == "support.common" else name.split(".")[0]
+        others = {other if other == "support.common" else other.split(".")[0] for other in others}
+        rooms.setdefault(room, set()).update(others - {room})
+    assert circle(rooms) == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_arrows_point_down(name):
+    """Catches a file that imports what stands above it."""
+    above = sorted(other for other in ARROWS[name] if line_of(other) < line_of(name))
+    assert above == []
+    if name in ONLY:
+        assert sorted(ARROWS[name] - ONLY[name]) == []
+
+
+@pytest.mark.parametrize("name", GROUND_FLOOR)
+def test_the_ground_floor_knows_ideas_only(name):
+    """Catches a command line, a file format or a group of processes in a file that explains an idea."""
+    modules = {module for module, _ in imported_names(FILES[name])}
+    modules |= {f"{module}.{inner}" for module, inner in imported_names(FILES[name])}
+    assert modules & NOT_ON_THE_GROUND_FLOOR == set()
+
+
+@pytest.mark.parametrize("name", CONCEPT_FILES)
+def test_no_concept_file_is_imported_for_its_error(name):
+    """Catches `from data import UserError`, which makes one idea depend on another for nothing."""
+    errors = [(module, inner) for module, inner in imported_names(FILES[name])
+              if module in CONCEPT_FILES and inner.endswith("Error")]
+    assert errors == []
+
+
+def test_twelve_doors():
+    """Catches a newcomer who stands before more files than he can choose from."""
+    assert len(list(ROOT.glob("*.py"))) <= 12
+
+
+def test_sample_loads_little():
+    """Catches a `python sample.py` that loads data sets, shards or the training of a VAE for a list of words."""
+    code = "import json, sys, sample; print(json.dumps([getattr(m, '__file__', None) for m in list(sys.modules.values())]))"
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    paths = [Path(path) for path in json.loads(answer.stdout) if path]
+    loaded = {name for name, path in FILES.items() if path in paths}
+    assert "sample" in loaded
+    assert not [name for name in loaded if name.split(".")[0] in ("sources", "scale", "metrics", "autoencoder")]
+    assert len(loaded - {"sample"}) <= 9, sorted(loaded)
+
+
+def test_a_step_passes_through_seven_files(tmp_path):
+    """Catches a plain training step that its reader must follow through half of the house."""
+    config, *_ = parse_arguments(["--pairs", "20", "--documents", "4", "--out", str(tmp_path)])
+    run = make_run(config, tmp_path)
+    touched = set()
+
+    def watch(frame, event, _):
+        if event == "call":
+            touched.add(frame.f_code.co_filename)
+
+    sys.setprofile(watch)
+    try:
+        train.train_step(run)
+    finally:
+        sys.setprofile(None)
+    files = sorted(name for name, path in FILES.items() if str(path) in touched)
+    assert "train" in files and "model" in files
+    assert len(files) <= 7, files
+
+
+# ------------------------------------------------------------------------------------------------------- what is promised
+def resolve(name):
+    """What a dotted name such as `scale.plan.describe` or `data.Batch.tokens` stands for. Raises LookupError if there is
+    no such thing. A dataclass's field without a default counts."""
+    parts = name.split(".")
+    cut = max((k for k in range(len(parts) + 1) if ".".join(parts[:k]) in FILES), default=0)
+    if cut == 0:
+        raise LookupError(name)
+    thing = importlib.import_module(".".join(parts[:cut]))
+    for part in parts[cut:]:
+        if part in getattr(thing, "__annotations__", {}):
+            return None
+        if not hasattr(thing, part):
+            raise LookupError(name)
+        thing = getattr(thing, part)
+    return thing
+
+
+def dotted_names(text):
+    """Every `file.function` in back quotes whose first part is a file or a room of ours."""
+    names = re.findall(r"`([a-z_]+(?:\.\w+)+)(?:\([^`]*\))?`", text)
+    ours = {name.split(".")[0] for name in FILES}
+    endings = {"py", "md", "pt", "png", "gif", "jsonl", "json", "model", "ipynb", "txt"}
+    return [name for name in names if name.split(".")[0] in ours and name.split(".")[-1] not in endings]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/PAPER.md", "docs/RESULTS.md", "docs/SCALE.md", "docs/TEACHING.md"])
+def test_every_name_on_a_page_exists(page):
+    """Catches a map that leads to a function of last month's name."""
+    if not (ROOT / page).exists():
+        pytest.skip(f"there is no {page}")
+    names = dotted_names((ROOT / page).read_text())
+    if page == "README.md" and not names:
+        pytest.skip("README has no map yet")
+    missing = []
+    for name in names:
+        try:
+            resolve(name)
+        except LookupError:
+            missing.append(name)
+    assert missing == []
+    assert page != "README.md" or len(names) >= 20
+
+
+def test_the_map_names_tests_that_exist():
+    """The rows of README's map: | in the paper | `file.function` | notebook | test |."""
+    rows = re.findall(r"^\|[^|]*\| `[\w.]+` \|([^|]*)\| (\w+) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert len(rows) >= 15
+    for notebook, test in rows:
+        assert (ROOT / f"tests/{test}.py").exists(), test
+        assert not notebook.strip() or list((ROOT / "notebooks").glob(f"{notebook.strip()}_*.ipynb"))
+
+
+def test_the_readme_can_be_read():
+    """Catches a front door that grew into a corridor."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 175
+    assert [number for number, line in enumerate(lines, 1) if len(line) > 110] == []
+
+
+# ------------------------------------------------------------------------------------------------------- how files speak
+VOICES = ("# Paper: ", "# Our choice: ", "# Differs from the paper: ", "# TRAP: ")
+
+
+def comments(path):
+    """[(line number, comment)] of a Python file."""
+    with tokenize.open(path) as file:
+        tokens = list(tokenize.generate_tokens(file.readline))
+    return [(token.start[0], token.string) for token in tokens if token.type == tokenize.COMMENT]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_comments_speak_in_four_voices(name):
+    """README says that they can be found with grep. Catches `# Paper §4.1: ...`, which grep does not find."""
+    strange = [(number, text) for number, text in comments(FILES[name])
+               if re.match(r"#\W*(paper|our choice|differs|trap)\b(?!')", text, re.I) and not text.startswith(VOICES)]
+    assert strange == []
+
+
+def test_every_voice_is_heard():
+    """Catches a voice that the README names and no concept file uses."""
+    texts = [text for name in CONCEPT_FILES for _, text in comments(FILES[name])]
+    for voice in VOICES:
+        assert [text for text in texts if text.startswith(voice)], voice
+
+
+def test_the_page_of_voices_is_up_to_date():
+    """docs/VOICES.md is collected from the comments. Catches a comment that was changed since."""
+    assert voices.PAGE.read_text(encoding="utf-8").strip() == voices.collect().strip(), "run: python -m docs.voices"
+
+
+def without_docstring(tree, where=""):
+    """Names of the public functions, classes and methods of a syntax tree that have no docstring. `forward` needs none: its
+    class says what it does."""
+    names = []
+    for node in ast.iter_child_nodes(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith("_"):
+            continue
+        if not ast.get_docstring(node) and not (where and node.name == "forward"):
+            names.append(where + node.name)
+        if isinstance(node, ast.ClassDef):              # a function inside a function is its own business
+            names += without_docstring(node, f"{node.name}.")
+    return names
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_everything_public_has_a_docstring(name):
+    """Catches a file, function, class or method that does not say what it is."""
+    tree = ast.parse(FILES[name].read_text())
+    assert ast.get_docstring(tree)
+    assert without_docstring(tree) == []
+
+
+# Files and names of the house before this one, and of places that are not in the repository.
+OLD_NAMES = re.compile("|".join([
+    r"\bDESIGN\b", r"\.\./shared", r"(?<![\"'])/work/", r"\bdata\.py pack", r"\b[Kk]it\b", r"\bpresets\.Config\b",
+    r"\btrain\.(?:Config|prepare|draw_batch|load_source)\b"]))
+ELSEWHERE = {"evaluation/evaluate_images.py", "table_9.md"}             # GenEval's own script; what experiments.py writes
+FILE_NAME = re.compile(r"(?<![\w/.*<-])((?:\.\./|[\w-]+/)*[\w-]+\.(?:py|md|ipynb))\b")
+
+
+def texts():
+    """{path: text} of everything that people read: code, tests, pages, and the cells of the notebooks."""
+    paths = [*FILES.values(), *(ROOT / "tests").glob("*.py"), ROOT / "README.md", *(ROOT / "docs").glob("*.md"),
+             ROOT / "requirements.txt", ROOT / "pyproject.toml", ROOT / ".ci/run"]
+    everything = {path: path.read_text() for path in paths if path != Path(__file__)}
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        everything[path] = "\n".join("".join(cell["source"]) for cell in cells)
+    return everything
+
+
+TEXTS = texts()
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_that_is_named_exists(path):
+    """Catches "READ NEXT kit.py" after kit.py has gone. A file is named from the root, or from beside the file that names it."""
+    missing = []
+    for number, line in enumerate(TEXTS[path].splitlines(), 1):
+        for name in FILE_NAME.findall(line):
+            if name not in ELSEWHERE and not (ROOT / name).exists() and not (path.parent / name).exists():
+                missing.append((number, name))
+        for old in OLD_NAMES.findall(line):
+            missing.append((number, old))
+    assert missing == []
+
+
+# ------------------------------------------------------------------------------------- commands from another working folder
+def has_main(path):
+    """Whether a file does something when it is run."""
+    return '\nif __name__ == "__main__":' in path.read_text()
+
+
+PROGRAMS = [name for name, path in FILES.items() if has_main(path) and not name.startswith("docs.")]
+COMMANDS = {"train", "sample", "evaluate", "experiments", "scale.pack", "metrics.likelihood", "metrics.coco", "autoencoder.train"}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """{program: (its CompletedProcess, names of the files that it wrote)}. Each was run in an empty folder: commands with
+    --help, demos as they are."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def run(name):
+        place = folder / name
+        place.mkdir()
+        start = ["-m", name] if "." in name else [str(FILES[name])]
+        options = ["--help"] if name in COMMANDS else []
+        done = subprocess.run([sys.executable, *start, *options], cwd=place, env=environment, capture_output=True, text=True,
+                              timeout=300)
+        return done, [path.name for path in place.iterdir()]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(PROGRAMS, pool.map(run, PROGRAMS)))
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_runs_from_anywhere(name, answers):
+    """Catches a program that finds its files only in its own folder, a demo that breaks, and one that leaves files behind."""
+    done, written = answers[name]
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout) > 100 and written == []
+    assert name not in COMMANDS or "usage:" in done.stdout
+
+
+def test_every_command_is_a_program():
+    """Catches a command of the README that has no command line any more."""
+    assert COMMANDS <= set(PROGRAMS)
