@@ -1,4 +1,4 @@
-"""test_attention_mask.py: who may look at whom, on random rows. Each test names the bug it is for (PAPER.md §4)."""
+"""test_attention_mask.py: who may look at whom, on random rows. Each test names the bug it is for (docs/PAPER.md §4)."""
 import random
 
 import pytest

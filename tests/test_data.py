@@ -1,7 +1,8 @@
 """
-test_data.py: from documents to batches                                   (data.py; Transfusion §3, §4.1, App. B.2; PAPER §4.8-9)
+test_data.py: from documents to batches                     (data.py; Transfusion §3, §4.1, App. B.2)
 
 First the stream of documents, counted over many draws; then one document laid out by hand; then packing.
+Bugs: docs/PAPER.md §4, here "PAPER §4".
 """
 import itertools
 from collections import Counter

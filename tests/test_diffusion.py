@@ -1,4 +1,4 @@
-"""test_diffusion.py: the schedule, the samplers, and `diffusers` as a second opinion. Bugs: PAPER.md §4.3, §4.6."""
+"""test_diffusion.py: the schedule, the samplers, and `diffusers` as a second opinion. Bugs: docs/PAPER.md §4.3, §4.6."""
 import itertools
 import math
 

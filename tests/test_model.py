@@ -1,5 +1,5 @@
 """test_model.py: the whole network: who is heard by whom, both losses by hand, and Llama as a second opinion.
-Bugs: PAPER.md §4.1, §4.3, §4.4, §4.5, §4.10."""
+Bugs: docs/PAPER.md §4.1, §4.3, §4.4, §4.5, §4.10."""
 import math
 
 import pytest
@@ -23,6 +23,8 @@ from model import (
     paper_model,
     rope_tables,
     sized,
+    transfusion_loss,
+    z_loss,
 )
 
 WORDS = data.Words("a and blue circle red square the".split())
@@ -35,8 +37,10 @@ TEXT = ["a red circle and a blue square"]
 def make_batch(documents, T=48):
     """The packed Batch of documents, with latents, t and eps. A picture has the same three in every batch it is in."""
     batch = data.pack([data.lay_out(document, WORDS, patches=4) for document in documents], T)
-    picture = lambda index: torch.Generator().manual_seed(int(index))
-    normal = lambda index, offset: torch.randn(4, 4, 4, generator=picture(index + offset))
+
+    def normal(index, offset):
+        return torch.randn(4, 4, 4, generator=torch.Generator().manual_seed(int(index + offset)))
+
     batch.latents = torch.stack([normal(k, 100) for k in batch.images]) if len(batch.images) else torch.zeros(0, 4, 4, 4)
     batch.eps = torch.stack([normal(k, 200) for k in batch.images]) if len(batch.images) else torch.zeros(0, 4, 4, 4)
     batch.t = torch.tensor([(50, 400, 700, 990)[k] for k in batch.images], dtype=torch.long)
@@ -199,8 +203,8 @@ def test_losses_by_hand(model, kind):
     assert per_picture.shape == (4,)
     for m in range(4):
         eps, x0 = batch.eps[m].flatten().tolist(), batch.latents[m].flatten().tolist()
-        wanted = eps if kind == "ddpm" else [e - x for e, x in zip(eps, x0)]
-        error = [(w - o) ** 2 for w, o in zip(wanted, out[m].flatten().tolist())]
+        wanted = eps if kind == "ddpm" else [e - x for e, x in zip(eps, x0, strict=True)]
+        error = [(w - o) ** 2 for w, o in zip(wanted, out[m].flatten().tolist(), strict=True)]
         assert per_picture[m].item() == pytest.approx(sum(error) / len(error), rel=1e-4)
 
 
@@ -225,6 +229,36 @@ def test_micro_batches_add_up(model):
     assert sum(part[1] for part in parts) == words
     assert sum(part[0] for part in parts).item() == pytest.approx(lm.item(), rel=1e-5)
     assert torch.allclose(torch.cat([part[2] for part in parts]).sort().values, per_picture.sort().values, atol=1e-4)
+
+
+def test_transfusion_loss_by_hand():
+    """eq. 4 with lambda on the other loss, a loss divided by the other's count, or a step of text alone that divides by 0."""
+    lm_sum, ddpm_sum = torch.tensor(30.0), torch.tensor(8.0)
+    assert transfusion_loss(lm_sum, 10, ddpm_sum, 4).item() == pytest.approx(30 / 10 + 5 * 8 / 4)
+    assert transfusion_loss(lm_sum, 10, ddpm_sum, 4, lam=2.0).item() == pytest.approx(30 / 10 + 2 * 8 / 4)
+    assert transfusion_loss(lm_sum, 10, torch.tensor(0.0), 0).item() == pytest.approx(3)
+
+
+def test_transfusion_loss_adds_up_over_micro_batches(model):
+    """A mean of micro-batch means (§4.10): gradients of two micro-batches, divided by the step's counts, are those of one."""
+    d, gradients = Diffusion(), []
+    step = [LONG, SHORT, DROPPED, TEXT]
+    for micro_batches in ([(step, 80)], [([LONG], 30), ([SHORT], 10), ([DROPPED, TEXT], 22)]):
+        model.zero_grad()
+        parts = [losses(model, make_batch(documents, T), d) for documents, T in micro_batches]
+        n_text, M = sum(part[1] for part in parts), sum(len(part[2]) for part in parts)
+        for lm_sum, _, per_picture in parts:
+            transfusion_loss(lm_sum, n_text, per_picture.sum(), M).backward()
+        gradients.append([weight.grad.clone() for weight in model.parameters()])
+    for whole, summed in zip(*gradients, strict=True):
+        assert torch.allclose(whole, summed, rtol=1e-3, atol=1e-4 * whole.abs().max().item())
+
+
+def test_denominator_loss_by_hand():
+    """Z without its logarithm, a mean in place of the sum, or bfloat16 (8 bits of a number near 10, squared)."""
+    logits = (3 * torch.randn(5, 16)).bfloat16()
+    by_hand = sum(math.log(sum(math.exp(x) for x in row)) ** 2 for row in logits.tolist())
+    assert z_loss(logits).item() == pytest.approx(1e-5 * by_hand, rel=1e-5)
 
 
 @pytest.mark.parametrize("encoder", ["linear", "unet"])
@@ -342,7 +376,7 @@ def test_text_model_is_llama(make_model):
     """The final norm missing, embeddings tied, layers in another order: words alone must come out as Llama's do."""
     model = make_model(vocabulary=len(WORDS))
     theirs = llama(V=len(WORDS), L=2, hidden=model.blocks[0].down.in_features)
-    for layer, block in zip(theirs.model.layers, model.blocks):
+    for layer, block in zip(theirs.model.layers, model.blocks, strict=True):
         copy_layer(layer, block)
     for ours, weight in ((model.embedding, theirs.model.embed_tokens), (model.norm, theirs.model.norm), (model.head, theirs.lm_head)):
         ours.load_state_dict(weight.state_dict())
@@ -427,7 +461,7 @@ def test_flex_trains_like_dense(make_model):
     for training in (True, False):
         logits, out = model.train(training)(*inputs)
         found.append([logits, out, *torch.autograd.grad(logits.square().mean() + out.square().mean(), list(model.parameters()))])
-    for flex, dense in zip(*found):
+    for flex, dense in zip(*found, strict=True):
         assert torch.allclose(flex, dense, atol=1e-3, rtol=1e-2)
     with pytest.raises(ValueError, match="multiple of 128"):
         model.train()(*[x[:, :192] if x.ndim == 2 else x for x in inputs])
@@ -435,7 +469,7 @@ def test_flex_trains_like_dense(make_model):
 
 @pytest.mark.parametrize("size", ["toy", "small"])
 def test_first_weights_speak_equally_loudly(size):
-    """Words that enter the row faintly beside patches: nothing fails, but the caption is heard late (README "What it took").
+    """Words that enter the row faintly beside patches: nothing fails, but the caption is heard late (docs/RESULTS.md "What it took").
     And branches that add up to a row that grows with depth."""
     torch.manual_seed(0)
     net = Transfusion(sized(size, vocabulary=500, patch_position=True))

@@ -1,4 +1,4 @@
-"""test_patchify.py: pictures to vectors and back, with both encoders. Bugs: PAPER.md §4.3, §4.4."""
+"""test_patchify.py: pictures to vectors and back, with both encoders. Bugs: docs/PAPER.md §4.3, §4.4."""
 import pytest
 import torch
 
