@@ -1,37 +1,46 @@
 """
-choose.py: a source by its name                                                     (Transfusion §4.1 "Data")
+choose.py: a source by its name                                            (Transfusion §4.1 "Data")
 
-THE IDEA    train.py, evaluate.py and the VAE's training know a data set by its name. To add one of your own, write a function
-            that returns Pairs (pairs.py) and name it here.
+THE IDEA    train.py, evaluate.py and the VAE's training know a data set by its name. To add one of
+            your own, write a function that returns Pairs (pairs.py) and name it in SOURCES.
+A PICTURE   def load_bars(size=32, split="train", **unused):
+                ...
+                return Pairs("bars", captions, pixels)
+            SOURCES = {..., "bars": load_bars}        python train.py --data bars --preset folder
+THE RULE    A source is called with all of these by name, and takes those that it needs:
+              folder      where its files lie, or None      split   "train" or "test"
+              size        pixels per side                   n       how many, if it draws them
+              categories  kinds of caption (scenes)         seed    of its random numbers
+              progress    whether to show bars
 READ NEXT   pairs.py        TEST  tests/test_sources.py
 """
-from pathlib import Path
-
-from sources import edits, scenes
+from sources.edits import load_edits
 from sources.folder import load_folder
 from sources.mnist import load_mnist
-from sources.scenes import load_scenes
+from sources.scenes import WORLDS, load_split
 from support.common import UserError
 
+SOURCES = {
+    "scenes": load_split,
+    "mnist": load_mnist,
+    "folder": load_folder,
+    "edits": load_edits,
+}
 
-def load_pairs(name, folder=None, size=32, split="train", n=20000, seed=0, categories=scenes.WORLDS["six"], progress=True):
-    """Pairs by the name of their source: "scenes" (n of them, drawn from the seed), "mnist" or "folder".
-    Raises UserError if the files are missing or broken."""
-    if name == "scenes":
-        stream = ("train", "test").index(split)             # splits differ by their stream of random numbers
-        return load_scenes(n, [seed, stream], categories, size, progress=progress)
-    if name == "mnist":
-        return load_mnist(folder and Path(folder), split)
-    if folder is None:
-        raise UserError("--data folder needs --data-dir: the folder with captions.jsonl")
-    return load_folder(folder, size, split)
+
+def load_pairs(name, folder=None, size=32, split="train", n=20000, seed=0,
+               categories=WORLDS["six"], progress=True):
+    """Pairs, or Edits, by the name of their source: see THE RULE. Raises UserError for a name that
+    is not in SOURCES, and if files are missing or broken."""
+    if name not in SOURCES:
+        raise UserError(f"there is no data set {name!r}: choose from {', '.join(SOURCES)}, or add "
+                        f"yours to SOURCES in sources/choose.py")
+    return SOURCES[name](folder=folder, size=size, split=split, n=n, seed=seed,
+                         categories=categories, progress=progress)
 
 
 def load_source(config, split="train", n=None, progress=True):
     """The Pairs, or Edits, that a config.Config names. n: how many, in place of config.pairs."""
-    n = n or config.pairs
-    folder = config.data_dir or None
-    if config.data == "edits":
-        return edits.load_edits(folder, config.image_size, split, n, config.seed)
-    return load_pairs(config.data, folder, config.image_size, split, n, config.seed,
-                      scenes.WORLDS[config.world], progress=progress and split == "train")
+    return load_pairs(config.data, config.data_dir or None, config.image_size, split,
+                      n or config.pairs, config.seed, WORLDS[config.world],
+                      progress=progress and split == "train")

@@ -17,6 +17,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from support.common import UserError
+
+SPLITS = ("train", "test")
+
 
 @dataclass
 class Pairs:
@@ -52,3 +56,27 @@ def words_of(texts):
     for text in texts:
         words.update(text.split())
     return words
+
+
+# ------------------------------------------------------------------------ what all sources agree on
+def clean_caption(text, where):
+    """A caption as it is learned: lower case, one space between words. Raises UserError for an
+    empty one. where: its file and line, for the sentence."""
+    caption = " ".join(text.lower().split())
+    if not caption:
+        # It would teach to draw without words, which only a dropped caption may do.
+        raise UserError(f"{where}: the caption is empty")
+    return caption
+
+
+def in_split(k, split):
+    """Whether item k of a folder belongs to a split: every tenth is for the test."""
+    return (k % 10 == 9) == (split == "test")
+
+
+def print_skipped(folder, problems, n, what):
+    """Name the first of the items that were skipped, out of n. problems: a sentence for each."""
+    if problems:
+        first = "; ".join(problems[:5])
+        more = " ..." if len(problems) > 5 else ""
+        print(f"{folder}: skipped {len(problems)} of {n} {what}: {first}{more}")

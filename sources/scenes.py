@@ -40,7 +40,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from sources.pairs import Pairs, words_of
+from sources.pairs import SPLITS, Pairs, words_of
 
 SHAPES = ("circle", "square", "triangle", "cross")
 PLURALS = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross"}
@@ -276,6 +276,13 @@ def load_scenes(n, seed, categories=WORLDS["six"], size=32, held_out=False, prog
         texts.append(text)
         pixels[k] = render(things, size)
     return Pairs("scenes", texts, pixels, texts=deductions(), words=vocabulary())
+
+
+def load_split(split="train", n=20000, seed=0, categories=WORLDS["six"], size=32, progress=True,
+               **unused):
+    """Pairs of n scenes of a split, "train" or "test"."""
+    # A stream of random numbers for each split: they share no picture.
+    return load_scenes(n, [seed, SPLITS.index(split)], categories, size, progress=progress)
 
 
 # ----------------------------------------------------------------------------------------- renderer

@@ -1,55 +1,67 @@
 """
-common.py: what every room needs: the user's mistakes, the device, reading pictures and lines
+common.py: what every room needs
+
+THE IDEA    A user's mistake becomes one sentence, before any work is done. Here are the error that
+            carries the sentence, Ctrl-C that waits for the end of a step, the choice of a device,
+            and the readers of files that come from elsewhere: pictures, and JSON lines.
+READ NEXT   checkpoint.py        TEST  tests/test_sources.py, tests/test_errors.py
 """
 import contextlib
+import json
 import os
 import signal
+import stat
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-
-ASSETS = Path(__file__).resolve().parents[1] / "assets"               # what the repository ships
+ASSETS = Path(__file__).resolve().parents[1] / "assets"                 # what the repository ships
+MOST_PIXELS = 64_000_000                                # of a picture file: 192 MB when decoded
 
 
 class UserError(ValueError):
-    """A mistake of the user's, with one sentence that says what to do. `run_command` prints it and exits with 2."""
+    """A mistake of the user's, with one sentence that says what to do. `run_command` prints it and
+    exits with 2."""
+
+
+# -------------------------------------------------------------------------------- running a command
+def run_command(main, argv=None):
+    """Run a command line's main(argv). A user's mistake (ValueError, OSError) becomes one sentence
+    on stderr and exit status 2. Anything else is a bug of ours and keeps its traceback."""
+    try:
+        main(argv)
+    except (ValueError, OSError) as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
 
 
 @contextlib.contextmanager
 def finish_step_first(alone=True):
-    """A list that is empty until Ctrl-C is pressed, so that a step is finished first. TRAP: an exception here could fall
-    between weights, average and count. alone: a second Ctrl-C stops at once. Not so under torchrun, which passes one
-    Ctrl-C on twice, and kills what goes on for 30 s."""
+    """A list that is empty until Ctrl-C is pressed, so that a step is finished first.
+    alone: a second Ctrl-C stops at once."""
+    # TRAP: left alone, Ctrl-C raises an exception anywhere. It could fall between the weights,
+    # their average and the step's count, and a resumed run would be another run.
     pressed = []
 
     def on_ctrl_c(*_):
         pressed.append(True)
+        # Not so under torchrun: it passes one Ctrl-C on twice, and kills what goes on for 30 s.
         if alone:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    if threading.current_thread() is not threading.main_thread():       # only there may Python catch a signal
-        yield pressed
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed                                   # only the main thread may catch a signal
         return
     before = signal.signal(signal.SIGINT, on_ctrl_c)
     try:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def run_command(main, argv=None):
-    """Run a command line's main(argv). A user's mistake (ValueError, OSError) becomes one sentence on stderr and exit
-    status 2; anything else is a bug of ours and keeps its traceback."""
-    try:
-        main(argv)
-    except (ValueError, OSError) as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(2)
 
 
 def check_writable(path):
@@ -67,44 +79,120 @@ def check_writable(path):
 
 
 def pick_device():
-    """The torch.device on which one process trains a VAE, samples and measures: CUDA, else Apple's GPU, else the CPU."""
+    """The torch.device on which one process trains a VAE, samples and measures: CUDA, otherwise
+    Apple's GPU, otherwise the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    if torch.backends.mps.is_available():                   # not run here: float32, as on the CPU
+    if torch.backends.mps.is_available():               # not run here; float32, as on the CPU
         return torch.device("mps")
     return torch.device("cpu")
 
 
-def crop_and_resize(image, size):
-    """(size, size, 3) uint8 of any PIL image: centre-cropped to a square, resized, as in Transfusion §4.1.
-    Transparency is laid on black; an EXIF rotation is applied."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                      # 16 bits of grey: Pillow's own conversion would clip it to white
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("RGB")
-    return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))       # a copy: torch warns of read-only ones
-
-
+# ----------------------------------------------------------------------------------------- pictures
 def open_picture(path, size, say=False):
-    """(size, size, 3) uint8 of an image file; `say` tells when that is not what the file holds. Raises UserError, naming
-    the file, if it cannot be read as a picture."""
+    """(size, size, 3) uint8 of an image file, or of an open binary file.
+
+    say     print a line if the file holds something else than that
+    Raises UserError, naming the file, if it cannot be read as a picture."""
     try:
-        with Image.open(path) as image:
-            if say and (image.size, image.mode, image.getexif().get(0x0112, 1)) != ((size, size), "RGB", 1):
-                print(f"{path}: {image.size[0]}x{image.size[1]} {image.mode}, converted to {size}x{size} RGB")
+        check_picture_file(path)
+        with open_header(path) as image:
+            check_pixels(path, image)
+            turned = image.getexif().get(0x0112, 1) != 1                # 0x0112: EXIF's orientation
+            as_it_is = (image.size, image.mode) == ((size, size), "RGB") and not turned
+            if say and not as_it_is:
+                print(f"{path}: {image.size[0]}x{image.size[1]} {image.mode}, converted to "
+                      f"{size}x{size} RGB")
             return crop_and_resize(image, size)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as problem:
-        raise UserError(f"{path} cannot be read as a picture ({problem}): is it truncated or of another type?") from None
+    except Exception as problem:
+        # Pillow's decoders have no common error. A damaged file ends in whatever they stumble over:
+        # OSError, SyntaxError, struct.error (EXIF), RuntimeError (AVIF), NotImplementedError (DDS).
+        reason = str(problem) or type(problem).__name__
+        raise UserError(f"{path} cannot be read as a picture ({reason}): is it truncated or of "
+                        f"another type?") from None
 
 
+def check_picture_file(path):
+    """Raise UserError if a path leads to a folder, a pipe or a device. A pipe would wait forever,
+    and /dev/zero never ends."""
+    if not isinstance(path, (str, os.PathLike)):        # an open file
+        return
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise UserError(f"{path} cannot be read as a picture: it is a folder, a pipe or a device, "
+                        f"not a file")
+
+
+def open_header(path):
+    """PIL's Image of a file, of which nothing but the header has been read."""
+    with warnings.catch_warnings():
+        # Pillow warns of large pictures; `check_pixels` refuses them.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path)
+
+
+def check_pixels(path, image):
+    """Raise UserError if the header promises too many pixels."""
+    width, height = image.size
+    if width * height > MOST_PIXELS:                    # a file of 21 kB can decode to 2 GB
+        raise UserError(f"{path} cannot be read as a picture: its header promises {width}x{height} "
+                        f"pixels, more than {MOST_PIXELS // 1_000_000} million; make it smaller")
+
+
+def crop_and_resize(image, size):
+    """(size, size, 3) uint8 of any PIL image: centre-cropped to a square and resized."""
+    image = ImageOps.exif_transpose(image)              # telephones store pictures on their side
+    if image.mode.startswith("I"):
+        # 16 bits of grey. Pillow's own conversion would clip nearly all of it to white.
+        levels = np.asarray(image).clip(0, 65535) // 257
+        image = Image.fromarray(levels.astype(np.uint8))
+    # Transparency is laid on black: the colour below a transparent pixel is arbitrary.
+    image = image.convert("RGBA")
+    black = Image.new("RGBA", image.size, "black")
+    image = Image.alpha_composite(black, image).convert("RGB")
+    # Paper: §4.1. Pictures are cropped at the centre, then resized.
+    square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+    return np.array(square)                             # a copy: torch warns of read-only arrays
+
+
+# --------------------------------------------------------------------------------------- JSON lines
 def read_lines(path, wanted):
-    """[(line number, line)] of a JSON-lines file, empty ones left out. Raises UserError, saying what is wanted in it."""
+    """[(line number, line)] of a JSON-lines file, without empty lines. wanted: what a line must
+    hold, for the sentence. Raises UserError if the file is missing or is not text."""
     try:
-        return [line for line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line[1].strip()]
+        text = Path(path).read_bytes().decode("utf-8-sig")              # -sig: with a BOM, too
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: it must hold one {wanted} per line") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text in UTF-8: save it as UTF-8") from None
+    # Not splitlines: it would also cut at U+2028 and U+0085, which JSON allows inside a string.
+    lines = enumerate(text.split("\n"), 1)
+    return [(number, line) for number, line in lines if line.strip()]
+
+
+def load_json(text):
+    """What a JSON text says. Raises ValueError if it is not JSON."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_records(path, keys):
+    """[(line number, [the string under each key])] of a JSON-lines file of your own.
+    Raises UserError that names the first line that is something else."""
+    wanted = "{" + ", ".join(f'"{key}": ...' for key in keys) + "}"
+    records = []
+    for number, line in read_lines(path, wanted):
+        try:
+            entry = load_json(line)
+            values = [entry[key] for key in keys]
+        except (ValueError, KeyError, TypeError):
+            values = [None]
+        if not all(isinstance(value, str) for value in values):
+            raise UserError(f"{path} line {number} is not {wanted}: {line[:60]!r}")
+        records.append((number, values))
+    return records

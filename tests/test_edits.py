@@ -245,11 +245,11 @@ def test_documents_of_edits():
     with it (PAPER §4.9), a blinded picture that is not pure noise, words dropped where the picture is asked for, and shares
     that are not those stated: guidance over a branch that was never trained is noise (PAPER §4.8)."""
     known = {(a, text): b for a, text, b in SOURCE.triples()}
-    for options in (dict(), dict(drop=0.4, asked=0.5, t_limit=300)):
+    for options in (dict(), dict(drop=0.4, questions=0.5, t_limit=300)):
         stream, documents = drawn(**options)
         asked = [d for d in documents if isinstance(d[-1], str)]
         told = [d for d in documents if not isinstance(d[-1], str)]
-        assert close(len(asked), len(documents), stream.asked)
+        assert close(len(asked), len(documents), stream.questions)
         for d in asked:
             (_, a, *limits), (_, b, *other), text = d
             assert text.startswith("what changed ? ") and known[a, text.removeprefix("what changed ? ")] == b
@@ -261,7 +261,7 @@ def test_documents_of_edits():
         blind, mute = ([d[0][2] == stream.T for d in told], [not isinstance(d[1], str) for d in told])
         assert close(sum(blind), len(told), stream.drop) and close(sum(mute), len(told), stream.drop)
         assert close(sum(a and b for a, b in zip(blind, mute)), len(told), stream.drop ** 2)      # one by one, and both
-    _, without = drawn(3000, drop=0.0, asked=0.0)
+    _, without = drawn(3000, drop=0.0, questions=0.0)
     assert all(d[0][2:] == (100,) and all(isinstance(text, str) for text in d[1::2]) for d in without)
 
 
@@ -277,11 +277,11 @@ def test_what_is_learned_of_an_edit():
     assert spell([before, ("image", 1, 500), "what changed ? remove the circle"]) == "<boi> <boi> what changed ? remove the circle <eos>"
 
 
-@pytest.mark.parametrize("n, single, asked", [(60, 0.5, 0.2), (60, 1.0, 0.5), (30, 0.0, 0.2), (60, 1.0, 0.0)])
-def test_longest_is_the_true_maximum(n, single, asked):
+@pytest.mark.parametrize("n, single, questions", [(60, 0.5, 0.2), (60, 1.0, 0.5), (30, 0.0, 0.2), (60, 1.0, 0.0)])
+def test_longest_is_the_true_maximum(n, single, questions):
     """Catches a document that does not fit, found out in the middle of a run: a question is longer than a single edit."""
     source, rng = edits.scene_edits(n, seed=8, single=single, size=20, progress=False), np.random.default_rng(0)
-    stream = EditDocuments(source, patches=4, asked=asked)
+    stream = EditDocuments(source, patches=4, questions=questions)
     longest = max(len(data.lay_out(stream.draw(rng), WORDS, 4).tokens) for _ in range(3000))
     assert longest == stream.longest()
 
@@ -289,7 +289,7 @@ def test_longest_is_the_true_maximum(n, single, asked):
 def test_every_document_is_made_of_known_words():
     """Catches a vocabulary without the question's own words: training on edits alone would stop at its first question."""
     words, rng = data.Words(SOURCE.vocabulary()), np.random.default_rng(9)
-    stream = EditDocuments(SOURCE, patches=4, asked=0.5)
+    stream = EditDocuments(SOURCE, patches=4, questions=0.5)
     assert all(data.lay_out(stream.draw(rng), words, 4).tokens for _ in range(300))
     assert SOURCE.vocabulary() <= set(WORDS.vocabulary)      # all that pretraining has reserved for them
 
@@ -325,7 +325,7 @@ def test_folder_of_triples(tmp_path):
             assert (found.pixels[a] == 10 * k).all() and (found.pixels[b] == 10 * k + 5).all()
         assert found.pixels.shape[1:] == (8, 8, 3) and found.pixels.dtype == np.uint8 and found.scenes is None
         assert found.vocabulary() == {"make", "it", "0", "1", "2"}
-    stream, rng = EditDocuments(train, patches=4, asked=0.9), np.random.default_rng(0)
+    stream, rng = EditDocuments(train, patches=4, questions=0.9), np.random.default_rng(0)
     assert all(is_picture(stream.draw(rng)[-1]) for _ in range(50))     # a folder has no language to be asked in
 
 
