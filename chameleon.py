@@ -1,27 +1,29 @@
 """
-chameleon.py: the rivals: pictures as words, or none    (Transfusion §4.1 "Baseline", §4.2, Table 2)
+chameleon.py: the rivals: pictures as words, or none   (Transfusion §4.1 "Baseline", §4.2, Table 2)
 
 THE IDEA    Chameleon: name each place of a latent picture by the nearest of a few learned codes
-            (the VQ-VAE in vae.py). A picture is then a sentence of h x w words, and a plain language
-            model with one softmax over words and codes reads and writes both. There is no diffusion,
-            no second loss, no mask but the causal one. What the codes do not say is lost.
+            (the VQ-VAE in vae.py). A picture is then a sentence of h x w words. A plain language
+            model with one softmax over words and codes reads and writes both. There is no
+            diffusion, no second loss, no mask but the causal one. What the codes do not say is
+            lost.
             Llama: the same documents without their pictures. What do pictures cost the words?
 A PICTURE   a document    ["a red circle", picture 7]
-            Transfusion   <bos> a red circle <boi> [ 16 noisy vectors, denoised together ] <eoi> <eos>
-            Chameleon     <bos> a red circle <boi> c17 c401 c17 ... c9 (64, one by one) <eoi> <eos>
+            Transfusion   <bos> a red circle <boi> [ 16 vectors, denoised together ] <eoi> <eos>
+            Chameleon     <bos> a red circle <boi> c17 c401 ... c9 (64, one by one) <eoi> <eos>
             Llama         <bos> a red circle <eos>
 THE RULES   loss       mean over words and codes of -ln p(next | before)  +  1e-5 (ln Z)^2
                        Z is the softmax's denominator: `z_loss` in model.py
-            a block    x + norm(attention(x)), then x + norm(swiglu(x)); queries and keys are
-                       normalised: `Block` in model.py, with stable=True
-            guidance   logits = uncond + w (cond - uncond); the next code is drawn from their softmax
-SHAPES      V words and K codes; codes (N, h, w) int64 in 0 .. K-1. As tokens they are V .. V+K-1.
-PAPER/HERE  same: a VQ-VAE with the VAE's plan, data and steps; query-key norm, post-norm, denominator
-            loss, a third of the learning rate, guidance. There are four codes for each of
-            Transfusion's patches, so fewer pictures for as many tokens. train.py trains both rivals.
+            a block    x + norm(attention(x)), then x + norm(swiglu(x)), with queries and keys
+                       normalised: `Block` in model.py, stable=True
+            guidance   logits = uncond + w (cond - uncond); the next code is drawn from them
+SHAPES      V words and K codes; codes (N, h, w) int64 in 0 .. K-1. As tokens: V .. V+K-1.
+PAPER/HERE  same: a VQ-VAE with the VAE's plan, data and steps; query-key norm, post-norm,
+            denominator loss, a third of the learning rate, guidance. A picture takes four codes for
+            each of Transfusion's patches, so there are fewer pictures in as many tokens. train.py
+            trains both rivals.
             our choice: LayerNorm for queries and keys, and 1e-5, as in Chameleon Team (2024). BOI
-            predicts the first code and the last code predicts EOI, both with loss. Codes are drawn at
-            temperature 1 from the whole softmax.
+            predicts the first code and the last code predicts EOI, both with loss. Codes are drawn
+            at temperature 1 from the whole softmax.
             our choice: codes have RoPE's positions only. The patch encoder stays in both rivals,
             unused: 35,000 parameters of the toy's million.
 READ NEXT   experiments.py, which compares them        TEST  tests/test_chameleon.py
@@ -50,6 +52,8 @@ def view(kind, first):
     first    V, the id of the first code
     codes    (N, h, w) int64 of all pictures; only a Chameleon looks at them
     """
+    # The feed calls this once and wraps it around its documents (sources/feed.py), so neither the
+    # layout nor the training loop knows who reads.
     if kind == "transfusion":
         return as_it_is
     if kind == "llama":
@@ -75,12 +79,13 @@ def words_alone(document, codes=None):
 
 def spell_pictures(document, codes, first):
     """A Chameleon's view: in place of each picture stands a list of token ids: BOI, its codes in
-    raster order, EOI. data.lay_out takes them for words, so each has a loss and the mask is causal."""
+    raster order, EOI."""
     parts = []
     for part in document:
         if isinstance(part, tuple) and part[0] == "image":
-            number = part[1]
+            number = part[1]                            # of the picture; its t_max has no meaning
             ids = codes[number].flatten() + first                               # (h*w,)
+            # data.lay_out takes a list for words: each id has a loss, and the mask is causal.
             parts.append([BOI, *ids.tolist(), EOI])
         else:
             parts.append(part)
@@ -89,8 +94,8 @@ def spell_pictures(document, codes, first):
 
 # ------------------------------------------------------------------------------ how it is decoded
 class Decoder(sample.Decoder):
-    """sample.Decoder for a Chameleon: the same documents, cache, guidance and modes. Only its
-    diffusion mode differs: it writes code after code. The pictures in `latents` are codes (h, w)."""
+    """sample.Decoder for a Chameleon: the same documents, cache, guidance and modes. In place of
+    diffusion it writes code after code. The pictures in `latents` are codes (h, w)."""
 
     @property
     def first(self):
@@ -101,13 +106,13 @@ class Decoder(sample.Decoder):
         """As sample.Decoder.read, but the codes of a picture stand where its PATCH tokens are, and
         they are read as words. Returns logits (B, V + K)."""
         spelled = []
-        for row, own in zip(tokens, pictures, strict=True):
+        for row, own in zip(tokens, pictures):
             codes = []
             for picture in own:
                 codes += (picture.flatten() + self.first).tolist()
-            codes = iter(codes)
+            codes = iter(codes)                         # one for each PATCH, in reading order
             spelled.append([next(codes) if token == PATCH else token for token in row])
-        none = [[] for _ in tokens]
+        none = [[] for _ in tokens]                     # to the network there are no pictures
         return super().read(pos, spelled, none, cache, t)
 
     def events_per_picture(self, steps):
@@ -115,7 +120,9 @@ class Decoder(sample.Decoder):
         return self.trained.model.config.patches
 
     def lm_step(self, active, generators=None, **choice):
-        """LM mode writes words: codes stand inside pictures only."""
+        """LM mode, as sample.Decoder's: it writes words."""
+        # A code may be likelier than any word, but it has no meaning outside a picture, and no
+        # tokenizer can decode it.
         self.logits = self.logits[:, : self.first]                              # (B, V)
         return super().lm_step(active, generators, **choice)
 
@@ -131,8 +138,8 @@ class Decoder(sample.Decoder):
         Raises UserError if guidance should leave out more than words.
         """
         if over != "words":
-            raise UserError(f"--guide-over {over} is for Transfusion: a Chameleon's guidance leaves "
-                            "out words")
+            raise UserError(f"--guide-over {over} is for Transfusion: a Chameleon's guidance "
+                            "leaves out words")
         n = len(rows)
         P = self.trained.model.config.patches           # one code each
         generators = generator or [None] * n
@@ -146,30 +153,33 @@ class Decoder(sample.Decoder):
             sample.overwrite(cache, slice(n, None), blind)
             logits = torch.cat([logits, without_caption])                       # (2n, V + K)
 
-        # 2. One code after another. Both halves read the code that was drawn.
+        # 2. One code after another, from the whole softmax over codes (our choice: temperature 1).
         pictures = []
         for k in range(P):
             logits = logits[:, self.first:].float()                             # (copies n, K)
             if guidance != 1:
+                # Paper: App. B.1 guides both. Here it mixes logits; Transfusion's mixes noise.
                 conditional, unconditional = logits.chunk(2)
                 logits = unconditional + guidance * (conditional - unconditional)
             p = logits.softmax(-1).cpu()                                        # (n, K)
             drawn = []
-            for row, own in zip(p, generators, strict=True):
+            for row, own in zip(p, generators):
                 drawn.append(torch.multinomial(row, 1, generator=own))
             drawn = torch.stack(drawn)                                          # (n, 1)
             pictures.append(drawn)
             yield P - 1 - k, None, None
+            # Both halves of the cache read the code, each code at its own place after BOI.
             pos = [[len(self.tokens[b]) + k] for b in rows]
             ids = (drawn + self.first).tolist()
             none = [[]] * (n * copies)
             logits = super().read(pos * copies, ids * copies, none, cache)      # (copies n, V + K)
 
-        # 3. The pictures stand in the sequences, and the codes are in the cache already.
+        # 3. The codes are in the cache already: of both halves the first is the one that read
+        #    the caption. The pictures and EOI go into the sequences.
         self.cache.k[:, rows] = cache.k[:, :n]
         self.cache.v[:, rows] = cache.v[:, :n]
         codes = torch.cat(pictures, 1).view(n, *noise.shape[2:])                # (n, h, w)
-        for b, picture in zip(rows, codes, strict=True):
+        for b, picture in zip(rows, codes):
             self.latents[b].append(picture)
             self.tokens[b] += [PATCH] * P + [EOI]
         self.advance()

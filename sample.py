@@ -68,22 +68,23 @@ def write(trained, prompt, max_words=64, max_pictures=1, temperature=0.0, top_p=
     """
     model = trained.model
     P = model.config.patches
+    x0_max = float(trained.vae.x0_max)
     generator = torch.Generator().manual_seed(seed)
     tokens = prompt_tokens(trained, prompt)             # <bos> a red circle
     pictures = pictures_of(prompt)                      # one for each run of P patches in tokens
 
     def network(x, t):
-        """What the model says of the last picture, x (1, c, h, w) at step t; with guidance."""
-        pictures[-1] = x[0]                             # Paper §3: x_{t-1} overwrites x_t
-        _, cond = read_all(model, tokens, pictures, t)
+        """What the model says about the last picture, x (1, c, h, w) at step t; with guidance."""
+        pictures[-1] = x[0]                             # Paper: §3, x_{t-1} overwrites x_t
+        _, cond = read_all(model, tokens, pictures, t)                          # (M, c, h, w)
         if guidance == 1:
             return cond[-1:]
         _, uncond = read_all(model, drop_caption(tokens), pictures, t)
-        return guide(cond[-1:], uncond[-1:], guidance)
+        return guide(cond[-1:], uncond[-1:], guidance)                          # (1, c, h, w)
 
     while max_words > 0 and len(tokens) < model.config.context:
         # LM mode: one more token, after all that stands there.
-        logits, _ = read_all(model, tokens, pictures)
+        logits, _ = read_all(model, tokens, pictures)                           # (n, V)
         token = choose(logits[-1:], temperature=temperature, top_p=top_p, generators=[generator])
         token = token.item()
         tokens.append(token)
@@ -92,19 +93,60 @@ def write(trained, prompt, max_words=64, max_pictures=1, temperature=0.0, top_p=
         if token == BOI:
             if max_pictures == 0 or len(tokens) + P + 1 > model.config.context:
                 break
-            # Diffusion mode: P patches of pure noise, denoised in place.
-            noise = torch.randn(model.config.latent, generator=generator)
+            # Diffusion mode: P patches of pure noise, and denoise them where they stand.
+            noise = torch.randn(model.config.latent, generator=generator)       # (c, h, w)
+            noise = noise.to(device_of(model))
             tokens += [PATCH] * P
             pictures.append(noise)
-            *_, (_, x, _) = sample(network, noise[None].to(device_of(model)), trained.diffusion,
-                                   steps, sampler, [generator], float(trained.vae.x0_max))
+            *_, (_, x, _) = sample(network, noise[None], trained.diffusion, steps, sampler,
+                                   [generator], x0_max)
             pictures[-1] = x[0]                         # finished: from now on it is read at t = 0
             max_pictures -= 1
-            # Paper §3: EOI is appended, not predicted. Then back to LM mode.
+            # Paper: §3, EOI is appended, not predicted. Then back to LM mode.
             tokens.append(EOI)
         else:
             max_words -= 1
     return to_document(tokens, pictures, trained.tokenizer)
+
+
+# What `write` calls, in the order in which it does.
+def prompt_tokens(trained, prompt, draw_now=False):
+    """List of the ids of a prompt, BOS first, open at the end.
+
+    prompt: list of str and latents. draw_now: a picture follows at once, so BOI ends the list.
+    Raises UserError for an unknown word, or if the prompt (and that picture) has no room."""
+    config = trained.model.config
+    parts = []
+    for part in prompt:
+        parts.append(part if isinstance(part, str) else ("image", 0, 0))
+    # TRAP: a layout of its own would drift away from the one in training, with BOI twice, say. So
+    # this is the same function (docs/PAPER.md §4.2).
+    tokens = data.lay_out(parts, trained.tokenizer, config.patches, ends=False).tokens
+    need = len(tokens)
+    if draw_now:
+        tokens.append(BOI)
+        need += 1 + config.patches + 1                  # BOI, the patches, EOI
+    check_fits(tokens, need, config.context)
+    return tokens
+
+
+def check_fits(tokens, need, context):
+    """Raise UserError if a prompt of these tokens needs more positions than the context has."""
+    if need <= context:
+        return
+    # BOS, BOI, EOI and patches are not the user's to leave out: count words alone.
+    words = sum(token >= len(data.SPECIAL) for token in tokens)
+    fit = words - (need - context)                      # so many have room
+    advice = f"shorten {'its words' if PATCH in tokens else 'it'} to {fit} tokens"
+    if fit < 0:
+        advice = "it has no room for these pictures"
+    raise UserError(f"the prompt needs {need} positions, but this model's context is {context}: "
+                    f"{advice}")
+
+
+def pictures_of(document):
+    """The latents in a document, in order."""
+    return [part for part in document if not isinstance(part, str)]
 
 
 def read_all(model, tokens, pictures, t=0):
@@ -117,8 +159,8 @@ def read_all(model, tokens, pictures, t=0):
     tokens = torch.tensor([tokens], device=device)                              # (1, n)
     same_document = torch.zeros_like(tokens)                                    # (1, n)
     everywhere = torch.ones_like(tokens, dtype=torch.bool)                      # (1, n)
-    # TRAP: only the picture being drawn is noisy. A finished one at a random t, as in training,
-    # would be read as if it were hard to see (docs/PAPER.md §4.7).
+    # TRAP: only the picture being drawn is noisy. A finished one has t = 0, not some t as in
+    # training: the model would take clean patches for noisy ones (docs/PAPER.md §4.7).
     times = torch.zeros(len(pictures), dtype=torch.long, device=device)         # (M,)
     times[-1:] = t
     latents = stack(pictures, model.config.latent).to(device)                   # (M, c, h, w)
@@ -126,18 +168,49 @@ def read_all(model, tokens, pictures, t=0):
     return logits, out.float()
 
 
+def image_ids(tokens):
+    """(B, n) int64: which picture a position is a patch of, counted over all rows; -1 for words.
+    tokens: (B, n) int64. Two pictures are never neighbours: EOI and BOI stand between them."""
+    patch = tokens == PATCH                                                     # (B, n)
+    first = patch.clone()
+    first[:, 1:] &= ~patch[:, :-1]                      # a patch after no patch opens a picture
+    number = first.flatten().cumsum(0).view(tokens.shape) - 1
+    return torch.where(patch, number, -1)
+
+
+def stack(pictures, latent):
+    """(M, c, h, w) of a list of M latents; latent: their shape, for M = 0."""
+    return torch.stack(pictures) if pictures else torch.zeros(0, *latent)
+
+
+def drop_caption(tokens):
+    """The tokens as the unconditional branch of guidance reads them: each word between the last
+    picture and the one before it is <drop>."""
+    boi = max(k for k, token in enumerate(tokens) if token == BOI)
+    start = caption_start(tokens[:boi])
+    # TRAP: BOI stays, and so does the length. In training a dropped caption is as long as the
+    # caption was: the model has never seen a shorter row (docs/PAPER.md §4.8).
+    return tokens[:start] + [DROP] * (boi - start) + tokens[boi:]
+
+
+def caption_start(tokens):
+    """Where the words since the last picture begin: after the last EOI, or after BOS."""
+    # Our choice: these are what guidance drops. Earlier words belong to earlier pictures.
+    return 1 + max(k for k, token in enumerate(tokens) if token in (BOS, EOI))
+
+
 def choose(logits, temperature=0.0, top_p=1.0, generators=None):
     """The next token of each row: (B,) int64.
 
     logits        (B, V)
-    temperature   Paper: App. B.1 is greedy, which is 0
+    temperature   0 is greedy, as in the paper (App. B.1)
     top_p         keep the likeliest words, until their probabilities add up to top_p
     generators    None, or one per row: a row's words must not depend on its neighbours
     """
     logits = logits.float().clone()
     logits[:, NEVER_CHOSEN] = -torch.inf
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1)                        # Paper: App. B.1, greedy
     p, order = (logits / temperature).softmax(-1).sort(descending=True)         # (B, V) each
     likelier = p.cumsum(-1) - p                         # what stands before each word
     p = p.masked_fill(likelier >= top_p, 0).cpu()       # so the word that crosses top_p is kept
@@ -149,78 +222,13 @@ def choose(logits, temperature=0.0, top_p=1.0, generators=None):
     return order.gather(1, places)[:, 0]
 
 
-def drop_caption(tokens):
-    """The tokens as the unconditional row of guidance reads them: each word between the last
-    picture and the one before it is <drop>."""
-    boi = max(k for k, token in enumerate(tokens) if token == BOI)
-    start = caption_start(tokens[:boi])
-    # TRAP: BOI stays, and so does the length. A shorter row would move the patches to positions
-    # at which no model has learned to draw without a caption (docs/PAPER.md §4.8).
-    return tokens[:start] + [DROP] * (boi - start) + tokens[boi:]
-
-
-def caption_start(tokens):
-    """Where the words since the last picture begin: after the last EOI, or after BOS."""
-    return 1 + max(k for k, token in enumerate(tokens) if token in (BOS, EOI))
-
-
-def prompt_tokens(trained, prompt, draw_now=False):
-    """List of the ids of a prompt, BOS first, open at the end.
-
-    prompt: list of str and latents. draw_now: a picture follows at once, so BOI ends the list.
-    Raises UserError for an unknown word, or if the prompt (and that picture) has no room."""
-    config = trained.model.config
-    parts = []
-    for part in prompt:
-        parts.append(part if isinstance(part, str) else ("image", 0, 0))
-    # The function that lays out documents for training, so that the two cannot drift apart.
-    tokens = data.lay_out(parts, trained.tokenizer, config.patches, ends=False).tokens
-    need = len(tokens)
-    if draw_now:
-        tokens.append(BOI)
-        need += 1 + config.patches + 1                  # BOI, the patches, EOI
-    check_fits(tokens, need, config.context)
-    return tokens
-
-
-def check_fits(tokens, need, context):
-    """Raise UserError if a prompt of these tokens needs more positions than the context has."""
-    words = sum(token >= len(data.SPECIAL) for token in tokens)
-    fit = words - (need - context)                      # so many words would have had room
-    advice = f"shorten {'its words' if PATCH in tokens else 'it'} to {fit} tokens"
-    if fit < 0:
-        advice = "it has no room for these pictures"
-    if need > context:
-        raise UserError(f"the prompt needs {need} positions, but this model's context is "
-                        f"{context}: {advice}")
-
-
-def pictures_of(document):
-    """The latents of a document, in order."""
-    return [part for part in document if not isinstance(part, str)]
-
-
-def stack(pictures, latent):
-    """(M, c, h, w) of a list of M latents; latent: their shape, for M = 0."""
-    return torch.stack(pictures) if pictures else torch.zeros(0, *latent)
-
-
-def image_ids(tokens):
-    """(B, n) int64: which picture a position is a patch of, counted over all rows; -1 for words.
-    tokens: (B, n) int64. Two pictures are never neighbours: EOI and BOI stand between them."""
-    patch = tokens == PATCH
-    first = patch & (tokens.roll(1, dims=1) != PATCH)                           # opens a picture
-    number = first.flatten().cumsum(0).view(tokens.shape) - 1
-    return torch.where(patch, number, -1)
-
-
 def to_document(tokens, pictures, tokenizer):
     """List of str and latents: what the tokens say, with the pictures in it. The inverse of
     data.lay_out."""
     document = []
     words = []
     remaining = iter(pictures)
-    for token in [*tokens, EOS]:
+    for token in [*tokens, EOS]:                        # EOS: a document may end without it
         if token >= len(data.SPECIAL):
             words.append(token)
         elif token in (BOI, EOS) and words:             # the end of these words
@@ -231,8 +239,11 @@ def to_document(tokens, pictures, tokenizer):
     return document
 
 
-# --------------------------------------------------------------------- the same, fast: with a cache
-GUIDE_OVER = ("words", "picture", "both")
+# ------------------------------------------------------------------- the same, fast: with a cache
+# `write` reads the whole sequence for every word and every step. But nobody looks ahead, so what
+# stands there never changes: its keys and values need computing once. They are the cache. What is
+# left is one position for a word, and the P positions of the picture for a step.
+GUIDE_OVER = ("words", "picture", "both")               # what guidance leaves out
 
 
 class Decoder:
@@ -253,6 +264,7 @@ class Decoder:
         Raises UserError as `prompt_tokens`."""
         self.trained = trained
         self.device = device_of(trained.model)
+        # Rows may have any length: position k of a row is place k of its cache.
         self.tokens = [prompt_tokens(trained, prompt, draw_now) for prompt in prompts]
         self.latents = [pictures_of(prompt) for prompt in prompts]
         config = trained.model.config
@@ -261,6 +273,7 @@ class Decoder:
             longest = max(len(row) for row in self.tokens)
             size = min(size, longest + room)
         self.cache = Cache(config, len(prompts), size, trained.model.embedding.weight)
+        # The whole prompts at once: words, and pictures at t = 0.
         pos = [list(range(len(row))) for row in self.tokens]
         self.logits = self.read(pos, self.tokens, self.latents, self.cache)
 
@@ -271,19 +284,17 @@ class Decoder:
         pos, tokens    B lists of positions, and of the ids that stand there
         pictures       B lists of the pictures in these stretches, which are at step t
         """
-        config = self.trained.model.config
+        model = self.trained.model
         # Rows differ in length. A short one repeats its last token in the same place: that writes
         # the same keys and values once more and changes nothing.
-        n = max(len(row) for row in tokens)
-        pos = torch.tensor([row + [row[-1]] * (n - len(row)) for row in pos])         # (B, n)
-        tokens = torch.tensor([row + [row[-1]] * (n - len(row)) for row in tokens])   # (B, n)
-        in_order = []
+        tokens = repeat_last(tokens).to(self.device)                            # (B, n)
+        pos = repeat_last(pos).to(self.device)                                  # (B, n)
+        in_order = []                                   # as they stand in the rows, row after row
         for row in pictures:
             in_order.extend(row)
-        logits = self.trained.model.read(tokens.to(self.device), image_ids(tokens).to(self.device),
-                                         stack(in_order, config.latent).to(self.device),
-                                         pos.to(self.device), cache, t)               # (B, n, V)
-        return logits[:, -1]
+        latents = stack(in_order, model.config.latent).to(self.device)          # (M, c, h, w)
+        logits = model.read(tokens, image_ids(tokens), latents, pos, cache, t)  # (B, n, V)
+        return logits[:, -1]                                                    # (B, V)
 
     def advance(self):
         """Read the last token of every row. A row that got no new one reads it again, in the same
@@ -302,7 +313,7 @@ class Decoder:
         if generators is not None:
             generators = [generators[b] for b in active]
         chosen = choose(self.logits[active], generators=generators, **choice).tolist()
-        for b, token in zip(active, chosen, strict=True):
+        for b, token in zip(active, chosen):
             self.tokens[b].append(token)
         self.advance()
         return chosen
@@ -326,22 +337,24 @@ class Decoder:
         pos = []
         tokens = []
         forgotten = []
-        for b, other in zip(rows, noise, strict=True):
+        for b, other in zip(rows, noise):
             row = self.tokens[b]
             start = caption_start(row)
             seen = row[start:]                          # the caption, and BOI
             if over in ("words", "both"):
+                # TRAP: BOI is not dropped with the words (docs/PAPER.md §4.8).
                 seen = [DROP] * (len(seen) - 1) + [BOI]
             if over in ("picture", "both"):
+                # Our choice: there is no <drop> for patches, so noise takes the picture's place.
                 check_follows_picture(row, start, over)
                 seen = row[start - picture: start] + seen
-                start -= picture
+                start -= picture                        # the picture is read again, as noise
                 forgotten.append([other.cpu()])
             else:
                 forgotten.append([])
             pos.append(list(range(start, len(row))))
             tokens.append(seen)
-        # What comes before is right already: only what differs is read again.
+        # What stands before `start` is right already: the copy has it. The rest overwrites it.
         cache = self.cache.rows(rows)
         return cache, self.read(pos, tokens, forgotten, cache, t=self.trained.diffusion.T)
 
@@ -377,7 +390,7 @@ class Decoder:
 
         def network(x, t):
             """The model's output for x (n, c, h, w) at step t, with guidance."""
-            x = torch.cat([x] * copies)                                         # (copies n, c, h, w)
+            x = torch.cat([x] * copies)                 # (copies n, c, h, w)
             times = torch.full((len(x),), t, device=self.device)
             # Paper: §3, x_{t-1} overwrites x_t. Its keys and values go to the same places.
             out = model.denoise(x, times, places, cache).float()
@@ -391,14 +404,16 @@ class Decoder:
                                generator=generator, x0_max=x0_max, **options):
             yield t, x, x0
 
-        # 4. TRAP: the cache still holds the keys of the last *noisy* step. What follows must read
-        #    the finished picture, at t = 0: one more forward (docs/PAPER.md §4.7).
+        # 4. One more forward, which puts the finished picture into the cache.
+        # TRAP: without it the cache holds the keys of the last *noisy* step, and the words that
+        # follow would describe that one (docs/PAPER.md §4.7).
         clean = self.cache.rows(rows)
-        model.denoise(x, torch.zeros(n, dtype=torch.long, device=self.device), pos, clean)
+        t = torch.zeros(n, dtype=torch.long, device=self.device)
+        model.denoise(x, t, pos, clean)
         overwrite(self.cache, rows, clean)
 
-        # 5. EOI is appended, not predicted.
-        for b, picture in zip(rows, x, strict=True):
+        # 5. The sequences get the picture and EOI, which is appended, not predicted.
+        for b, picture in zip(rows, x):
             self.latents[b].append(picture.cpu())
             self.tokens[b] += [PATCH] * P + [EOI]
         self.advance()
@@ -406,6 +421,15 @@ class Decoder:
     def document(self, b):
         """Row b as a list of str and latents, in order."""
         return to_document(self.tokens[b], self.latents[b], self.trained.tokenizer)
+
+
+def repeat_last(rows):
+    """(B, n) int64 of B lists of int: each short one is filled up with its last number."""
+    n = max(len(row) for row in rows)
+    filled = []
+    for row in rows:
+        filled.append(row + [row[-1]] * (n - len(row)))
+    return torch.tensor(filled)
 
 
 def check_follows_picture(row, start, over):
@@ -445,54 +469,57 @@ class Row:
 
 @dataclass
 class Event:
-    """One thing that happens while documents grow. A film, a trace and a notebook watch these."""
-    mode: str                                           # "prompt": read into the cache
-    #                                                     "word": LM mode, one token for each row
-    #                                                     "noise": diffusion mode, one step
-    #                                                     "picture": finished, in the cache, EOI
+    """One thing that happens while documents grow. A film, a trace or a notebook watches these.
+
+    mode    "prompt": read into the cache. "word": LM mode, one more token for each row.
+            "noise": diffusion mode, one step. "picture": it is finished, and EOI is appended."""
+    mode: str
     rows: list                                          # row numbers
     filled: list                                        # positions that each has in the cache now
     tokens: list = None                                 # "word": the new ids
     t: int = None                                       # "noise": from T to 0
-    x: torch.Tensor = None                              # "noise": (rows, c, h, w), x_t
+    x: torch.Tensor = None                              # "noise": x_t, (rows, c, h, w)
     x0: torch.Tensor = None                             # "noise": the estimate of x0
 
 
 def grow(decoder, seeds, draw_now=False, max_words=64, max_pictures=1, temperature=0.0, top_p=1.0,
          **diffusing):
-    """Generator of Events: the algorithm of `write`, for a batch.
+    """Generator of Events: the algorithm of `write`, for a batch. Each row is in a mode of its own.
+    Rows that wait for a picture are denoised together, once no row is writing: this changes the
+    time and nothing else.
 
-    Each row is in a mode of its own. Rows that wait for a picture are denoised together, once no
-    row is writing: this changes the time and nothing else.
     seeds: one int per row. draw_now: every row waits for a picture, as the decoder was told.
-    The other arguments: see `generate`, which runs this to its end.
-    """
+    The other arguments: see `generate`, which runs this to its end."""
     rows = []
     for b, seed in enumerate(seeds):
         rows.append(Row(decoder, b, seed, max_words, max_pictures))
     generators = [row.generator for row in rows]
 
     def event(mode, rows, **fields):
-        return Event(mode, [row.b for row in rows], [len(row.tokens) for row in rows], **fields)
+        numbers = [row.b for row in rows]
+        filled = [len(row.tokens) for row in rows]
+        return Event(mode, numbers, filled, **fields)
 
     yield event("prompt", rows)
-    writing = []
-    waiting = []
+    writing = []                                        # rows in LM mode
+    waiting = []                                        # rows whose last token is BOI
     if draw_now:
         waiting = rows
     else:
         writing = [row for row in rows if row.may_write()]
+    # A row that is in neither list is finished: EOS, a limit, or a full context.
 
     while writing or waiting:
         if writing:
             # LM mode: one more token for every row that writes.
-            tokens = decoder.lm_step([row.b for row in writing], temperature=temperature,
-                                     top_p=top_p, generators=generators)
+            numbers = [row.b for row in writing]
+            tokens = decoder.lm_step(numbers, generators=generators, temperature=temperature,
+                                     top_p=top_p)
             yield event("word", writing, tokens=tokens)
             still_writing = []
-            for row, token in zip(writing, tokens, strict=True):
+            for row, token in zip(writing, tokens):
                 if token == BOI:
-                    if row.may_draw():
+                    if row.may_draw():                  # else BOI is its last token
                         waiting.append(row)             # LM mode -> diffusion mode
                 elif token != EOS:
                     row.words_left -= 1
@@ -500,14 +527,14 @@ def grow(decoder, seeds, draw_now=False, max_words=64, max_pictures=1, temperatu
                         still_writing.append(row)
             writing = still_writing
         else:
-            # Diffusion mode: one picture for every row that waits. Each row's noise comes from its
-            # own generator, so a picture does not depend on its neighbours.
-            noise = []
-            for row in waiting:
-                noise.append(torch.randn(row.config.latent, generator=row.generator))
+            # Diffusion mode: one picture for every row that waits, all at once. Noise drawn for the
+            # batch as a whole would make a picture depend on its neighbours, so each row has a
+            # generator of its own.
+            numbers = [row.b for row in waiting]
             own = [row.generator for row in waiting]
-            for t, x, x0 in decoder.diffusion_steps([row.b for row in waiting], torch.stack(noise),
-                                                    generator=own, **diffusing):
+            latent = decoder.trained.model.config.latent
+            noise = torch.stack([torch.randn(latent, generator=generator) for generator in own])
+            for t, x, x0 in decoder.diffusion_steps(numbers, noise, generator=own, **diffusing):
                 yield event("noise", waiting, t=t, x=x, x0=x0)
             yield event("picture", waiting)
             for row in waiting:
@@ -531,14 +558,14 @@ def generate(trained, prompts, draw_now=False, max_words=64, max_pictures=1, see
     decoder       the class that reads and draws: Decoder, or a rival's (chameleon.Decoder)
     options       temperature, top_p, steps, sampler, guidance, over
     """
-    # No cache larger than what may come: words, pictures with BOI and EOI, and one token that ends
-    # the document, EOS or a BOI too many.
+    # The cache has room for what may come, and not for the whole context: words, pictures with BOI
+    # and EOI, and one token that ends the document, which is EOS or a BOI too many.
     pictures = max(1, max_pictures) if draw_now else max_pictures
     room = max_words + pictures * (trained.model.config.patches + 2) + 1
     growing = decoder(trained, prompts, draw_now, room=room)
     seeds = seed
     if not isinstance(seed, list):
-        # Row k of a seed always gets the same number, in every batch. Those of two seeds differ.
+        # Row k of a seed has the same number in every batch, and in no other seed's.
         seeds = [seed * 100003 + first + b for b in range(len(prompts))]
     total = growing.events_per_picture(options.get("steps", 250))
     bar = tqdm(total=total, desc="drawing", disable=not progress, leave=False)
@@ -567,7 +594,7 @@ def edit(trained, latents, instructions, over="both", **options):
     latents: (M, c, h, w) before; instructions: M strings; over: what guidance leaves out, see
     `Decoder.unconditional` (docs/RESULTS.md says what each gives); options: as `draw`."""
     prompts = []
-    for before, text in zip(latents, instructions, strict=True):
+    for before, text in zip(latents, instructions):
         prompts.append([before, text])
     documents = generate(trained, prompts, draw_now=True, max_words=0, over=over, **options)
     return torch.stack([document[-1] for document in documents])
@@ -611,6 +638,7 @@ def parse_arguments(argv=None):
         description="Words to a picture, a picture to words, or any mixture of them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
+    # What to do.
     add("prompts", nargs="*",
         help="what to draw, several as one batch; [file.png] puts a picture among the words")
     add("--checkpoint", help="a model.pt of train.py; without it: assets/scenes.pt, and with "
@@ -622,10 +650,12 @@ def parse_arguments(argv=None):
     add("--open", action="store_true",
         help='let the model decide itself when to draw (prompts may be "")')
     add("--pictures", type=int, default=1, help="with --open: at most so many per document")
+    # What to leave behind.
     add("--out", "-o", help="picture to write (several: side by side); without it: sample.png, "
                             "or sample_2.png if that exists, and so on")
     add("--film", help="also write the denoising, as .gif (a film) or .png (a strip)")
     add("--trace", action="store_true", help="print the modes and the growing cache")
+    # How pictures are drawn, and words chosen.
     add("--steps", type=int, default=250,
         help="diffusion steps, 1 to 1000; 25 do for --sampler dpm++")
     add("--guidance", type=float, default=3.0,
@@ -690,6 +720,7 @@ def check_picture_name(path):
 def check_model(args, trained, path, decoder):
     """Raise UserError if this model cannot do what the command line says, or not in this program.
     path: where the model comes from."""
+    # That there are rivals is all that this file knows of them.
     if trained.kind == "llama":
         raise UserError(f"{path} is a llama: it knows words only")
     if trained.kind == "chameleon" and decoder is Decoder:
@@ -734,7 +765,7 @@ def edit_in_turn(trained, pictures, instructions, **options):
         # Each edit is a fresh document with one picture, as in training.
         prompts = [[document[-1], text] for document in documents]
         edited = generate(trained, prompts, draw_now=True, max_words=0, **options)
-        for document, (_, *new) in zip(documents, edited, strict=True):
+        for document, (_, *new) in zip(documents, edited):
             document += new
     return documents
 
@@ -745,12 +776,15 @@ def run_task(args, trained, watch, decoder):
                "temperature": args.temperature, "top_p": args.top_p}
     drawing = {"steps": args.steps, "sampler": args.sampler, "guidance": args.guidance,
                "over": args.guide_over or ("both" if args.edit else "words"), "progress": True}
+    # Pictures are given: change them, or describe them.
     if args.image:
         pictures = [read_picture(path, trained) for path in args.image]
-        if args.edit:
+        if args.edit:                                   # Paper: §4.5
             return edit_in_turn(trained, pictures, args.edit, **writing, **drawing)
         prompts = [[picture] for picture in pictures]
         return generate(trained, prompts, max_pictures=0, **writing)
+    # Words are given, perhaps with pictures among them: the model decides when to draw, or it is
+    # told to draw at once.
     prompts = [read_prompt(text, trained) for text in args.prompts]
     if args.open:
         check_room(trained, prompts, args.pictures)
@@ -762,15 +796,18 @@ def run_task(args, trained, watch, decoder):
 def main(argv=None, decoder=Decoder):
     """Draw, describe, edit, or let the model decide, as the command line says. decoder: the class
     that reads and draws; chameleon.py calls this with its own."""
-    # matplotlib is for those who write pictures, not for those who import `draw`.
+    # Loads matplotlib: for those who write pictures, not for those who import `draw`.
     from support import figures
     if hasattr(sys.stdout, "reconfigure"):
         # A name may have letters that stdout cannot print: spell them out.
         sys.stdout.reconfigure(errors="backslashreplace")
+    # 1. What is asked for, and of which model.
     args = parse_arguments(argv)
     path = args.checkpoint or ASSETS / ("scenes_edit.pt" if args.edit else "scenes.pt")
     trained = load_trained(path, pick_device())
     check_model(args, trained, path, decoder)
+
+    # 2. Words and pictures.
     began = time.time()
     steps = []                                          # Events of the denoising, for the film
 
@@ -781,13 +818,15 @@ def main(argv=None, decoder=Decoder):
             figures.print_event(trained, event)
 
     documents = run_task(args, trained, watch, decoder)
-    # Save first, print after: whatever goes wrong with the words, the picture is there.
+
+    # 3. Save first, print after: whatever goes wrong with the words, the picture is there.
     lines = []
     for k, document in enumerate(documents):
         line = " ".join(part if isinstance(part, str) else "[picture]" for part in document)
         lines.append(f"{args.image[k]}: {line}" if args.image else line)
     latents = []
     for document in documents:
+        # Of an edit the last picture is shown, otherwise all, those of the prompt included.
         latents += document[-1:] if args.edit else pictures_of(document)
     if steps:                                           # else nothing was drawn
         pictures = decode_latents(trained, torch.stack(latents))

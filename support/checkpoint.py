@@ -45,7 +45,7 @@ def save(path, content):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    os.replace(path.with_suffix(".tmp"), path)          # in one step
 
 
 def load(path, kind):
@@ -70,7 +70,7 @@ def read_weights(module, weights):
     """Put the weights of a file, a dict of tensors in 16 bits, into a module."""
     today = {}
     for name, tensor in weights.items():
-        today[new_name(name)] = tensor.float()
+        today[new_name(name)] = tensor.float()          # 16 bits are for the disk only
     module.load_state_dict(today)
 
 
@@ -110,7 +110,7 @@ def load_trained(path, device="cpu"):
         tokenizer = load_tokenizer(content["words"])
         vae = unpack_vae(content["vae"])
         diffusion = Diffusion(**content["diffusion"])
-        about = content.get("about", {})                # older files have none: a Transfusion
+        about = content.get("about", {})                # the oldest files have none
         return Trained(model.eval().to(device), tokenizer, vae.to(device), diffusion, **about)
     except (KeyError, TypeError, RuntimeError) as problem:
         raise of_another_version(path, problem) from None
@@ -119,13 +119,14 @@ def load_trained(path, device="cpu"):
 def save_trained(path, trained):
     """Write a Trained as one small file: 2 bytes per parameter."""
     diffusion = trained.diffusion
+    # The VAE travels with the model: latents of another one would be noise to it.
     vae = pack_vae(trained.vae)
     vae["weights"] = in_16_bits(vae["weights"])
     save(path, {
         "kind": "model",
         "config": vars(trained.model.config),
         "weights": in_16_bits(trained.model.state_dict()),
-        "words": dump_tokenizer(trained.tokenizer),
+        "words": dump_tokenizer(trained.tokenizer),     # ids have a meaning in this order only
         "vae": vae,
         "diffusion": {"kind": diffusion.kind, "T": diffusion.T, "shift": diffusion.shift},
         "about": {"kind": trained.kind, "text_share": trained.text_share},
@@ -157,7 +158,7 @@ def pack_vae(vae):
 def unpack_vae(content):
     """The VAE of `pack_vae`'s dict."""
     config = dict(content["config"])
-    config["multipliers"] = tuple(config["multipliers"])
+    config["multipliers"] = tuple(config["multipliers"])        # a file may hold a list
     vae = VAE(VAEConfig(**config))
     read_weights(vae, content["weights"])
     return vae.eval()
@@ -179,13 +180,13 @@ def find_vae(source, given="", kept=None, codes=False):
     given     a file that the user names; it comes first
     kept      the file that a run keeps, which comes before the shipped one
     """
-    paths = [ASSETS / f"{source}_{'vq' if codes else 'vae'}.pt"]
-    if kept:
-        paths.insert(0, kept)
-    existing = [path for path in paths if path.exists()]
-    if not given and not existing:
-        return None
-    return load_vae(given or existing[0], "vqvae" if codes else "vae")
+    shipped = ASSETS / f"{source}_{'vq' if codes else 'vae'}.pt"
+    kind = "vqvae" if codes else "vae"
+    for path in (given, kept, shipped):
+        # A file that the user names must exist: `load_vae` says so if it does not.
+        if path and (path == given or path.exists()):
+            return load_vae(path, kind)
+    return None
 
 
 @torch.no_grad()
@@ -193,7 +194,7 @@ def encode_pixels(trained, pixels):
     """Latents (M, c, h, w), or a VQ-VAE's codes (M, h, w), of pictures (M, h, w, 3 or 1) uint8.
     A model of grey pictures reads the mean of the channels."""
     vae = trained.vae
-    if pixels.shape[-1] != vae.config.image_channels:
+    if pixels.shape[-1] != vae.config.image_channels:   # a grey model, a picture in colour
         pixels = pixels.mean(-1, keepdims=True).round().astype(np.uint8)
     x = vae_module.to_float(pixels).to(device_of(vae))
     if vae.quantiser:
@@ -209,7 +210,7 @@ def decode_latents(trained, latents):
     latents = latents.to(device_of(vae))
     x = vae.decode_codes(latents) if vae.quantiser else vae.decode(latents)
     pixels = vae_module.to_pixels(x)
-    if pixels.shape[-1] == 1:                           # grey
+    if pixels.shape[-1] == 1:                           # grey: everything that shows expects RGB
         pixels = np.repeat(pixels, 3, -1)
     return pixels
 
@@ -223,15 +224,17 @@ def dump_tokenizer(tokenizer):
 def load_tokenizer(kept):
     """Words or Pieces. kept: what `dump_tokenizer` gave, or a path: .json (a list of words) or
     .model (SentencePiece). Raises UserError if it is something else."""
+    # 1. From a path to what is in it.
     if isinstance(kept, Path) and kept.suffix == ".json":
         kept = read_words(kept)
     elif isinstance(kept, Path):
         kept = kept.read_bytes()
+    # 2. Bytes are a SentencePiece model, a list is words.
     if isinstance(kept, bytes):
         return Pieces(kept)
     words = data.Words(kept)
-    # TRAP: data.Words puts its words in lower case and in order. From a list with capitals it would
-    # make fewer words, and every id after them would be another word's.
+    # 3. data.Words puts words in lower case and in order. A list with capitals would come out
+    #    shorter, or in another order, and an id would mean another word than in training.
     known = {*SPECIAL, *kept}
     if len(words) != len(known) or set(words.vocabulary) != known:
         raise UserError("this tokenizer has words with capital letters: write those of a "

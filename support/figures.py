@@ -31,38 +31,46 @@ def plot_curves(log, path):
 
     log: list of dicts, the lines of log.jsonl."""
     diffuses = any(row["diffusion"] is not None for row in log)
-    with_gap = [row for row in log if "gap" in row]
+    with_gap = [row for row in log if "gap" in row]     # it is measured now and then
     panels = ["losses"]
     if diffuses:
         panels.append("noise")
     if with_gap:
         panels.append("gap")
-    figure = Figure(figsize=(4.4 * len(panels), 3.6), layout="constrained")
-    axes = dict(zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True))
+    width = 4.4 * len(panels)                           # inches
+    figure = Figure(figsize=(width, 3.6), layout="constrained")
+    (row_of_axes,) = figure.subplots(1, len(panels), squeeze=False)
+    axes = dict(zip(panels, row_of_axes))
 
+    # Both losses in one panel: L = L_LM + 5 L_DDPM, and their scales differ, so on a log axis.
     steps = [row["step"] for row in log]
     axis = axes["losses"]
-    axis.plot(steps, [row["lm"] for row in log], label="LM (nats per word)")
+    lm = [row["lm"] for row in log]
+    axis.plot(steps, lm, label="LM (nats per word)")
     if diffuses:
-        axis.plot(steps, [row["diffusion"] for row in log], label="diffusion (mean square)")
+        diffusion = [row["diffusion"] for row in log]
+        axis.plot(steps, diffusion, label="diffusion (mean square)")
     axis.set_title("the two losses" if diffuses else "the loss")
     axis.set_yscale("log")
     axis.legend(frameon=False)
 
     if diffuses:
-        # One mean over all t hides that little noise is hard and much noise is easy.
+        # One mean over all t hides that some noise levels still improve when others do not.
         axis = axes["noise"]
         for k in range(5):
-            axis.plot(steps, [row["by_t"][k] for row in log],
-                      label=f"t in {200 * k + 1}..{200 * k + 200}",
-                      color=matplotlib.colormaps["viridis"](k / 5))
+            values = [row["by_t"][k] for row in log]
+            first = 200 * k + 1
+            color = matplotlib.colormaps["viridis"](k / 5)
+            axis.plot(steps, values, color=color, label=f"t in {first}..{first + 199}")
         axis.set_title("diffusion loss by noise level")
         axis.set_yscale("log")
         axis.legend(frameon=False, fontsize=8)
 
     if with_gap:
         axis = axes["gap"]
-        axis.plot([row["step"] for row in with_gap], [row["gap"] for row in with_gap], marker=".")
+        measured = [row["step"] for row in with_gap]
+        gaps = [row["gap"] for row in with_gap]
+        axis.plot(measured, gaps, marker=".")
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.set_title("conditioning gap (0: caption ignored)")
 
@@ -79,19 +87,21 @@ def plot_samples(samples, path, columns=6, rows=4):
     samples: list of (prompt, (h, w, 3) uint8, whether it is right)."""
     # By chance: prompts come in turn, and every ninth of them could be the same three.
     order = np.random.default_rng(0).permutation(len(samples))
-    chosen = [samples[k] for k in sorted(order[: columns * rows])]
+    order = sorted(order[: columns * rows])
+    chosen = [samples[k] for k in order]
     _, first, _ = chosen[0]
     h, w, _ = first.shape
-    rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(2 * columns, (2 * h / w + 0.4) * rows), layout="constrained")
+    rows = -(-len(chosen) // columns)                   # rounded up
+    height = (2 * h / w + 0.4) * rows                   # in inches: pictures, and their titles
+    figure = Figure(figsize=(2 * columns, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis in axes:
+    for axis in axes:                                   # the empty ones at the end, too
         axis.axis("off")
-    for axis, (prompt, picture, right) in zip(axes, chosen, strict=False):
+    for axis, (prompt, picture, right) in zip(axes, chosen):
         axis.imshow(picture, interpolation="nearest")
+        color = "black" if right else "red"
         # Captions from the web have dollar signs, which matplotlib would read as formulas.
-        axis.set_title(two_lines(prompt), fontsize=9, color="black" if right else "red",
-                       parse_math=False)
+        axis.set_title(two_lines(prompt), fontsize=9, color=color, parse_math=False)
     figure.savefig(path, dpi=110)
 
 
@@ -102,15 +112,17 @@ def two_lines(text, length=60):
     if len(text) <= 18 or len(words) < 2:
         return text
     middle = len(words) // 2
-    return " ".join(words[:middle]) + "\n" + " ".join(words[middle:])
+    first = " ".join(words[:middle])
+    second = " ".join(words[middle:])
+    return f"{first}\n{second}"
 
 
 # -------------------------------------------------------------------------------------- sampling
 def save_picture(pixels, path, enlarge=8):
     """Save (h, w, 3) uint8, enlarged without smoothing so that small pictures can be seen."""
     h, w, _ = pixels.shape
-    large = Image.fromarray(pixels).resize((w * enlarge, h * enlarge), Image.Resampling.NEAREST)
-    large.save(path)
+    size = (w * enlarge, h * enlarge)
+    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(path)
 
 
 def save_film(trained, frames, path):
@@ -118,19 +130,29 @@ def save_film(trained, frames, path):
     the estimate of x0 below.
 
     frames: the Events of mode "noise", of one picture or of several."""
+    # 1. Ten moments of the first picture, from t = T to its t = 0.
     last = next(k for k, event in enumerate(frames) if event.t == 0)
     moments = [frames[round(k * last / 9)] for k in range(10)]
-    # Only the first row of each batch is shown.
-    states = decode_latents(trained, torch.stack([event.x[0].cpu() for event in moments]))
-    estimates = decode_latents(trained, torch.stack([event.x0[0].cpu() for event in moments]))
+
+    # 2. Latents to pixels. Of a batch only the first row is shown. x_t is no latent that the VAE
+    #    has seen, but it decodes to something that looks as noisy as it is.
+    states = torch.stack([event.x[0].cpu() for event in moments])               # (10, c, h, w)
+    states = decode_latents(trained, states)                                    # (10, h, w, 3)
+    estimates = torch.stack([event.x0[0].cpu() for event in moments])
+    estimates = decode_latents(trained, estimates)
+
+    # 3. A strip, or a film.
     if Path(path).suffix.lower() != ".gif":
-        save_picture(grid(np.concatenate([states, estimates]), columns=10), path, enlarge=4)
+        strip = grid(np.concatenate([states, estimates]), columns=10)
+        save_picture(strip, path, enlarge=4)
         return
     film = []
     for picture in states:
-        film.append(Image.fromarray(picture).resize((256, 256), Image.Resampling.NEAREST))
+        image = Image.fromarray(picture)
+        film.append(image.resize((256, 256), Image.Resampling.NEAREST))
     film += [film[-1]] * 5                              # the finished picture stays for a second
-    film[0].save(path, save_all=True, append_images=film[1:], duration=200, loop=0)
+    first, *others = film
+    first.save(path, save_all=True, append_images=others, duration=200, loop=0)
 
 
 def print_event(trained, event):
@@ -157,8 +179,9 @@ def grid(pictures, columns, gap=2):
     """One (H, W, 3) uint8 picture of many (M, h, w, 1 or 3), in rows, on grey."""
     M, h, w, _ = pictures.shape
     rows = -(-M // columns)                             # rounded up
-    shape = (rows * (h + gap) + gap, columns * (w + gap) + gap, 3)
-    sheet = np.full(shape, 96, dtype=np.uint8)
+    H = rows * (h + gap) + gap
+    W = columns * (w + gap) + gap
+    sheet = np.full((H, W, 3), 96, dtype=np.uint8)
     for k, picture in enumerate(pictures):
         y = gap + (k // columns) * (h + gap)
         x = gap + (k % columns) * (w + gap)
