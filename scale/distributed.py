@@ -1,31 +1,40 @@
 """
-scale.py: the same model on many GPUs                                         (Transfusion §4.1 "Optimization", App. B.1)
+distributed.py: the same model on many GPUs            (Transfusion §4.1 "Optimization", App. B.1)
 
-THE IDEA    A step is a fixed set of micro-batches. Deal them out to R processes ("ranks"), let each rank own a part of every
-            weight, and add up gradients instead of averaging averages: then any number of ranks takes the same step, and a
-            run may stop on 2 and go on on 1. train.py calls what is here; one process without a GPU runs the same lines.
+THE IDEA    A step is a fixed set of micro-batches. Deal them out to R processes ("ranks"), let each
+            rank own a part of every weight, and add up gradients instead of averaging averages.
+            Then any number of ranks takes the same step, and a run may stop on 2 and go on on 1.
+            train.py calls what is here. One process without a GPU runs the same lines.
 A PICTURE   --accumulate 8 on 4 ranks, --shard 2: a mesh of 2 copies x 2 shards
 
-            rank   micro-batches   owns of weights, gradient, AdamW, average
-             0     0 4             first half   | they gather a block's weights just before it is needed, forget them after
-             1     1 5             second half  | it, and send every gradient to its owner
-             2     2 6             first half   | another copy, say on another node: only gradients travel between the
-             3     3 7             second half  | copies
-THE RULE    L = (sum of LM, all ranks) / (words, all ranks) + lambda (sum of DDPM, all ranks) / (pictures, all ranks)    eq. 4
-            FSDP takes the mean of the ranks' gradients, so each rank's part of L is multiplied by R first.
-START       torchrun --standalone --nproc-per-node 8 train.py --preset 1.4b ...                                  one node
-            torchrun --nnodes 64 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py --preset 7b
-                     --shard 8 ...                                                                      on each of 64 nodes
-OUT         out/<name>/checkpoints/step_000500/: torch.distributed.checkpoint's format, one file per rank and .metadata,
-            written last: without it the checkpoint does not count. The last two are kept.
-PAPER/HERE  the paper says how large its batches are, not how they are divided: all of this is our choice.
-            Run here: CPU and gloo, 1, 2 and 2 x 2 processes (tests). Written for CUDA and NCCL, not run: no GPU here.
-READ NEXT   train.py        TRY IT  python scale.py        TEST  tests/test_scale.py (2 processes = 1 process)
+            rank  micro-batches  owns of weights, gradient, AdamW, average
+             0    0 4            first half   | They gather a block's weights just before they need
+             1    1 5            second half  | it, then forget them. Gradients go to their owners.
+             2    2 6            first half   | Another copy, say on another node: only gradients
+             3    3 7            second half  | travel between the copies.
+THE RULE    L =            (sum of LM, all ranks) / (words, all ranks)                       eq. 4
+              + lambda * (sum of DDPM, all ranks) / (pictures, all ranks)
+            FSDP averages gradients over ranks, but this loss is already divided by global counts.
+            So each rank's part of L is multiplied by R first.
+START       one node:
+                torchrun --standalone --nproc-per-node 8 train.py --preset 1.4b ...
+            on each of 64 nodes:
+                torchrun --nnodes 64 --nproc-per-node 8 --rdzv-backend c10d
+                         --rdzv-endpoint HOST:29500 train.py --preset 7b --shard 8 ...
+OUT         out/<name>/checkpoints/step_000500/: the format of torch.distributed.checkpoint, one
+            file per rank, and .metadata, which is written last. Without it the checkpoint does not
+            count. The last two are kept.
+PAPER/HERE  the paper says how large its batches are, not how they are divided: our choice, all of
+            it. Run here: CPU and gloo, 1, 2 and 2 x 2 processes (tests). Written for CUDA and
+            NCCL, not run there: we had no GPU.
+READ NEXT   ../train.py     TRY IT  python -m scale.distributed
+TEST        tests/test_distributed.py (2 processes = 1 process)
 """
 import atexit
 import contextlib
 import functools
 import os
+import re
 import shutil
 import time
 import warnings
@@ -36,7 +45,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -46,15 +60,24 @@ from model import Transfusion, count
 from scale import plan
 from support.common import UserError, pick_device
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")          # one process saves, too
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")       # what torchrun tells its processes
+# One process saves in the same format, which torch finds worth a warning.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+# What torchrun tells its processes. The first three are numbers.
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NUMBERS = TORCHRUN[:3]
 
 
-# --------------------------------------------------------------------------------------------------- who and where we are
+# ----------------------------------------------------------------------------- who and where we are
 @dataclass
 class Ranks:
-    """Where this process computes. mesh: who shares the weights; None: this process alone, on the CPU, with plain tensors.
-    saving: the process group of asynchronous saving. TRAP: on the default group it waits for training's messages, for ever."""
+    """Where this process computes.
+
+    device  its torch.device
+    mesh    which processes share the weights. None: this one is alone, with plain tensors
+    saving  the process group that saves while training goes on. TRAP: on the default group, saving
+            would wait for the messages of training, for ever
+    """
     device: torch.device
     mesh: object = None
     saving: object = None
@@ -66,7 +89,8 @@ class Ranks:
 
     @property
     def dtype(self):
-        """What the network computes in: bfloat16 on a GPU, where it is twice as fast; float32 on a CPU, where it is slower."""
+        """What the network computes in: bfloat16 on a GPU, where it is twice as fast; float32 on a
+        CPU, where bfloat16 is slower."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
 
@@ -81,42 +105,79 @@ def size():
 
 
 def start(shard=0):
-    """Join the other processes, if torchrun started some -> Ranks. shard: among how many ranks the weights are divided;
-    0: all of them; fewer: groups of neighbours, each with a whole copy. Raises UserError if torchrun's variables are
-    incomplete or the sizes do not fit."""
-    cuda, line = torch.cuda.is_available(), "torchrun --standalone --nproc-per-node 2 train.py --accumulate 2"
-    if any(name in os.environ for name in TORCHRUN[:3]):                # MASTER_ADDR alone is a habit of clusters
-        if missing := [name for name in TORCHRUN if not os.environ.get(name)]:
-            raise UserError(f"some of torchrun's variables are set, but not {', '.join(missing)}: start with e.g. `{line}`, "
-                            f"or `unset {' '.join(n for n in TORCHRUN if n in os.environ)}` to train in one process")
-        if not all(os.environ[name].isdecimal() for name in TORCHRUN[:3]):
-            raise UserError(f"{', '.join(TORCHRUN[:3])} must be numbers: start with e.g. `{line}`")
-        local, alone, joining = int(os.environ["LOCAL_RANK"]), False, {}
-    else:                                                               # one GPU is a world of one
-        local, alone, joining = 0, not cuda, dict(rank=0, world_size=1, store=dist.HashStore())
-    world = 1 if joining else int(os.environ["WORLD_SIZE"])
-    if shard < 0 or world % (shard or 1):
-        raise UserError(f"--shard {shard} must divide the number of processes, {world} (0: all of them)")
-    if alone:
+    """Join the other processes, if torchrun started some. Returns Ranks.
+
+    shard: among how many ranks the weights are divided; 0: all of them; fewer: groups of
+    neighbours, each with a whole copy. Raises UserError if torchrun's variables are incomplete or
+    the numbers do not fit."""
+    # 1. Who is there?
+    cuda = torch.cuda.is_available()
+    torchrun = started_by_torchrun()
+    processes = int(os.environ["WORLD_SIZE"]) if torchrun else 1
+    local = int(os.environ["LOCAL_RANK"]) if torchrun else 0        # our number on this machine
+    if shard < 0 or processes % (shard or 1):
+        raise UserError(f"--shard {shard} must divide the number of processes, {processes} "
+                        f"(0: all of them)")
+    if not torchrun and not cuda:
         return Ranks(pick_device())
-    if cuda and local >= torch.cuda.device_count():
-        raise UserError(f"this machine has {torch.cuda.device_count()} GPUs, but process {local} of it wants one of its own: "
-                        f"lower --nproc-per-node")
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+
+    # 2. One GPU for each process.
+    device = torch.device("cpu")
     if cuda:
+        check_gpus(local)
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
+
+    # 3. Join. A single process with a GPU is a world of one: it runs the lines that 512 run.
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **joining)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if torchrun:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
         atexit.register(stop)
-    shape = (world,) if shard in (0, world) else (world // shard, shard)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("shard",) if len(shape) == 1 else ("copy", "shard"))
+
+    # 4. Who shares the weights? Neighbours, which are on one node: they talk most.
+    if shard in (0, processes):
+        mesh = init_device_mesh(device.type, (processes,), mesh_dim_names=("shard",))
+    else:
+        mesh = init_device_mesh(device.type, (processes // shard, shard),
+                                mesh_dim_names=("copy", "shard"))
     return Ranks(device, mesh, dist.new_group(backend="gloo"))
 
 
+def started_by_torchrun():
+    """Whether torchrun has started this process. Raises UserError if its variables are incomplete.
+    MASTER_ADDR alone does not count: clusters set it by habit."""
+    if not any(name in os.environ for name in NUMBERS):
+        return False
+    example = "torchrun --standalone --nproc-per-node 2 train.py --accumulate 2"
+    missing = [name for name in TORCHRUN if not os.environ.get(name)]
+    if missing:
+        present = [name for name in TORCHRUN if name in os.environ]
+        raise UserError(f"some of torchrun's variables are set, but not {', '.join(missing)}: "
+                        f"start with e.g. `{example}`, or `unset {' '.join(present)}` to train in "
+                        f"one process")
+    if not all(os.environ[name].isdecimal() for name in NUMBERS):
+        raise UserError(f"{', '.join(NUMBERS)} must be numbers: start with e.g. `{example}`")
+    return True
+
+
+def check_gpus(local):
+    """Raise UserError if this machine has no GPU for its process number `local`."""
+    gpus = torch.cuda.device_count()
+    if local >= gpus:
+        raise UserError(f"this machine has {gpus} GPUs, but process {local} of it wants one of its "
+                        f"own: lower --nproc-per-node")
+
+
 def stop():
-    """Leave the other processes, when Python ends. TRAP: the last messages' tensors are freed by gloo's threads; one that finds
-    Python ending aborts the process ("terminate called without an active exception"), every third time without the pause.
-    Joining the threads does not help: they live as long as the mesh, which DTensor's caches keep."""
+    """Leave the other processes, when Python ends.
+
+    TRAP: gloo's threads free the tensors of the last messages. A thread that finds Python ending
+    aborts the process ("terminate called without an active exception"), every third time without
+    the pause. Joining the threads does not help: they live as long as the mesh, which the caches of
+    DTensor keep."""
     if dist.is_initialized():
         dist.destroy_process_group()
         long_group.cache_clear()
@@ -131,7 +192,7 @@ def wait():
 
 @contextlib.contextmanager
 def rank_0_first():
-    """What is inside happens on rank 0, then on the others: they find the file that rank 0 has written."""
+    """What is inside happens on rank 0, then on the others: they find the file that it wrote."""
     if rank() > 0:
         wait()
     yield
@@ -139,79 +200,94 @@ def rank_0_first():
         wait()
 
 
-# ------------------------------------------------------------------------------------------------------- dividing the work
+# -------------------------------------------------------------------------------- dividing the work
 def micro_batches(accumulate):
-    """This rank's micro-batches of a step: k with k % R = rank. Together they are 0..accumulate-1 whatever R is, so that
-    the data of a step do not depend on it. TRAP: a rank with fewer would call the model less often, and all would wait."""
+    """The numbers of this rank's micro-batches of a step: every k with k % R = rank.
+
+    Together they are 0..accumulate-1 for any R, so the data of a step do not depend on R. Raises
+    UserError if R does not divide them."""
+    # TRAP: a rank with fewer micro-batches calls the model less often, and all wait for ever.
     if accumulate % size():
-        raise UserError(f"{size()} processes cannot divide the {accumulate} micro-batches of a step evenly: make --accumulate "
-                        f"a multiple of {size()} (and lower --documents to keep the batch as large as it was)")
+        raise UserError(f"{size()} processes cannot divide the {accumulate} micro-batches of a "
+                        f"step evenly: make --accumulate a multiple of {size()} (and lower "
+                        f"--documents to keep the batch as large as it was)")
     return range(rank(), accumulate, size())
 
 
 def total(numbers):
-    """List of floats: each of `numbers` summed over the ranks. Every rank must call it, with as many."""
+    """List of floats: each of `numbers`, summed over the ranks. Every rank must call it, with a
+    list of the same length."""
     if size() == 1:
         return [float(n) for n in numbers]
-    summed = torch.tensor(numbers, dtype=torch.float64)
-    dist.all_reduce(summed)
-    return summed.tolist()
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
 
 
 @functools.cache
 def long_group():
-    """A process group for work of hours. TRAP: the default group gives up after half an hour, also when a rank is merely slower."""
+    """A process group for work of hours. TRAP: the default group gives up after half an hour, even
+    if one rank is merely slower."""
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 def split_work(work, items):
-    """List of work(part, first) of all ranks' parts of a list, in order: `first` is the place of the part's first item.
-    Every rank must call it and gets the whole list. For drawing and describing; the model of the work must be whole."""
-    a, b = (len(items) * k // size() for k in (rank(), rank() + 1))
+    """Divide a list among the ranks. Returns [work(part, first), ...] of all parts, in order.
+
+    first: the place of the part's first item in the list. Every rank must call this, and gets all
+    results. It is for drawing and describing. The model that `work` uses must be whole."""
+    begin = len(items) * rank() // size()
+    end = len(items) * (rank() + 1) // size()
+    # The group comes first: ranks meet to make it, and after the work some would come too late.
     group = long_group() if size() > 1 else None
-    found = work(items[a:b], a) if a < b else None
-    everyone = [found]
-    if group:
-        everyone = [None] * size()
-        dist.all_gather_object(everyone, found, group)
-    return [part for part in everyone if part is not None]
+    result = work(items[begin:end], begin) if begin < end else None
+    if group is None:
+        results = [result]
+    else:
+        results = [None] * size()
+        dist.all_gather_object(results, result, group)
+    return [part for part in results if part is not None]
 
 
-# ------------------------------------------------------------------------------------------------------ dividing the model
+# ------------------------------------------------------------------------------- dividing the model
 def shard_model(make, ranks, checkpointing=False, compiled=False):
-    """The model of make(), its weights drawn once and divided among the ranks. checkpointing: keep only the blocks' inputs
-    and compute the rest again in the backward pass. compiled: torch.compile each block; one is compiled, all use it.
+    """The model of make(), its weights drawn once and divided among the ranks.
 
-    The order matters: shapes only ("meta": 7B parameters take no memory) -> activation checkpointing -> compile -> shard
-    the blocks, then norm and head, then what is left -> memory -> weights."""
+    checkpointing   keep only the inputs of blocks, and compute the rest again in the backward pass
+    compiled        torch.compile each block; one is compiled, all use it
+
+    The order matters: shapes only -> activation checkpointing -> compile -> shard -> memory ->
+    weights. "Shapes only" is the device "meta", on which 7B parameters take no memory."""
     if ranks.mesh is None:
         model = make()
         prepare_blocks(model, checkpointing, compiled)
         return model
-    # TRAP: weights drawn shard by shard depend on the number of shards. Rank 0 draws them all, as one process would, and
-    # hands out the shards. At 7B that is 27 GB of one machine's main memory, once.
-    drawn = make().state_dict() if rank() == 0 else {}
+
+    # 1. The weights. TRAP: drawn shard by shard, they depend on the number of shards. Rank 0 draws
+    #    them all, as one process would. At 7B that is 27 GB of one machine's main memory, once.
+    weights = make().state_dict() if rank() == 0 else {}
+
+    # 2. The model, without memory, and divided.
     with torch.device("meta"):
         model = make()
-    if buffers := [name for name, _ in model.named_buffers()]:
+    buffers = [name for name, _ in model.named_buffers()]
+    if buffers:
         raise ValueError(f"buffers are not drawn, and would be left empty: {buffers}")
     prepare_blocks(model, checkpointing, compiled)
-    # Weights travel and compute in bfloat16; their owners keep and update them in float32, and gradients are added in it.
-    # TRAP: cast_forward_inputs would also round the noisy pictures and RoPE's tables; the model casts where it means to.
-    half = dict(param_dtype=ranks.dtype, reduce_dtype=torch.float32) if ranks.dtype != torch.float32 else {}
-    how = dict(mesh=ranks.mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False, **half))
-    for block in model.blocks:
-        fully_shard(block, **how)
-    fully_shard([model.norm, model.head], reshard_after_forward=False, **how)       # the backward pass starts with them
-    fully_shard(model, **how)                                           # embeddings and patch encoder
+    shard_weights(model, ranks)
+
+    # 3. Memory for this rank's part, then its weights from rank 0.
     model.to_empty(device=ranks.device)
-    set_model_state_dict(model, drawn, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=from_rank_0)
     return model
 
 
 def prepare_blocks(model, checkpointing, compiled):
-    """Replace the blocks' forward. Only `forward`: the parameters keep their names, and FSDP's hooks stay outside, so that
-    weights are gathered before, not within, what is computed again."""
+    """Replace the blocks' forward by one that is checkpointed, compiled, or both.
+
+    Only `forward`: the parameters keep their names, and FSDP's hooks stay outside. So weights are
+    gathered before, not within, what is computed again."""
     for block in model.blocks:
         if checkpointing:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -219,8 +295,30 @@ def prepare_blocks(model, checkpointing, compiled):
             block.forward = torch.compile(block.forward)
 
 
+def shard_weights(model, ranks):
+    """Divide the weights among the ranks, in place (FSDP): each block, then norm and head, then
+    what is left, which is the embedding and the patch encoder. What is divided together is
+    gathered together."""
+    # TRAP: cast_forward_inputs would also round the noisy pictures and the tables of RoPE. The
+    # model casts where it means to.
+    precision = {"cast_forward_inputs": False}
+    if ranks.dtype != torch.float32:
+        # Weights travel and compute in bfloat16. Their owners keep and update them in float32, and
+        # gradients are added in float32.
+        precision |= {"param_dtype": ranks.dtype, "reduce_dtype": torch.float32}
+    policy = MixedPrecisionPolicy(**precision)
+
+    for block in model.blocks:
+        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
+    # The backward pass begins with norm and head: they stay gathered.
+    fully_shard([model.norm, model.head], mesh=ranks.mesh, mp_policy=policy,
+                reshard_after_forward=False)
+    fully_shard(model, mesh=ranks.mesh, mp_policy=policy)
+
+
 def last_of_step(model, last):
-    """Whether the coming backward pass is the last of its step: only then do the copies of a 2-D mesh add up their gradients."""
+    """Say whether the coming backward pass is the last of its step. Only then do the copies of a
+    2-D mesh add up their gradients."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(last)
 
@@ -231,7 +329,7 @@ def gather(x):
 
 
 def wrap_weights(make, tensors):
-    """A module of make() around given tensors {name: tensor}, without gradients, without drawing or copying any."""
+    """A module of make() around {name: tensor}, without gradients. Nothing is drawn or copied."""
     with torch.device("meta"):
         module = make()
     module.load_state_dict(tensors, assign=True)
@@ -239,121 +337,223 @@ def wrap_weights(make, tensors):
 
 
 def gather_model(make, module, dtype):
-    """A plain, whole module with the weights of `module`, on every rank: anything may be called on it, by one rank alone.
-    Sampling calls other methods than forward, a different number of times on each rank; on shards that would not end.
-    7B in bfloat16 takes 13.5 GB for as long as it is held. A module that is whole already is returned as it is."""
+    """A plain, whole module with the weights of `module`, on every rank.
+
+    Any rank may call any of its methods alone. Sampling does so: each rank calls other methods than
+    forward, another number of times. On shards that would wait for ever. 7B in bfloat16 takes
+    13.5 GB as long as it exists. A module that is whole already is returned as it is."""
     if not any(isinstance(p, DTensor) for p in module.parameters()):
         return module
-    return wrap_weights(make, {k: gather(v).to(dtype) for k, v in module.state_dict().items()})
+    weights = {name: gather(weight).to(dtype) for name, weight in module.state_dict().items()}
+    return wrap_weights(make, weights)
 
 
-# ------------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 def folder_of(out, step):
-    """Where the checkpoint of a step lies."""
+    """The folder of a step's checkpoint."""
     return Path(out) / "checkpoints" / f"step_{step:06d}"
 
 
 def list_checkpoints(out):
-    """(steps of complete checkpoints, steps of incomplete ones), ascending. Complete: .metadata is written last, by rank 0,
-    when every rank's file is on the disk."""
-    both = [], []
+    """(steps of complete checkpoints, steps of incomplete ones), ascending.
+
+    Complete: it has .metadata, which rank 0 writes last, when every rank's file is on the disk.
+    Any other name is somebody's own, such as step_000008.bak, and is left alone."""
+    complete = []
+    incomplete = []
     for path in (Path(out) / "checkpoints").glob("step_*"):
-        both[not (path / ".metadata").exists()].append(int(path.name[5:]))
-    return sorted(both[0]), sorted(both[1])
+        digits = re.fullmatch(r"step_([0-9]+)", path.name)
+        if not digits or not path.is_dir():
+            continue
+        step = int(digits[1])
+        if path != folder_of(out, step):                    # step_8, step_0000008
+            continue
+        if (path / ".metadata").exists():
+            complete.append(step)
+        else:
+            incomplete.append(step)
+    return sorted(complete), sorted(incomplete)
 
 
 def remove(path):
-    """Delete a checkpoint, its .metadata first: killed in between, it must not look complete."""
+    """Delete a checkpoint."""
+    # Killed in between, it must not look complete.
     (path / ".metadata").unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 
 def state_of(model, average, optimizer):
-    """Everything that a resumed run needs, by the parameters' names: it does not depend on the number of ranks."""
+    """Everything that a resumed run needs, by the names of parameters. It does not depend on the
+    number of ranks."""
     weights, moments = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": moments} | ({} if average is model else {"average": average.state_dict()})
+    state = {"model": weights, "optimizer": moments}
+    if average is not model:
+        state["average"] = average.state_dict()
+    return state
 
 
 class Saver:
-    """Writes checkpoints while training goes on: the tensors are copied at once, and a thread writes the copy."""
+    """Writes checkpoints while training goes on: the tensors are copied at once, and a thread
+    writes the copy. keep: how many checkpoints stay."""
 
     def __init__(self, out, ranks, keep=2):
-        self.out, self.ranks, self.keep, self.writing = Path(out), ranks, keep, None
+        self.out = Path(out)
+        self.ranks = ranks
+        self.keep = keep
+        self.path = None                    # of the checkpoint that is being written
+        self.future = None                  # it ends when that is done
 
-    def save(self, step, *parts):
-        """Begin to write the checkpoint of a step. parts: model, average, optimizer."""
+    def save(self, step, model, average, optimizer):
+        """Begin to write the checkpoint of a step."""
         self.wait()
-        if step in list_checkpoints(self.out)[0]:
+        complete, _ = list_checkpoints(self.out)
+        if step in complete:
             return
         path = folder_of(self.out, step)
         with rank_0_first():
-            remove(path)                                                # what a killed run left half written
-        self.writing = path, dcp.async_save(state_of(*parts), checkpoint_id=path, process_group=self.ranks.saving,
-                                            no_dist=not dist.is_initialized())
+            remove(path)                    # what a killed run left half written
+        self.future = dcp.async_save(
+            state_of(model, average, optimizer), checkpoint_id=path,
+            process_group=self.ranks.saving, no_dist=not dist.is_initialized())
+        self.path = path
 
     def wait(self):
-        """Wait until the checkpoint that is being written is complete; then delete all but the last few."""
-        if self.writing is None:
+        """Wait until the checkpoint that is being written is complete. Then delete all but the last
+        few. Raises UserError if it could not be written."""
+        if self.future is None:
             return
-        (path, future), self.writing = self.writing, None
+        future = self.future
+        self.future = None                  # also if it fails: nobody shall wait for it again
         try:
             future.result()
         except (Exception, dcp.api.CheckpointException) as problem:     # the latter is no Exception
-            raise UserError(f"{path} could not be written ({problem}): is the disk full?") from None
+            raise UserError(f"{self.path} could not be written ({problem}): is the disk "
+                            f"full?") from None
         if rank() == 0:
-            complete, incomplete = list_checkpoints(self.out)
-            for step in complete[:-self.keep] + incomplete:
-                remove(folder_of(self.out, step))
+            self.delete_old()
+
+    def delete_old(self):
+        """Delete all but the last complete checkpoints."""
+        complete, incomplete = list_checkpoints(self.out)
+        for step in complete[:-self.keep] + incomplete:
+            remove(folder_of(self.out, step))
 
 
 def load(out, step, ranks, model, average, optimizer):
-    """Read the checkpoint of a step into the three, whatever number of ranks wrote it."""
-    path, state = folder_of(out, step), state_of(model, average, optimizer)
+    """Read the checkpoint of a step into the three, whatever number of ranks wrote it. Raises
+    UserError if it cannot be read."""
+    path = folder_of(out, step)
+    state = state_of(model, average, optimizer)
     try:
-        dcp.load(state, checkpoint_id=path, process_group=ranks.saving, no_dist=not dist.is_initialized())
+        dcp.load(state, checkpoint_id=path, process_group=ranks.saving,
+                 no_dist=not dist.is_initialized())
     except (torch.OutOfMemoryError, MemoryError):
-        raise                                           # not the checkpoint's fault
+        raise                               # not the checkpoint's fault
     except (Exception, dcp.api.CheckpointException) as problem:
-        raise UserError(f"{path} cannot be read ({type(problem).__name__}): truncated, or of another model? Delete this folder "
-                        f"to go on from the checkpoint before it") from None
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        raise UserError(f"{path} cannot be read ({type(problem).__name__}): truncated, or of "
+                        f"another model? Delete this folder to go on from the checkpoint before "
+                        f"it") from None
+    set_state_dict(model, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optimizer"])
 
 
-# ------------------------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------- memory
 @contextlib.contextmanager
-def explain_memory(shape, config, ranks, beside=None, each=0):
-    """Turn "out of memory" into a UserError: what the memory is for (plan.py), and which option to change.
-    shape: ModelConfig; config: presets.Config. beside: what is done, if it is not a step of training, and `each`: how many
-    bytes per parameter that takes beside weights, AdamW and average."""
+def explain_memory(shape, config, ranks, activity="", bytes_per_parameter=0):
+    """Turn "out of memory" into a UserError: what the memory is for, and which option to change.
+
+    shape       model.ModelConfig          config      config.Config
+    activity    what is going on, if it is not a step of training
+    bytes_per_parameter     what that takes beside weights, AdamW and average"""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
-        if not isinstance(problem, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(problem):
+        if not is_out_of_memory(problem):
             raise
-        with torch.device("meta"):
-            model = Transfusion(shape)
-        owners, number, gb = config.shard or size(), ranks.dtype.itemsize, lambda n: f"{n / 1e9:.1f} GB"
-        use = lambda checkpointing: plan.memory(model, owners, config.documents, checkpointing, config.ema > 0, number, patches=config.model == "transfusion")
-        needs, advice = [(what, bytes) for what, bytes, _ in use(config.checkpointing)], []
-        if beside:
-            needs = [("weights, AdamW" + " and average" * (config.ema > 0), plan.at_rest(model, owners, config.ema > 0)),
-                     *([(f"what happens now ({beside})", each * count(model))] if each else [])]
-        elif config.documents > 1:
-            p = next(p for p in range(2, config.documents + 1) if config.documents % p == 0)
-            advice.append(f"--documents {config.documents // p} --accumulate {p * config.accumulate} (the same batch in smaller "
-                          f"pieces{'' if config.data == 'shards' else ', in a new run'})")
-        if not (beside or config.checkpointing):
-            advice.append(f"--checkpointing (in all {gb(sum(bytes for _, bytes, _ in use(True)))})")
-        if config.shard not in (0, size()):
-            advice.append(f"--shard {2 * config.shard}")
-        if config.ema:
-            advice.append("--ema 0 (no average, in a new run)")
-        raise UserError("out of memory: a process needs about " + ", ".join(f"{gb(bytes)} for {what}" for what, bytes in needs) +
-                        "; try " + " or ".join([*advice, "more processes"])) from None
+        if activity:
+            needs = needs_beside_training(shape, config, activity, bytes_per_parameter)
+        else:
+            needs = needs_of_step(shape, config, ranks, config.checkpointing)
+        needed = ", ".join(f"{gigabytes(size)} for {what}" for what, size in needs)
+        advice = " or ".join(memory_advice(shape, config, ranks, training=not activity))
+        raise UserError(f"out of memory: a process needs about {needed}; try {advice}") from None
+
+
+def is_out_of_memory(problem):
+    """Whether an exception says that memory is short."""
+    # On a CPU, torch raises a plain RuntimeError.
+    if isinstance(problem, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(problem)
+
+
+def needs_of_step(shape, config, ranks, checkpointing):
+    """[(what, bytes)] of a training step on one process: see plan.memory."""
+    lines = plan.memory(empty_model(shape), config.shard or size(), config.documents, checkpointing,
+                        config.ema > 0, ranks.dtype.itemsize, config.model == "transfusion")
+    return [(what, number) for what, number, _ in lines]
+
+
+def needs_beside_training(shape, config, activity, bytes_per_parameter):
+    """[(what, bytes)] of something that happens between the steps, on one process."""
+    model = empty_model(shape)
+    state = "weights, AdamW and average" if config.ema > 0 else "weights, AdamW"
+    needs = [(state, plan.at_rest(model, config.shard or size(), config.ema > 0))]
+    if bytes_per_parameter:
+        needs.append((f"what happens now ({activity})", bytes_per_parameter * count(model)))
+    return needs
+
+
+def memory_advice(shape, config, ranks, training):
+    """The options that would lower the memory, as a list of str. training: whether it ran out in a
+    training step: then smaller micro-batches help."""
+    advice = []
+    if training and config.documents > 1:
+        pieces = smallest_factor(config.documents)
+        new_run = "" if config.data == "shards" else ", in a new run"
+        advice.append(f"--documents {config.documents // pieces} --accumulate "
+                      f"{pieces * config.accumulate} (the same batch in smaller pieces{new_run})")
+    if training and not config.checkpointing:
+        needs = needs_of_step(shape, config, ranks, checkpointing=True)
+        in_all = gigabytes(sum(number for _, number in needs))
+        advice.append(f"--checkpointing (in all {in_all})")
+    if config.shard not in (0, size()):
+        advice.append(f"--shard {2 * config.shard}")
+    if config.ema:
+        advice.append("--ema 0 (no average, in a new run)")
+    return [*advice, "more processes"]
+
+
+def empty_model(shape):
+    """The Transfusion of a ModelConfig, without memory."""
+    with torch.device("meta"):
+        return Transfusion(shape)
+
+
+def smallest_factor(n):
+    """The smallest factor of n that is above 1."""
+    factor = 2
+    while n % factor:
+        factor += 1
+    return factor
+
+
+def gigabytes(number):
+    """A number of bytes, in words."""
+    return f"{number / 1e9:.1f} GB"
+
+
+def main():
+    """Show how a step is dealt out."""
+    print("a step of 8 micro-batches, dealt out:")
+    for R in (1, 2, 4):
+        shares = []
+        for r in range(R):
+            numbers = " ".join(str(k) for k in range(r, 8, R))
+            shares.append(f"rank {r}: {numbers}")
+        print(f"  R = {R}   " + "   ".join(shares))
+    print("what this costs in memory and time: python -m scale.plan")
 
 
 if __name__ == "__main__":
-    print("a step of 8 micro-batches, dealt out:")
-    for R in (1, 2, 4):
-        print(f"  R = {R}   " + "   ".join(f"rank {r}: {' '.join(map(str, range(r, 8, R)))}" for r in range(R)))
-    print("what this costs in memory and time: python plan.py")
+    main()

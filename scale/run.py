@@ -1,11 +1,13 @@
 """
-run.py: a training run before its first step and after its last                       (Transfusion §4.1, App. B.1)
+run.py: a training run, before its first step and after its last        (Transfusion §4.1, App. B.1)
 
-THE IDEA    train.py shows the loop. What must exist before the loop can begin stands here: the feed, the model with its first
-            weights, the average, the optimizer, all of them divided among the processes; and what is needed afterwards:
-            the whole model again, in one piece.
-A PICTURE   Config --build_feed--> feed --build_run--> Run --train.fit--> Run --gather_trained--> model.pt
-READ NEXT   distributed.py        TEST  tests/test_train.py, tests/test_distributed.py
+THE IDEA    train.py shows the loop. What must exist before the loop stands here: the feed, the
+            model with its first weights, its average, its optimizer, all of them divided among the
+            processes. What is needed afterwards stands here, too: the whole model in one piece.
+A PICTURE   Config --build_feed--> feed --build_run--> Run --train.fit--> Run
+                                                                           |
+                                                                 gather_trained --> model.pt
+READ NEXT   distributed.py      TEST  tests/test_train.py, tests/test_distributed.py
 """
 from dataclasses import dataclass
 
@@ -21,19 +23,22 @@ from scale import distributed
 from sources import choose
 from support import checkpoint
 
-WHOLE_MODEL = "a whole copy of the model is measured", 2     # what for, and bytes per parameter: distributed.explain_memory
+# For Run.explain_memory: what is going on, and the bytes per parameter that it takes (bfloat16: 2).
+WHOLE_MODEL = ("a whole copy of the model is measured", 2)
 
 
 @dataclass
 class Run:
-    """Everything that a step needs. On several processes, model and average are divided among them. With --ema 0 the
-    average is the model itself.
+    """Everything that a step needs. On several processes, model and average are divided among them.
 
     config      every number of the run
     ranks       which processes there are, and on which device this one computes
-    micros      which micro-batches of a step are this process's own
+    micros      the numbers of this process's own micro-batches of a step
     feed        where batches come from: sources/feed.py or scale/feed.py
-    diffusion, model, average, optimizer
+    diffusion   the noise process
+    model       the network that is trained
+    average     the average of its weights over the last steps; with --ema 0 the model itself
+    optimizer   AdamW
     step        how many steps have been taken
     """
     config: Config
@@ -46,9 +51,10 @@ class Run:
     optimizer: torch.optim.Optimizer
     step: int = 0
 
-    def explain_memory(self, *what):
+    def explain_memory(self, activity="", bytes_per_parameter=0):
         """Turn "out of memory" into a sentence about this run: see distributed.explain_memory."""
-        return distributed.explain_memory(self.average.config, self.config, self.ranks, *what)
+        return distributed.explain_memory(self.average.config, self.config, self.ranks, activity,
+                                          bytes_per_parameter)
 
     def gather_average(self):
         """The averaged model, whole on every process. Every process must call it."""
@@ -59,44 +65,60 @@ class Run:
             return distributed.gather_model(make, self.average, self.ranks.dtype).eval()
 
     def gather_trained(self):
-        """checkpoint.Trained of the averaged model: all that sampling needs. Every process must call it."""
-        config, feed = self.config, self.feed
-        return checkpoint.Trained(self.gather_average(), feed.tokenizer, feed.vae, self.diffusion,
-                                  config.model, config.text_share)
+        """checkpoint.Trained of the averaged model: all that sampling needs. Every process must
+        call it."""
+        return checkpoint.Trained(self.gather_average(), self.feed.tokenizer, self.feed.vae,
+                                  self.diffusion, self.config.model, self.config.text_share)
 
 
+# ---------------------------------------------------------------------------------- before the loop
 def build_feed(config, out, diffusion, start, resume, view):
-    """The feed of the data at hand: shards on disk, or pictures in memory, whose VAE is trained first if there is none.
+    """The feed of the data at hand: shards on disk, or pictures in memory. If there is no VAE for
+    those, it is trained first.
 
-    config, out     the run's numbers and its folder        diffusion   its noise process
-    start           the checkpoint.Trained of --init, or None        resume   whether the run goes on
-    view            function (first code's id) -> how the model sees a document (chameleon.view)
+    config      the run's numbers           out     its folder
+    diffusion   its noise process           start   the checkpoint.Trained of --init, or None
+    resume      whether the run goes on from a checkpoint in `out`
+    view        function (first code's id) -> how the model sees a document (chameleon.view)
     Raises UserError if data, VAE, tokenizer and options do not fit together."""
     if config.data == "shards":
         return scale.feed.build_feed(config, diffusion, start, view)
+
     with distributed.rank_0_first():                        # it may download
         test = choose.load_source(config, "test", n=256)
-
-    coded = config.model == "chameleon"
-    # --resume: reuse the VAE that this run has trained. Otherwise ignore it: it belongs to an earlier run.
-    kept = out / "vae.pt" if resume else None
-    vae = start.vae if start else checkpoint.find_vae(config.data, config.vae, kept, coded)
-
-    def train_one(pixels, vae_config):
-        """Process 0 trains the VAE; the others wait, and read its file."""
-        with distributed.rank_0_first():
-            if distributed.rank() == 0:
-                trained = train_vae(pixels, vae_config, config.vae_steps, seed=config.seed)
-                checkpoint.save(out / "vae.pt", checkpoint.pack_vae(trained))
-            return checkpoint.find_vae(config.data, out / "vae.pt", codes=coded)
-
     progress = distributed.rank() == 0
-    return sources.feed.build_feed(config, test, diffusion, start, vae, train_one, view, progress)
+    vae = find_vae(config, out, start, resume)
+
+    def train_first(pixels, vae_config):
+        return train_vae_once(config, out, pixels, vae_config)
+
+    return sources.feed.build_feed(config, test, diffusion, start, vae, train_first, view, progress)
+
+
+def find_vae(config, out, start, resume):
+    """The VAE, or for a Chameleon the VQ-VAE, that the run uses. None: there is none yet."""
+    if start:
+        return start.vae
+    # --resume: reuse out/vae.pt, which this run has trained. Otherwise ignore it: it belongs to an
+    # earlier run.
+    own = out / "vae.pt" if resume else None
+    return checkpoint.find_vae(config.data, config.vae, own, codes=config.model == "chameleon")
+
+
+def train_vae_once(config, out, pixels, vae_config):
+    """Train the run's VAE on pixels and keep it in out/vae.pt. Process 0 trains; the others wait,
+    and read its file."""
+    path = out / "vae.pt"
+    with distributed.rank_0_first():
+        if distributed.rank() == 0:
+            vae = train_vae(pixels, vae_config, config.vae_steps, seed=config.seed)
+            checkpoint.save(path, checkpoint.pack_vae(vae))
+        return checkpoint.find_vae(config.data, path, codes=config.model == "chameleon")
 
 
 def build_run(config, ranks, feed, diffusion, start):
-    """The Run at step 0: the model with its first weights, or those of the checkpoint `start`, its average, its
-    optimizer. The arguments are those of `build_feed`, and the distributed.Ranks."""
+    """The Run at step 0. Its model has random weights, or those of the checkpoint `start`.
+    ranks: distributed.Ranks; the other arguments are those of `build_feed`."""
     torch.manual_seed(config.seed)
 
     def make():
@@ -105,18 +127,25 @@ def build_run(config, ranks, feed, diffusion, start):
     def make_first():
         return start.model.train() if start else make()
 
-    with distributed.explain_memory(feed.shape, config, ranks, "process 0 draws the first weights in main memory", 4):
+    # 1. The model, and the average of its weights.
+    activity = "process 0 draws the first weights in main memory"
+    with distributed.explain_memory(feed.shape, config, ranks, activity, bytes_per_parameter=4):
         model = distributed.shard_model(make_first, ranks, config.checkpointing, config.compile)
-        average = model                                     # --ema 0 keeps no second copy: at 7B that is 27 GB
+        average = model                     # --ema 0 keeps no second copy: at 7B that is 27 GB
         if config.ema:
-            weights = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+            weights = {name: w.detach().clone() for name, w in model.state_dict().items()}
             average = distributed.wrap_weights(make, weights)
     feed.vae.to(ranks.device)
 
-    # Paper App. B.1: AdamW (0.9, 0.95), decay 0.1. Our choice: no decay on vectors (norms, biases).
+    # 2. The optimizer.
+    # Paper: App. B.1, AdamW with betas (0.9, 0.95), eps 1e-8, weight decay 0.1.
+    # Our choice: no decay on vectors, which are norms and biases.
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": config.decay},
+              {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+    # 3. Which micro-batches of each step are ours.
     micros = distributed.micro_batches(config.accumulate)
     return Run(config, ranks, micros, feed, diffusion, model, average, optimizer)

@@ -1,30 +1,42 @@
 """
-shards.py: a trillion tokens on disk, in an order that is a pure function of (seed, step)     (Transfusion §4.1 "Data")
+shards.py: a trillion tokens on disk, in an order that (seed, step) decides    (§4.1 "Data")
 
-THE IDEA    Whatever is the same in every epoch is computed once and written down: token ids, the VAE's latents, which
-            documents share a row of T positions. Whatever must differ from epoch to epoch (the order of the rows, caption
-            or picture first, captions dropped) is drawn at reading time from (seed, row number) and never stored. So any
-            rank can say at once which rows are its own at any step, and a checkpoint needs to hold the step only.
-A PICTURE   packed/  tokenizer.model | .json, vae.pt, index.json (written last: it says which shards there must be)
-                     text-000000/  pairs-000000/  pairs-000001/ ...   one shard = header.json and five or six .npy arrays
-            rows       0     3       5 ...      row r has documents rows[r] .. rows[r+1]        (each table says where its
-            documents  0  1  2  4  5 ...        document d has parts documents[d] .. [d+1]       children begin; text has
-            parts      0  3  9  12  ...         part p has words parts[p] .. [p+1]               one part per document)
-            words      uint16, the ids of the text alone: BOS, BOI, patches ... are laid out when read
-            latents    float16 (parts, c, h, w): the picture of part p (pairs only); by a VQ-VAE its codes, uint16 (parts, h, w)
-            sums       crc32 of all that belongs to row r, checked whenever the row is read
-THE RULE    row number g = (step * micro-batches + micro) * B + b      of an endless stream of rows
-            from the text if floor((g+1) s) > floor(g s), else from the pairs; s such that text tokens : patches = 1 : 1
-            the j-th row of its kind is row shuffled(j mod n) of n, in the order of epoch floor(j / n)
+THE IDEA    What is the same in every epoch is computed once and written down: token ids, the VAE's
+            latents, which documents share a row of T positions. What must differ from epoch to
+            epoch is drawn when a row is read, and never stored: the order of the rows, caption or
+            picture first, captions dropped. It is drawn from (seed, row number). So any rank knows
+            at once which rows are its own at any step, and a checkpoint needs the step only.
+A PICTURE   packed/  tokenizer.model | .json, vae.pt, index.json (written last: it lists the shards)
+                     text-000000/  pairs-000000/  pairs-000001/ ...
+            A shard is header.json and these arrays. Each of the first three says where the children
+            of a row, document or part begin:
+
+            rows       0     3       5 ...   row r has documents rows[r] .. rows[r+1]
+            documents  0  1  2  4  5 ...     document d has parts documents[d] .. documents[d+1]
+            parts      0  3  9  12  ...      part p has words parts[p] .. parts[p+1]; a document of
+                                             text alone has one part
+            words      uint16                the ids of the words. BOS, BOI, patches ... are laid
+                                             out when a row is read
+            latents    float16 (parts, c, h, w), pairs only: the picture of each part;
+                       uint16 (parts, h, w) if a VQ-VAE made codes
+            sums       uint32 (rows,)        crc32 of all that belongs to a row, checked whenever
+                                             the row is read
+THE RULE    row number g = (step * micro-batches + micro) * B + b       of an endless stream of rows
+            It is text if floor((g+1) s) > floor(g s), else pairs. s makes text tokens : patches
+            1 : 1. The j-th row of its kind is row shuffled(j mod n) of n, in the order of epoch
+            floor(j / n).
 SHAPES      B rows, T positions, M pictures, P patches per picture, latents (M, c, h, w)
-PAPER/HERE  same: 4096 positions, 32,000 pieces, 1 : 1, captions first in 80%, t <= 500 where not.
-            our choice: 1 : 1 is made of whole rows when read, so text and pictures have epochs of their own (the paper's
-            pictures repeat, its text does not).
-            our choice: only the mean of q(z | x) is stored: 16 KiB for a 256x256 picture, 57 TB for the paper's 3.5B; its
-            deviation would double that. With assets/scenes_vae.pt we measured it at 0.005 of the latents' own, less than
-            the noise of the first diffusion step (0.006); float16 rounds by 0.002 at most. Packing prints it for your VAE.
-            left out: the up-weighting of beautiful pictures in the last 1%, which would be a third kind with its own s.
-READ NEXT   plan.py, scale.py      TRY IT  python shards.py; python shards.py packed      TEST  tests/test_shards.py
+PAPER/HERE  same: rows of 4096, 32,000 pieces, 1 : 1, captions first in 80%, else t <= 500.
+            our choice: whole rows make 1 : 1, when they are read. So text and pictures have epochs
+            of their own (the paper's pictures repeat, its text does not).
+            our choice: only the mean of q(z | x) is stored: 16 KiB for a 256x256 picture, 57 TB for
+            the paper's 3.5B. Its deviation would double that. With assets/scenes_vae.pt it is 0.005
+            of the latents' own, less than the noise of the first diffusion step (0.006). float16
+            rounds by 0.002 at most. Packing prints the deviation for your VAE.
+            left out: the up-weighting of beautiful pictures in the last 1%. It would be a third
+            kind with its own s.
+READ NEXT   pack.py, feed.py        TEST  tests/test_shards.py
+TRY IT      python -m scale.shards; python -m scale.shards packed
 """
 import functools
 import hashlib
@@ -42,228 +54,464 @@ import data
 import vae as vae_module
 from data import Pieces
 from support import checkpoint
-from support.checkpoint import load_tokenizer
 from support.common import UserError, run_command
 
+KINDS = ("text", "pairs")
 
-# -------------------------------------------------------------------------------------------------------------- tokenizer
+# The fields of a header.json and their types. Numbers are counts.
+HEADER = {
+    "kind": str,                # one of KINDS
+    "settings": dict,           # what all shards of a folder must share
+    "recipe": dict,             # settings, sources and options: what the content depends on
+    "next": list,               # where the next shard begins: [number of a source, items read]
+    "bytes": dict,              # {file name: size}
+    "rows": int,
+    "documents": int,
+    "words": int,
+    "positions": int,           # those that are filled
+    "pictures": int,
+    "skipped": int,             # items that could not be packed
+    "problems": list,           # what was wrong with the first of them
+    "deviation_squared": float,     # the VAE's, summed over the pictures
+}
+SETTINGS = {"text": ("seq_len", "tokenizer"),
+            "pairs": ("seq_len", "tokenizer", "vae", "latent", "patch", "patches")}
+
+PACK_AGAIN = "delete it and run the packing command again, which packs it anew"
+
+
 def fingerprint(thing):
     """16 hex digits that name a tokenizer, or a VAE, by its content."""
     if isinstance(thing, vae_module.VAE):
-        # under its older name, so that shards packed before the change still fit their VAE
-        state = sorted((name.replace("x0_max", "reach"), tensor) for name, tensor in thing.state_dict().items())
-        content = b"".join(k.encode() + v.cpu().contiguous().numpy().tobytes() for k, v in state)
+        # TRAP: x0_max goes by its older name here. With the new one, the shards that were packed
+        # before the change would no longer fit their VAE.
+        weights = {}
+        for name, tensor in thing.state_dict().items():
+            weights[name.replace("x0_max", "reach")] = tensor.cpu().contiguous()
+        pieces = [name.encode() + weights[name].numpy().tobytes() for name in sorted(weights)]
+        content = b"".join(pieces)
+    elif isinstance(thing, Pieces):
+        content = thing.model
     else:
-        content = thing.model if isinstance(thing, Pieces) else json.dumps(thing.vocabulary).encode()
+        content = json.dumps(thing.vocabulary).encode()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------- one shard
+def open_arrays(path):
+    """{name: memory-mapped array} of a shard. Nothing is read yet."""
+    return {file.stem: np.load(file, mmap_mode="r") for file in path.glob("*.npy")}
+
+
 def cut_row(arrays, r):
-    """(documents, each a list of lists of ids; latents of its pictures or None; crc32 of all of it) of row r of a shard."""
-    row = np.asarray(arrays["rows"][r: r + 2])
-    starts = np.asarray(arrays["documents"][row[0]: row[1] + 1])
-    begins = np.asarray(arrays["parts"][starts[0]: starts[-1] + 1])
-    words = np.asarray(arrays["words"][begins[0]: begins[-1]])
-    latents = np.asarray(arrays["latents"][starts[0]: starts[-1]]) if "latents" in arrays else None
+    """Row r of a shard's arrays: (documents, latents, crc32 of all of it). A document is a list of
+    parts, a part a list of ids. latents: those of the parts, or None."""
+    # Each table says where the children begin, and, one place on, where they end.
+    document_bounds = np.asarray(arrays["rows"][r: r + 2])
+    part_bounds = np.asarray(arrays["documents"][document_bounds[0]: document_bounds[1] + 1])
+    word_bounds = np.asarray(arrays["parts"][part_bounds[0]: part_bounds[-1] + 1])
+    words = np.asarray(arrays["words"][word_bounds[0]: word_bounds[-1]])
+    pieces = [document_bounds, part_bounds, word_bounds, words]
+    latents = None
+    if "latents" in arrays:
+        latents = np.asarray(arrays["latents"][part_bounds[0]: part_bounds[-1]])
+        pieces.append(latents)
+
     crc = 0
-    for array in (row, starts, begins, words) + (() if latents is None else (latents,)):
-        crc = zlib.crc32(array.tobytes(), crc)
-    texts = [words[a: b].tolist() for a, b in itertools.pairwise(begins - begins[0])]
-    return [texts[a: b] for a, b in itertools.pairwise(starts - starts[0])], latents, crc
+    for piece in pieces:
+        crc = zlib.crc32(piece.tobytes(), crc)
+    parts = split(words.tolist(), word_bounds)
+    return split(parts, part_bounds), latents, crc
+
+
+def split(items, bounds):
+    """Cut a list into pieces. The pieces' bounds count from bounds[0]."""
+    return [items[a:b] for a, b in itertools.pairwise(bounds - bounds[0])]
 
 
 def read_header(path, settings=None):
-    """The dict of a shard's header. Raises UserError, naming the shard, if it is missing, or broken as far as sizes tell,
-    or was packed with other settings."""
-    again = "delete it and run the packing command again, which packs it anew"
-    try:
-        header = json.loads((path / "header.json").read_text())
-        sizes, found = header["bytes"], header["settings"]
-    except FileNotFoundError:
-        raise UserError(f"the shard {path} is missing: copy it there, or run the packing command again, which packs it "
-                        f"anew") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"the shard {path} is broken (header.json cannot be read): {again}") from None
-    for name, size in sizes.items():
-        have = (path / name).stat().st_size if (path / name).exists() else None
-        if have != size:
-            raise UserError(f"the shard {path} is broken ({name} has {have or 0:,} bytes, its header says {size:,}): {again}")
-    other = [k for k in found if settings and settings.get(k, found[k]) != found[k]]
-    if other:
-        raise UserError(f"the shard {path} was packed with another {' and '.join(other)} ({found[other[0]]}) than the rest "
-                        f"({settings[other[0]]}): keep shards of different settings in different folders")
+    """The dict of a shard's header. Raises UserError, naming the shard, if it is missing, or broken
+    as far as sizes tell, or was packed with other settings than these."""
+    header = parse_header(path)
+    check_sizes(path, header["bytes"])
+    check_same_settings(path, header["settings"], settings or {})
     return header
 
 
+def parse_header(path):
+    """The dict of a shard's header.json. Raises UserError if it is missing, or is no header."""
+    try:
+        header = json.loads((path / "header.json").read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"the shard {path} is missing: copy it there, or run the packing command "
+                        f"again, which packs it anew") from None
+    except (ValueError, RecursionError):
+        header = None                       # cut short, or something else
+    if not is_header(header):
+        raise UserError(f"the shard {path} is broken (header.json cannot be read): {PACK_AGAIN}")
+    return header
+
+
+def is_header(header):
+    """Whether a parsed header.json has every field, each of its type."""
+    if not isinstance(header, dict):
+        return False
+    for name, kind in HEADER.items():
+        if not has_type(header.get(name), kind):
+            return False
+    if header["kind"] not in KINDS or header["rows"] == 0:
+        return False
+    if any(name not in header["settings"] for name in SETTINGS[header["kind"]]):
+        return False
+    if not has_type(header["recipe"].get("sources"), dict) or len(header["next"]) != 2:
+        return False
+    numbers = [*header["bytes"].values(), *header["next"]]
+    return all(has_type(number, int) for number in numbers)
+
+
+def has_type(value, kind):
+    """Whether a value from a JSON file has a type. Numbers must not be negative."""
+    if kind not in (int, float):
+        return isinstance(value, kind)
+    if isinstance(value, bool):             # True is an int, too
+        return False
+    return isinstance(value, (int, kind)) and value >= 0
+
+
+def check_sizes(path, sizes):
+    """Raise UserError if a file of a shard is missing, or has another size than its header says."""
+    for name, size in sizes.items():
+        file = path / name
+        found = file.stat().st_size if file.exists() else None
+        if found != size:
+            raise UserError(f"the shard {path} is broken ({name} has {found or 0:,} bytes, its "
+                            f"header says {size:,}): {PACK_AGAIN}")
+
+
+def check_same_settings(path, own, others):
+    """Raise UserError if a shard has other settings than the rest."""
+    different = [name for name in own if others.get(name, own[name]) != own[name]]
+    if different:
+        first = different[0]
+        raise UserError(f"the shard {path} was packed with another {' and '.join(different)} "
+                        f"({own[first]}) than the rest ({others[first]}): keep shards of different "
+                        f"settings in different folders")
+
+
+# ---------------------------------------------------------------------------------------- the order
 def shuffled(k, n, key):
-    """Which of n rows comes k-th in the order named `key`: a bijection of 0..n-1, without a list of n numbers."""
-    # A Feistel network: of the two halves of k's bits, add (xor) a hash of one to the other and swap, eight times. Each
-    # round can be undone, so no two numbers collide. A result beyond n goes through again until one lands below n.
-    # Eight rounds: with four, one of six rows came 6 standard errors too often at one place, in 2000 epochs.
-    half = max(1, (n - 1).bit_length() + 1 >> 1)
+    """Which of n rows comes k-th in the order named `key`: a bijection of 0..n-1, without a list of
+    n numbers."""
+    # A Feistel network: of the two halves of k's bits, add (xor) a hash of one to the other and
+    # swap, eight times. Each round can be undone, so no two numbers collide. A result beyond n goes
+    # through again until one lands below n.
+    # Eight rounds: with four, one of six rows came 6 standard errors too often at one place, in
+    # 2000 epochs.
+    half = max(1, ((n - 1).bit_length() + 1) // 2)          # bits of each half
+    mask = (1 << half) - 1
     while True:
-        left, right = k >> half, k & (1 << half) - 1
+        left = k >> half
+        right = k & mask
         for turn in range(8):
             digest = hashlib.blake2b(f"{key} {turn} {right}".encode(), digest_size=8).digest()
-            left, right = right, left ^ int.from_bytes(digest) & (1 << half) - 1
+            mixed = left ^ (int.from_bytes(digest) & mask)
+            left = right
+            right = mixed
         k = left << half | right
         if k < n:
             return k
 
 
+# ------------------------------------------------------------------------------- a folder of shards
 class Shards:
-    """Packed shards as a stream of batches. folder: what `pack` wrote, or a folder of several such folders. drop, t_limit,
-    T: as in data.Documents; text_only: never a row of pairs (the Llama baseline). Opening reads headers only; arrays are memory-mapped when a row of theirs is wanted."""
+    """Packed shards as a stream of batches.
 
-    def __init__(self, folder, drop=data.Documents.drop, t_limit=data.Documents.t_limit, T=data.Documents.T, text_only=False):
-        self.folder, self.rules, self.settings, self.text_only = Path(folder), dict(drop=drop, t_limit=t_limit, T=T), {}, text_only
-        found = sorted([*self.folder.glob("index.json"), *self.folder.glob("*/index.json")])
-        if not found:
-            raise UserError(f"{folder} has no index.json: it holds no shards, or their packing has not finished; run "
-                            f"`python data.py pack ... --out {folder}` (again)")
-        headers = {"text": {}, "pairs": {}}
-        for index in found:
-            for name in self.parse(index):
-                header = read_header(index.parent / name, self.settings)
-                self.settings |= header["settings"]
-                headers[header["kind"]][index.parent / name] = header
-        beside = lambda names: next((p for index in found for name in names for p in index.parent.glob(name)), None)
-        self.vae_path, tokenizer = beside(["vae.pt"]), beside(["tokenizer.model", "tokenizer.json"])
-        self.tokenizer = load_tokenizer(tokenizer) if tokenizer else data.Words([])
-        if fingerprint(self.tokenizer) != self.settings["tokenizer"]:
-            raise UserError(f"the shards of {folder} were packed with another tokenizer ({self.settings['tokenizer']}) than "
-                            f"the one beside them ({tokenizer and fingerprint(self.tokenizer)}): put theirs there")
-        self.patches, self.codes = self.settings.get("patches", 0), self.settings.get("codes", 0)
-        self.paths = {kind: list(headers[kind]) for kind in headers}
-        self.begins = {kind: np.cumsum([0] + [h["rows"] for h in headers[kind].values()]) for kind in headers}
-        total = lambda kind, name: sum(h[name] for h in headers[kind].values())
-        self.pictures = total("pairs", "pictures")
+    folder              what `pack` wrote, or a folder of several such folders
+    drop, t_limit, T    as in data.Documents
+    text_only           never a row of pairs (the Llama baseline)
+
+    Opening reads headers only. Arrays are memory-mapped when a row of theirs is wanted."""
+
+    def __init__(self, folder, drop=data.Documents.drop, t_limit=data.Documents.t_limit,
+                 T=data.Documents.T, text_only=False):
+        self.folder = Path(folder)
+        self.noise_rules = {"drop": drop, "t_limit": t_limit, "T": T}
+        self.text_only = text_only
+        self.open_arrays = functools.lru_cache(maxsize=256)(open_arrays)
+
+        indices = self.find_indices()
+        self.headers, self.settings = read_headers(indices)
+        self.patches = self.settings.get("patches", 0)
+        self.codes = self.settings.get("codes", 0)          # 0: the shards hold latents
+        self.vae_path = find_beside(indices, "vae.pt")
+        self.tokenizer = self.read_tokenizer(indices)
+        self.count_rows()
+        self.share = self.text_share()
+
+    def find_indices(self):
+        """The paths of the index.json of every packing in the folder. Raises UserError if there is
+        none."""
+        indices = sorted([*self.folder.glob("index.json"), *self.folder.glob("*/index.json")])
+        if not indices:
+            raise UserError(f"{self.folder} has no index.json: it holds no shards, or their "
+                            f"packing has not finished; run `python -m scale.pack ... --out "
+                            f"{self.folder}` (again)")
+        return indices
+
+    def read_tokenizer(self, indices):
+        """The tokenizer that lies beside the shards. Raises UserError if it is not theirs."""
+        path = find_beside(indices, "tokenizer.model", "tokenizer.json")
+        tokenizer = checkpoint.load_tokenizer(path) if path else data.Words([])
+        if fingerprint(tokenizer) != self.settings["tokenizer"]:
+            found = fingerprint(tokenizer) if path else None
+            raise UserError(f"the shards of {self.folder} were packed with another tokenizer "
+                            f"({self.settings['tokenizer']}) than the one beside them ({found}): "
+                            f"put theirs there")
+        return tokenizer
+
+    def total(self, kind, name):
+        """The sum of a count in the headers of all shards of a kind."""
+        return sum(header[name] for header in self.headers[kind].values())
+
+    def count_rows(self):
+        """Count rows and pictures: which shard has which rows, and which are held out."""
+        self.paths = {kind: list(self.headers[kind]) for kind in KINDS}
+        self.begins = {}                    # {kind: the first row of each shard; last, how many}
+        for kind in KINDS:
+            rows = [header["rows"] for header in self.headers[kind].values()]
+            self.begins[kind] = np.cumsum([0, *rows])
+        self.pictures = self.total("pairs", "pictures")
         # The last rows of pairs are never trained on: the conditioning gap is measured there.
-        self.held = min(16, total("pairs", "rows") // 10)
-        self.rows = {"text": total("text", "rows"), "pairs": total("pairs", "rows") - self.held}
-        # Paper §4.1: text tokens and patches 1 : 1. A row of pairs has `gap` patches more than text tokens; text alone
-        # evens it out. Its share s solves  s * text = (1 - s) * gap  and is kept in units of 2^-32: floor(g s) is exact.
-        text = total("text", "positions") / max(1, self.rows["text"])
-        gap = (2 * self.patches * self.pictures - total("pairs", "positions")) / max(1, total("pairs", "rows"))
-        share = 1.0 if text_only or not self.rows["pairs"] else 0.0 if not self.rows["text"] else max(0.0, gap) / (max(0.0, gap) + text)
-        self.share = round(share * 2 ** 32)
-        self.arrays = functools.lru_cache(maxsize=256)(self.arrays)
+        pairs = self.total("pairs", "rows")
+        self.held_out_rows = min(16, pairs // 10)
+        self.rows = {"text": self.total("text", "rows"), "pairs": pairs - self.held_out_rows}
 
-    @staticmethod
-    def parse(index):
-        """The names of the shards that an index.json lists."""
-        try:
-            return json.loads(index.read_text())["shards"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{index} is broken: run the packing command again, which writes it anew") from None
+    def text_share(self):
+        """s, the share of rows of text, in units of 2^-32, so that floor(g s) is exact."""
+        # Paper: §4.1, text tokens and patches 1 : 1. A row of pairs has `gap` more patches than
+        # text tokens; text alone evens it out:   s * text = (1 - s) * gap.
+        text = self.total("text", "positions") / max(1, self.rows["text"])
+        text_of_pairs = self.total("pairs", "positions") - self.patches * self.pictures
+        gap = self.patches * self.pictures - text_of_pairs
+        gap = max(0.0, gap / max(1, self.total("pairs", "rows")))
+        if self.text_only or not self.rows["pairs"]:
+            share = 1.0
+        elif not self.rows["text"]:
+            share = 0.0
+        else:
+            share = gap / (gap + text)
+        return round(share * 2 ** 32)
 
-    def arrays(self, path):
-        """The memory-mapped arrays of a shard; nothing is read yet."""
-        return {file.stem: np.load(file, mmap_mode="r") for file in path.glob("*.npy")}
-
-    def stored(self, kind, k):
-        """(documents, latents or codes) of row k of all rows of a kind, as they lie on disk. Raises UserError, naming the shard, if
-        what lies there is not what was written."""
+    # ------------------------------------------------------------------------------------- reading
+    def read_row(self, kind, k):
+        """(documents, latents or codes) of row k of all rows of a kind, as they lie on disk. Raises
+        UserError, naming the shard, if what lies there is not what was written."""
         shard = int(np.searchsorted(self.begins[kind], k, side="right")) - 1
-        path, r = self.paths[kind][shard], k - int(self.begins[kind][shard])
+        path = self.paths[kind][shard]
+        r = k - int(self.begins[kind][shard])
         try:
-            arrays = self.arrays(path)
+            arrays = self.open_arrays(path)
             documents, latents, crc = cut_row(arrays, r)
-            assert crc == arrays["sums"][r]
-            latents = latents.astype(np.int64) if self.codes and latents is not None else latents
-        except (AssertionError, IndexError, KeyError, ValueError, OSError):
-            raise UserError(f"the shard {path} is broken (row {r} is not what was written): delete it and run the packing "
-                            f"command again, which packs it anew") from None
+            intact = crc == arrays["sums"][r]
+        except (IndexError, KeyError, ValueError, OSError):
+            intact = False
+        if not intact:
+            raise UserError(f"the shard {path} is broken (row {r} is not what was written): "
+                            f"{PACK_AGAIN}")
+        if self.codes and latents is not None:
+            latents = latents.astype(np.int64)
         return documents, latents
 
-    def row(self, seed, g):
-        """(documents as `lay_out` takes them, latents or None) of row g of the endless stream."""
-        before, after = g * self.share >> 32, (g + 1) * self.share >> 32
+    def draw_row(self, seed, g):
+        """(documents as data.lay_out takes them, latents or None) of row g of the endless
+        stream."""
+        # 1. Text or pairs? Of the g rows before this one, `before` were text. So it is the j-th of
+        #    its kind, counting from 0.
+        before = g * self.share >> 32
+        after = (g + 1) * self.share >> 32
         kind, j = ("text", before) if after > before else ("pairs", g - before)
+
+        # 2. Which row of that kind.
         epoch, k = divmod(j, self.rows[kind])
-        documents, latents = self.stored(kind, shuffled(k, self.rows[kind], f"{seed} {kind} {epoch}"))
+        k = shuffled(k, self.rows[kind], f"{seed} {kind} {epoch}")
+        documents, latents = self.read_row(kind, k)
         if kind == "text":
             return documents, None
-        # TRAP: numpy takes [seed, g] and [seed, g, 0] for the same seed; the last number keeps this stream from train.py's
-        rng, laid, begin = np.random.default_rng([seed, g, 0, 1]), [], 0
-        for texts in documents:
-            caption_first = rng.random() < data.Documents.caption_first
-            laid.append([part for k, text in enumerate(texts, begin)
-                         for part in data.one_pair(text, k, caption_first, rng, **self.rules)])
-            begin += len(texts)
-        return laid, latents
 
-    def batch(self, seed, step, micro, rows, micros=1, see=lambda document, pictures: document):
-        """data.Batch of B = rows rows, with the latents' means, a pure function of the arguments. micros: how many
-        micro-batches a step has in all, over all ranks; micro: which of them this is. see: what a model reads in place of a
-        document, given the row's latents or codes (chameleon.seen_by): this file need not know the rivals."""
-        drawn = [self.row(seed, (step * micros + micro) * rows + b) for b in range(rows)]
-        batch = data.to_batch([[data.lay_out(see(document, latents), self.tokenizer, self.patches) for document in documents]
-                               for documents, latents in drawn], self.settings["seq_len"])
-        batch.images = torch.arange(len(batch.images))  # the pictures lie in the order in which they are read
-        none = np.zeros((0, *self.settings.get("latent", (0, 0, 0))), np.float16)
-        batch.latents = torch.from_numpy(np.concatenate([none] + [l for _, l in drawn if l is not None and not self.codes])).float()
+        # 3. Pairs: in each document, caption or picture first.
+        # TRAP: numpy takes [seed, g] and [seed, g, 0] for the same seed. The last number keeps this
+        # stream apart from that of train.py.
+        rng = np.random.default_rng([seed, g, 0, 1])
+        drawn = []
+        picture = 0                         # pictures are numbered over the row
+        for captions in documents:
+            caption_first = rng.random() < data.Documents.caption_first
+            document = []
+            for caption in captions:
+                document += data.one_pair(caption, picture, caption_first, rng, **self.noise_rules)
+                picture += 1
+            drawn.append(document)
+        return drawn, latents
+
+    def batch(self, seed, step, micro, rows, micro_batches=1, view=None):
+        """data.Batch of B = `rows` rows, with the latents' means. A pure function of its arguments.
+
+        micro           which micro-batch of the step; micro_batches: of how many, over all ranks
+        view            what a model reads in place of a document: function (document, latents or
+                        codes of the row) -> document (chameleon.view). None: the document. This
+                        file need not know the rivals."""
+        first = (step * micro_batches + micro) * rows
+        sequences = []
+        latents = [np.zeros((0, *self.settings.get("latent", (0, 0, 0))), np.float16)]
+        for g in range(first, first + rows):
+            documents, pictures = self.draw_row(seed, g)
+            if view:
+                documents = [view(document, pictures) for document in documents]
+            sequences.append([data.lay_out(document, self.tokenizer, self.patches)
+                              for document in documents])
+            if pictures is not None and not self.codes:
+                latents.append(pictures)
+        batch = data.to_batch(sequences, self.settings["seq_len"])
+        batch.images = torch.arange(len(batch.images))      # the latents lie in reading order
+        batch.latents = torch.from_numpy(np.concatenate(latents)).float()
         return batch
 
-    def held_out(self, most):
-        """(captions as lists of ids, latents or codes) of up to `most` pairs that `batch` never gives."""
-        rows = [self.stored("pairs", self.rows["pairs"] + k) for k in range(self.held)]
-        captions = [text for documents, _ in rows for texts in documents for text in texts]
-        pictures = torch.from_numpy(np.concatenate([latents for _, latents in rows])[:most])
-        return captions[:most], pictures if self.codes else pictures.float()
+    def held_out(self, n):
+        """(captions as lists of ids, latents or codes) of up to n pairs that `batch` never
+        gives."""
+        captions = []
+        pictures = []
+        for k in range(self.held_out_rows):
+            documents, latents = self.read_row("pairs", self.rows["pairs"] + k)
+            for document in documents:
+                captions += document
+            pictures.append(latents)
+        pictures = torch.from_numpy(np.concatenate(pictures)[:n])
+        return captions[:n], pictures if self.codes else pictures.float()
 
-    def must_have(self, **wanted):
-        """Raise UserError if the rows were packed with other numbers than these, or if there are no pictures in them."""
-        for name, value in wanted.items():
-            if self.settings.get(name, value) != value:
-                option = "--" + name.replace("_", "-")
-                raise UserError(f"the shards of {self.folder} were packed with {option} {self.settings[name]}, but here it is "
-                                f"{value}: give {option} {self.settings[name]}, or pack them again")
-        if self.text_only and self.rows["pairs"]:       # no gap will be measured
-            if not self.rows["text"]:
-                raise UserError(f"{self.folder} has no text, and a Llama reads nothing else: pack some with --text")
-        elif not self.held:
-            raise UserError(f"{self.folder} has {self.rows['pairs']} rows of pairs; training needs at least ten, to keep a "
-                            f"tenth (16 at most) for the conditioning gap; a Llama, to be compared with a Transfusion on the same "
-                            f"folder: pack more with --pairs")
-
-    def must_be_of(self, path, words, vae, mine):
-        """Raise UserError if the words or the VAE of a checkpoint, read from `path`, are not those of the shards. mine: the
-        VAE of the shards."""
-        rounded = lambda v: [x.half() if x.is_floating_point() else x for x in v.state_dict().values()]
-        same = mine.config == vae.config and all(map(torch.equal, rounded(mine), rounded(vae)))      # model.pt keeps 16 bits
-        for what, fits in (("tokenizer", fingerprint(words) == self.settings["tokenizer"]), ("VAE", same)):
-            if not fits:
-                raise UserError(f"{path} has learned with another {what} than that of the shards of {self.folder}: pack them "
-                                f"again with its own, or train anew without --init")
-
-    def vae(self, path=""):
-        """The VAE of the latents, from beside the shards or from the path of one that must be the same."""
+    def load_vae(self, path=""):
+        """The VAE of the latents. path: one that must be the same; "": the one beside the shards.
+        Raises UserError if it is another one."""
         path = path or self.vae_path or self.folder / "vae.pt"
         vae = checkpoint.load_vae(path, checkpoint.ANY_VAE)
         if fingerprint(vae) != self.settings["vae"]:
-            raise UserError(f"the latents of {self.folder} were made by another VAE ({self.settings['vae']}) than {path} "
-                            f"({fingerprint(vae)}): leave out --vae, or pack again with it")
+            raise UserError(f"the latents of {self.folder} were made by another VAE "
+                            f"({self.settings['vae']}) than {path} ({fingerprint(vae)}): leave out "
+                            f"--vae, or pack again with it")
         return vae
 
+    # ------------------------------------------------------------------------ the user's mistakes
+    def check_setting(self, name, value):
+        """Raise UserError if the rows were packed with another number than the run has."""
+        packed = self.settings.get(name, value)
+        if packed != value:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"the shards of {self.folder} were packed with {option} {packed}, but "
+                            f"here it is {value}: give {option} {packed}, or pack them again")
 
-def check(folder):
-    """Read every row of a folder of shards against its checksum."""
+    def check_rows(self):
+        """Raise UserError if there is nothing to learn from, or nothing to measure the gap on."""
+        if self.text_only and self.rows["pairs"]:           # a Llama's gap is not measured
+            if not self.rows["text"]:
+                raise UserError(f"{self.folder} has no text, and a Llama reads nothing else: pack "
+                                f"some with --text")
+        elif not self.held_out_rows:
+            raise UserError(f"{self.folder} has {self.rows['pairs']} rows of pairs; training needs "
+                            f"at least ten, to keep a tenth (16 at most) for the conditioning gap; "
+                            f"a Llama, to be compared with a Transfusion on the same folder: pack "
+                            f"more with --pairs")
+
+    def check_origin(self, path, tokenizer, vae, own_vae):
+        """Raise UserError if a checkpoint, read from `path`, has another tokenizer or VAE than the
+        shards. own_vae: the VAE of the shards."""
+        other = None
+        if fingerprint(tokenizer) != self.settings["tokenizer"]:
+            other = "tokenizer"
+        elif not same_in_16_bits(own_vae, vae):
+            other = "VAE"
+        if other:
+            raise UserError(f"{path} has learned with another {other} than that of the shards of "
+                            f"{self.folder}: pack them again with its own, or train anew without "
+                            f"--init")
+
+
+def read_headers(indices):
+    """({kind: {path: header}}, settings) of all shards that these index.json list. Raises UserError
+    if one is missing or broken, or has other settings than the rest."""
+    headers = {kind: {} for kind in KINDS}
+    settings = {}
+    for index in indices:
+        for name in read_index(index):
+            path = index.parent / name
+            header = read_header(path, settings)
+            settings |= header["settings"]
+            headers[header["kind"]][path] = header
+    return headers, settings
+
+
+def read_index(path):
+    """The names of the shards that an index.json lists. Raises UserError if it is broken."""
+    try:
+        names = json.loads(path.read_text())["shards"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+        raise UserError(f"{path} is broken: run the packing command again, which writes it anew")
+    return names
+
+
+def find_beside(indices, *names):
+    """The first file of these names beside an index.json, or None."""
+    for index in indices:
+        for name in names:
+            path = index.parent / name
+            if path.exists():
+                return path
+    return None
+
+
+def same_in_16_bits(one, two):
+    """Whether two VAEs are the same, as far as the 16 bits of a model.pt can tell."""
+    if one.config != two.config:
+        return False
+    for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
+        if a.is_floating_point():
+            a = a.half()
+            b = b.half()
+        if not torch.equal(a, b):
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------------- command line
+def verify(folder):
+    """Read every row of a folder of shards against its checksum. Raises UserError at the first that
+    is not what was written."""
     shards = Shards(folder)
-    for kind in shards.paths:
-        for k in tqdm(range(int(shards.begins[kind][-1])), desc=f"checking {kind}"):
-            shards.stored(kind, k)
-    print(f"{folder}: {shards.begins['text'][-1]:,} rows of text and {shards.begins['pairs'][-1]:,} of pairs are what was "
-          f"written; text takes {shards.share / 2 ** 32:.1%} of the rows when read, so that text tokens : patches = 1 : 1")
+    rows = {kind: int(shards.begins[kind][-1]) for kind in KINDS}
+    for kind in KINDS:
+        for k in tqdm(range(rows[kind]), desc=f"checking {kind}"):
+            shards.read_row(kind, k)
+    print(f"{folder}: {rows['text']:,} rows of text and {rows['pairs']:,} of pairs are what was "
+          f"written; text takes {shards.share / 2 ** 32:.1%} of the rows when read, so that text "
+          f"tokens : patches = 1 : 1")
 
 
-def demo():
-    """The order of ten rows, epoch by epoch."""
+def show_order():
+    """Print the order of ten rows, epoch by epoch."""
     print("the order of 10 rows:")
     for epoch in range(3):
         print(f"  epoch {epoch}: {[shuffled(k, 10, f'0 pairs {epoch}') for k in range(10)]}")
 
 
+def main(argv=None):
+    """Verify the folder that is named, or show the order of ten rows."""
+    folders = sys.argv[1:] if argv is None else argv
+    if folders:
+        verify(folders[0])
+    else:
+        show_order()
+
+
 if __name__ == "__main__":
-    run_command(lambda argv: check(argv[0]) if argv else demo(), sys.argv[1:])
+    run_command(main)

@@ -201,6 +201,22 @@ def test_a_checkpoint_is_of_the_moment_of_saving(tmp_path, make_model):
     assert distributed.list_checkpoints(tmp_path) == ([2, 3], [])        # the last two are kept
 
 
+def test_other_names_among_checkpoints_are_left_alone(tmp_path):
+    """Catches a copy such as step_000008.bak that ends the training at its next save, is resumed from, or is deleted as old."""
+    strangers = ["step_000008.bak", "step_9", "step_0000010", "step_", "step_last", "steps", "step_-00001"]
+    for step in (4, 8, 12, 16):
+        distributed.folder_of(tmp_path, step).mkdir(parents=True)
+        if step < 16:                                   # the last is not complete
+            (distributed.folder_of(tmp_path, step) / ".metadata").touch()
+    for name in strangers:
+        (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / ".metadata").touch()
+    (tmp_path / "checkpoints/step_000020").touch()      # a file
+    assert distributed.list_checkpoints(tmp_path) == ([4, 8, 12], [16])
+    distributed.Saver(tmp_path, distributed.Ranks(torch.device("cpu"))).delete_old()
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"step_000008", "step_000012", "step_000020", *strangers}
+
+
 # -------------------------------------------------------------------------------------------------------- the user's mistakes
 @pytest.mark.parametrize("variables, words", [
     (dict(WORLD_SIZE="2"), ["RANK", "MASTER_ADDR", "torchrun --standalone"]),

@@ -1,6 +1,8 @@
 """test_plan.py: what a run costs: against independent estimates, a FLOP counter, and what autograd really keeps."""
 import json
 import math
+import runpy
+import sys
 
 import pytest
 import torch
@@ -44,7 +46,7 @@ def test_seven_billion_on_512_gpus(seven):
     """Estimates made by others than this code: 46.1 GFLOP per token, 4.4 to 4.8 GiB, 2T tokens in 4.6 days at 46% MFU."""
     assert plan.flops_per_token(seven) / 1e9 == pytest.approx(46.1, abs=0.05)
     assert 4.4 * 0.9 <= total(plan.memory(seven, 512)) <= 4.8 * 1.1
-    lines = plan.describe(seven, 1, 1024, 500_000, gpus=512, share=0.46, device="H100")
+    lines = plan.describe(plan.Plan(seven, 1, 1024, 500_000, gpus=512, mfu=0.46, device="H100"))
     assert number(lines, "days for this run") / number(lines, "in all") * 2 == pytest.approx(4.6, rel=0.1)
     assert number(lines, "transformer") == 46.1 and number(lines, "accumulated") == 2 and number(lines, "in all") == 2.1
     assert number(lines, "all, with full checkpointing") == pytest.approx(total(plan.memory(seven, 512)), abs=0.01)
@@ -114,7 +116,7 @@ def test_activations_are_those_that_autograd_keeps():
     x, rope = torch.randn(1, T, D, requires_grad=True), rope_tables(torch.arange(T)[None], D // 4)
     mask = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
     found = kept_by(lambda: block(x, rope, mask), [x, mask, *rope, *block.parameters()])
-    assert plan.block_bytes(D, block.down.in_features, number=4) * T == pytest.approx(found, rel=0.1)
+    assert plan.block_bytes(D, block.down.in_features, itemsize=4) * T == pytest.approx(found, rel=0.1)
 
 
 def test_encoders_activations_are_those_that_autograd_keeps():
@@ -225,6 +227,19 @@ def test_weights_divided_among_fewer(capsys):
     whole = 2 * found[1]["weights"] * 8 / 4             # the copy in bf16 does not get smaller with more owners
     for row, owners in zip(found, (512, 8)):
         assert row["between"] == pytest.approx(whole + 16 / 2 * whole / owners, rel=0.02)
+
+
+@pytest.mark.parametrize("module, words", [
+    ("scale.plan", ["======== 7b", "46.1 GFLOP"]), ("scale.distributed", ["rank 3: 3 7", "python -m scale.plan"]),
+    ("scale.streams", ["pairs  item 3", "(32, 32, 3) pixels"]), ("scale.shards", ["the order of 10 rows", "epoch 2"])])
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_each_file_shows_its_idea(capsys, tmp_path, monkeypatch, module, words):
+    """`python -m scale.plan` and its like, from any folder, without touching a file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [module])
+    runpy.run_module(module, run_name="__main__")
+    text = capsys.readouterr().out
+    assert all(word in text for word in words) and list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------------------- the GPU's script

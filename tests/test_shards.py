@@ -78,7 +78,7 @@ def own(packed, tmp_path):
 
 def all_rows(stream, kind):
     """Every stored row of a kind: [(documents, latents)]."""
-    return [stream.stored(kind, k) for k in range(int(stream.begins[kind][-1]))]
+    return [stream.read_row(kind, k) for k in range(int(stream.begins[kind][-1]))]
 
 
 def same(a, b):
@@ -181,7 +181,7 @@ def test_long_texts_are_cut_and_nothing_is_lost(tmp_path):
     total = pack.main(command(None, tmp_path / "packed", text=tmp_path / "a.txt", pairs=None, shard_rows=1))
     stream, stored = shards.Shards(tmp_path / "packed"), []
     for k in range(total["rows"]):
-        documents, _ = stream.stored("text", k)
+        documents, _ = stream.read_row("text", k)
         assert sum(2 + len(part) for parts in documents for part in parts) <= T
         stored += [stream.tokenizer.decode(part).split() for parts in documents for part in parts]
     pieces = [text[k: k + T - 2] for text in texts for k in range(0, len(text), T - 2)]
@@ -217,7 +217,7 @@ def test_a_batch_is_a_function_of_its_arguments(packed):
     whole = [first.batch(3, step, 0, rows=8) for step in range(4)]
     for micros in (2, 4, 8):
         for step in (3, 1):
-            ranks = [[second.batch(3, step, micro, rows=8 // micros, micros=micros) for micro in range(rank, micros, 2)]
+            ranks = [[second.batch(3, step, micro, rows=8 // micros, micro_batches=micros) for micro in range(rank, micros, 2)]
                      for rank in (1, 0)]                # two ranks, each with every other micro-batch
             parts = [b for pair in zip(ranks[1], ranks[0]) for b in pair]
             assert torch.equal(torch.cat([b.tokens for b in parts]), whole[step].tokens)
@@ -229,12 +229,12 @@ def test_a_batch_is_a_function_of_its_arguments(packed):
 def test_an_epoch_reads_each_row_once(packed):
     """Of each kind, without the held-out rows, which are never read; the next epoch has them in another order."""
     stream, read = shards.Shards(packed), {"text": [], "pairs": []}
-    keep = stream.stored
-    stream.stored = lambda kind, k: read[kind].append(k) or keep(kind, k)
+    keep = stream.read_row
+    stream.read_row = lambda kind, k: read[kind].append(k) or keep(kind, k)
     steps = 2 * sum(stream.rows.values()) * 2
     for step in range(steps):
-        stream.row(0, step)
-    assert stream.held == 7 and stream.rows["pairs"] == int(stream.begins["pairs"][-1]) - 7
+        stream.draw_row(0, step)
+    assert stream.held_out_rows == 7 and stream.rows["pairs"] == int(stream.begins["pairs"][-1]) - 7
     for kind, n in stream.rows.items():
         assert len(read[kind]) >= 2 * n
         assert sorted(read[kind][:n]) == sorted(read[kind][n: 2 * n]) == list(range(n)) and read[kind][:n] != read[kind][n: 2 * n]
@@ -268,7 +268,7 @@ def test_proportions(vae_path, tmp_path):
     assert abs(dropped / first - 0.1) < sigma(0.1, first)
     orders = collections.defaultdict(set)               # of one and the same row, over its epochs
     for g in range(6 * sum(stream.rows.values())):
-        laid, latents = stream.row(2, g)
+        laid, latents = stream.draw_row(2, g)
         if latents is not None:
             lengths = tuple(len(data.lay_out(d, stream.tokenizer, stream.patches).tokens) for d in laid)
             orders[latents.tobytes()].add((lengths, tuple(isinstance(d[0], list) for d in laid), tuple(d[0][0] == "dropped" for d in laid)))
@@ -282,7 +282,7 @@ def test_opening_reads_no_arrays(packed, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(np, "load", lambda *a, **k: pytest.fail("opening read an array"))
         stream = shards.Shards(packed)
-    arrays = stream.arrays(packed / "pairs-000000")
+    arrays = shards.open_arrays(packed / "pairs-000000")
     assert set(arrays) == {"words", "parts", "documents", "rows", "sums", "latents"}
     assert all(isinstance(array, np.memmap) for array in arrays.values())
     assert arrays["words"].dtype == np.uint16 and arrays["latents"].dtype == np.float16
@@ -333,13 +333,35 @@ def test_a_real_kill(packed, vae_path, tmp_path):
     assert contents(tmp_path / "packed") == contents(packed)
 
 
+def edit_header(path, **changes):
+    """Change fields of a shard's header; LEFT_OUT leaves one out."""
+    header = json.loads((path / "header.json").read_text()) | changes
+    header = {name: value for name, value in header.items() if value is not LEFT_OUT}
+    (path / "header.json").write_text(json.dumps(header))
+
+
+LEFT_OUT = object()
+HEADERS = {
+    "no kind": dict(kind=LEFT_OUT), "another kind": dict(kind="sounds"), "kind of another type": dict(kind=["pairs"]),
+    "bytes a list": dict(bytes=[]), "bytes not numbers": dict(bytes={"words.npy": "many"}),
+    "settings a number": dict(settings=1), "settings empty": dict(settings={}),
+    "rows null": dict(rows=None), "rows negative": dict(rows=-1), "rows zero": dict(rows=0), "rows true": dict(rows=True),
+    "rows in words": dict(rows="nine"), "positions a list": dict(positions=[]), "no pictures": dict(pictures=LEFT_OUT),
+    "no recipe": dict(recipe=LEFT_OUT), "recipe without sources": dict(recipe={}), "next null": dict(next=None),
+    "next too short": dict(next=[0]),
+}
+
+
 @pytest.mark.parametrize("harm, words", [
     (lambda p: shutil.rmtree(p), ["is missing"]),
     (lambda p: (p / "header.json").write_text("{"), ["is broken", "header.json"]),
     (lambda p: (p / "header.json").unlink(), ["is missing"]),
     (lambda p: (p / "latents.npy").unlink(), ["is broken", "latents.npy"]),
     (lambda p: (p / "words.npy").write_bytes((p / "words.npy").read_bytes()[:-3]), ["is broken", "words.npy"]),
-], ids=["no folder", "header cut", "no header", "no array", "truncated"])
+    (lambda p: (p / "header.json").write_text("[1, 2]"), ["is broken", "header.json"]),
+    (lambda p: (p / "header.json").write_text("[" * 100_000), ["is broken", "header.json"]),
+    *[(lambda p, changes=changes: edit_header(p, **changes), ["is broken", "header.json"]) for changes in HEADERS.values()],
+], ids=["no folder", "header cut", "no header", "no array", "truncated", "header a list", "header nested", *HEADERS])
 def test_broken_shards_are_named_and_mended(own, packed, vae_path, harm, words):
     """At opening, before a day of training, not at the row; and the packing command makes the same bytes again."""
     harm(own / "pairs-000001")
@@ -360,16 +382,28 @@ def test_a_flipped_bit_is_found(own, name):
         with pytest.raises(UserError, match="pairs-000002 is broken"):
             all_rows(shards.Shards(own), "pairs")
         with pytest.raises(SystemExit):
-            run_command(lambda _: shards.check(own))
+            run_command(lambda _: shards.verify(own))
     path.write_bytes(raw)
     all_rows(shards.Shards(own), "pairs")
 
 
+def test_a_flipped_bit_is_found_without_asserts(own, tmp_path):
+    """Catches a check that is an assert: `python -O` leaves it out, and a damaged shard "is what was written". Also that the
+    command works from another folder."""
+    path = own / "text-000001/words.npy"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 16]))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONOPTIMIZE": "1"}
+    done = subprocess.run([sys.executable, "-m", "scale.shards", own], cwd=tmp_path, env=env, capture_output=True, text=True)
+    check_sentence(done.returncode, done.stdout, done.stderr, "text-000001 is broken", "not what was written")
+
+
 def test_an_unfinished_or_broken_index(own, tmp_path):
     """No index: packing has not finished. A broken one: named."""
-    (own / "index.json").write_text('{"shards": [')
-    with pytest.raises(UserError, match="index.json is broken"):
-        shards.Shards(own)
+    for content in ('{"shards": [', '{"shards": 3}', '{"shards": [1]}', '{"shards": []}', "[]"):
+        (own / "index.json").write_text(content)
+        with pytest.raises(UserError, match="index.json is broken"):
+            shards.Shards(own)
     (own / "index.json").unlink()
     with pytest.raises(UserError, match="has not finished"):
         shards.Shards(own)
@@ -407,12 +441,12 @@ def test_mixed_folders(packed, own, vae_path, other_vae, tmp_path):
 def test_other_tokenizer_and_other_vae(own, packed, other_vae, vae_path, tmp_path):
     """The files beside the shards, or the --vae of the command, are not those of the shards."""
     stream = shards.Shards(own)
-    assert shards.fingerprint(stream.vae()) == shards.fingerprint(stream.vae(vae_path)) == stream.settings["vae"]
+    assert shards.fingerprint(stream.load_vae()) == shards.fingerprint(stream.load_vae(vae_path)) == stream.settings["vae"]
     with pytest.raises(UserError, match="another VAE"):
-        stream.vae(other_vae)
+        stream.load_vae(other_vae)
     shutil.copy(other_vae, own / "vae.pt")
     with pytest.raises(UserError, match="another VAE"):
-        shards.Shards(own).vae()
+        shards.Shards(own).load_vae()
     (own / "tokenizer.json").write_text(json.dumps([*stream.tokenizer.vocabulary, "zebra"]))
     with pytest.raises(UserError, match="another tokenizer"):
         shards.Shards(own)
@@ -495,7 +529,7 @@ def test_sources(vae_path, tmp_path, capsys):
     problems = json.loads((tmp_path / "packed/pairs-000000/header.json").read_text())["problems"]
     for name, problem in zip(["cut.png", "no.png", "captions.jsonl line 4", "empty caption", "60 tokens"], problems, strict=True):
         assert name in problem and "BytesIO" not in problem
-    vae = stream.vae()
+    vae = stream.load_vae()
     with torch.no_grad():
         red = vae.encode(vae_module.to_float(np.stack([open_picture(folder / "red.png", 32)])))[0][0]
     latents = {stream.tokenizer.decode(p): x for ds, xs in all_rows(stream, "pairs") for p, x in zip(itertools.chain(*ds), xs)}
@@ -534,7 +568,7 @@ def test_bad_members_of_a_tar_are_named(tmp_path):
     (dict(pairs="absent"), ["absent", "captions.jsonl"]),
     (dict(text="."), ["no .txt or .jsonl"]),
     (dict(pairs="."), ["no .tar", "captions.jsonl"]),
-    (dict(vae=None), ["--vae", "vae.py"]),
+    (dict(vae=None), ["--vae", "python -m autoencoder.train"]),
     (dict(vae="absent.pt"), ["absent.pt"]),
     (dict(image_size=30), ["--image-size 30", "divisible"]),
     (dict(patch=3), ["--patch 3"]),
@@ -791,7 +825,7 @@ def test_draw_batch_takes_rows_and_latents(packed, tmp_path, monkeypatch):
     config, *_ = parse_arguments(training(packed, tmp_path / "run", accumulate=2))
     run = make_run(config, tmp_path / "run")
     one, two = draw_batch(run, 1, 0), draw_batch(run, 1, 1)
-    direct = shards.Shards(packed).batch(config.seed, 1, 1, rows=6, micros=2)
+    direct = shards.Shards(packed).batch(config.seed, 1, 1, rows=6, micro_batches=2)
     assert torch.equal(two.tokens, direct.tokens) and torch.equal(two.latents, direct.latents)
     assert same(one, draw_batch(run, 1, 0)) and not torch.equal(one.tokens, two.tokens)
     for batch in (one, two):
