@@ -6,15 +6,15 @@ THE IDEA    A falling loss proves little: models with a leaking mask or a wrong 
             judge: the parser reads the drawn picture, the grammar reads the written caption, and
             the entropy of the language is known.
 THE TABLE   the paper's                    here                                     in metrics/
-              GenEval                      the same six categories, by a parser     scenes.py
-              CIDEr of captions            share of captions that are true          scenes.py
-              C4, Wikipedia perplexity     excess nats over the language's entropy  scenes.py
-              Llama suite, ranked 0-shot   two-choice deductions, ranked            scenes.py
-              edits, shown (Figs. 6, 10)   edits, counted; mixed documents          mixtures.py
-              (not in the paper)           conditioning gap: is the caption used?   gap.py
-              (not in the paper)           digits that a classifier reads as asked  digits.py
-              CIDEr, FID, CLIP, GenEval    the paper's own, on files                coco.py
-              perplexity, Llama suite      the paper's own, on files                likelihood.py
+              GenEval                      the same six categories, by a parser     scenes
+              CIDEr of captions            share of captions that are true          scenes
+              C4, Wikipedia perplexity     excess nats over the language's entropy  scenes
+              Llama suite, ranked 0-shot   two-choice deductions, ranked            scenes
+              edits, shown (Figs. 6, 10)   edits, counted; mixed documents          mixtures
+              (not in the paper)           conditioning gap: is the caption used?   gap
+              (not in the paper)           digits that a classifier reads as asked  digits
+              CIDEr, FID, CLIP, GenEval    the paper's own, on files                coco
+              perplexity, Llama suite      the paper's own, on files                likelihood
 THE RULE    checkpoint, kind of data  ->  REPORTS[kind]  ->  numbers, pictures  ->  lines of text
 PAPER/HERE  same: GenEval's include / exclude / position rule, ranked classification, greedy
             captions.

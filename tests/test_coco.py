@@ -1,10 +1,15 @@
 """
-test_coco.py: do CIDEr, FID and CLIP score say what the field's own programs say?                  (coco.py; Transfusion App. B.1)
+test_coco.py: do CIDEr, FID and CLIP score say what the field's own programs say?          (metrics/coco.py; Transfusion App. B.1)
 
 The references are pycocoevalcap, scipy and transformers, where they are installed, and cases whose answer is known: the same
 crowd, a crowd moved by a known way, an artist who hands in the photo itself.
 """
 import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +25,8 @@ from sources import scenes
 from support import checkpoint
 from support.common import UserError, open_picture
 from vae import VAE, VAEConfig
+
+HOME = Path(__file__).resolve().parents[1]
 
 
 def some_texts(n, seed=0, most=9):
@@ -164,25 +171,43 @@ def play(monkeypatch, items, draws, says):
     monkeypatch.setattr(sample, "describe", lambda trained, numbers, **_: [says(int(k)) for k in numbers])
 
 
+def grey(k):
+    """A picture of one grey, which is its number."""
+    return np.full((32, 32, 3), k, np.uint8)
+
+
+def missing():
+    """A picture that cannot be read."""
+    return open_picture("absent.png", 32)
+
+
 def test_judge(monkeypatch, trained, folder, capsys):
     """An artist who hands in the photo, and a writer who knows a caption of it; then ones who mix them up. Catches captions
     beside another picture's references, also after one that cannot be read; and prompts judged with another's picture."""
     words = "circle square triangle cross circles squares triangles crosses red".split()
-    photo = lambda k: np.full((32, 32, 3), 25 * k, np.uint8)
-    items = [((lambda k=k: photo(k)) if k != 4 else (lambda: open_picture(folder / "9.png", 32)), [f"a {w}", f"A {w} above"])
-             for k, w in enumerate(words)]
-    number = lambda text: words.index(text.split()[1])
-    see, clip = lambda pixels: torch.from_numpy(pixels[:, 0, 0, :2] / 25.0), lambda pixels, texts: torch.tensor([
-        float(p[0, 0, 0] == 25 * number(t)) for p, t in zip(pixels, texts)])
-    play(monkeypatch, items, lambda text: photo(number(text)), lambda k: f"a {words[k // 25]} above")
+    items = []
+    for k, word in enumerate(words):
+        picture = partial(grey, 25 * k) if k != 4 else partial(open_picture, folder / "9.png", 32)
+        items.append((picture, [f"a {word}", f"A {word} above"]))
+
+    def number(text):
+        return words.index(text.split()[1])
+
+    def see(pixels):
+        return torch.from_numpy(pixels[:, 0, 0, :2] / 25.0)
+
+    def clip(pixels, texts):
+        return torch.tensor([float(p[0, 0, 0] == 25 * number(text)) for p, text in zip(pixels, texts)])
+
+    play(monkeypatch, items, lambda text: grey(25 * number(text)), lambda k: f"a {words[k // 25]} above")
     found, said = coco.judge(trained, items, see, clip, steps=3)
     assert found["distance"] == pytest.approx(0, abs=1e-9) and found["clip"] == 100 and (found["n"], found["references"]) == (8, 2)
     assert all(answer == texts[1].lower() for answer, texts in said) and "skipped 1 of 9" in capsys.readouterr().out
-    play(monkeypatch, items, lambda text: photo(8 - number(text)), lambda k: f"a {words[8 - k // 25]} above")
+    play(monkeypatch, items, lambda text: grey(25 * (8 - number(text))), lambda k: f"a {words[8 - k // 25]} above")
     mixed, _ = coco.judge(trained, items, see, clip, steps=3)
     assert mixed["cider"] < 0.2 * found["cider"] and mixed["clip"] == 0
     assert mixed["distance"] == pytest.approx(0, abs=1e-9)              # a crowd is a crowd: FID cannot see it
-    play(monkeypatch, items, lambda text: photo(1), lambda k: "a circle")
+    play(monkeypatch, items, lambda text: grey(25), lambda k: "a circle")
     assert coco.judge(trained, items, see, steps=3)[0]["distance"] > 1
     only = coco.judge(trained, items, steps=3)[0]
     assert {"cider"} < only.keys() and not {"distance", "clip"} & only.keys()
@@ -192,19 +217,25 @@ def test_judge(monkeypatch, trained, folder, capsys):
 def test_judge_is_the_same_in_any_pieces(monkeypatch, trained):
     """Noise belongs to a picture, not to its place in a batch, among the ranks, or behind one that cannot be read. Catches parts put
     together in another order, and noise that is drawn twice."""
-    def missing():
-        raise UserError("gone")
-    photo = lambda k: np.full((32, 32, 3), k, np.uint8)
-    items = [(missing if k % 7 == 3 else (lambda k=k: photo(k)), ["a circle", "a square"]) for k in range(50)]
+    items = [(missing if k % 7 == 3 else partial(grey, k), ["a circle", "a square"]) for k in range(50)]
     play(monkeypatch, items, None, lambda k: f"{k}")
     seen = []
     monkeypatch.setattr(sample, "draw", lambda trained, texts, seed, **_: seen.extend(seed) or np.stack([
         np.full((32, 32, 3), s * 37 % 251, np.uint8) for s in seed]))
-    features, found = lambda pixels: torch.from_numpy(pixels[:, 0, 0, :2] * [1.0, 0.5]), []
-    whole = lambda work, part: [work(part, 0)]
-    for pieces, divided in ((64, whole), (9, whole), (9, lambda work, part: [work(part[:20], 0), work(part[20:], 20)]), (1, whole)):
-        monkeypatch.setattr(coco, "pictures_per_batch", lambda trained: pieces)
-        monkeypatch.setattr(distributed, "split_work", divided)
+
+    def features(pixels):
+        return torch.from_numpy(pixels[:, 0, 0, :2] * [1.0, 0.5])
+
+    def whole(work, part):
+        return [work(part, 0)]
+
+    def divided(work, part):
+        return [work(part[:20], 0), work(part[20:], 20)]
+
+    found = []
+    for pieces, split_work in ((64, whole), (9, whole), (9, divided), (1, whole)):
+        monkeypatch.setattr(coco, "pictures_per_batch", lambda trained, pieces=pieces: pieces)
+        monkeypatch.setattr(distributed, "split_work", split_work)
         found.append(coco.judge(trained, items, features, seed=1))
         assert seen == [100003 + k for k in range(50) if k % 7 != 3]
         seen.clear()
@@ -214,10 +245,9 @@ def test_judge_is_the_same_in_any_pieces(monkeypatch, trained):
 def test_judge_looks_before_it_draws(monkeypatch, trained):
     """Catches a mistake that is found after hours: an unknown word, a caption that is too long, and nothing that can be read."""
     monkeypatch.setattr(sample, "draw", lambda *_, **__: pytest.fail("drawn"))
-    absent = lambda: open_picture("absent.png", 32)
     for text, message in (("a purple circle", "'purple'"), ("a red circle " * 4, "31 positions"), ("a circle", "absent.png")):
         with pytest.raises(UserError, match=message):
-            coco.judge(trained, [(absent, [text])] * 5, lambda pixels: torch.zeros(2, 2))
+            coco.judge(trained, [(missing, [text])] * 5, lambda pixels: torch.zeros(2, 2))
 
 
 def test_geneval_folders(monkeypatch, trained, tmp_path):
@@ -261,6 +291,24 @@ def test_the_command_line(tmp_path, folder, capsys):
     assert "Fréchet distance" in capsys.readouterr().out
 
 
+def test_prompts_on_a_shipped_model(tmp_path):
+    """GenEval's prompts by the real command line, from another folder, as it is started. Catches what stand-ins hide: weights
+    that want gradients have no numpy."""
+    (tmp_path / "g.jsonl").write_text('{"prompt": "a red circle"}\n')
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME)}
+    line = [sys.executable, "-m", "metrics.coco", "g.jsonl", "--steps", "2"]
+    done = subprocess.run(line, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "1 prompts in out/geneval" in done.stdout, done.stderr
+    pictures = sorted((tmp_path / "out/geneval/00000/samples").iterdir())
+    assert [path.name for path in pictures] == [f"000{j}.png" for j in range(4)]
+    assert len({path.read_bytes() for path in pictures}) == 4           # other noise for each
+    with pytest.raises(UserError, match="name another --out"):
+        coco.main([str(tmp_path / "g.jsonl"), "--steps", "3", "--out", str(tmp_path / "out/geneval")])
+    for out in ("", str(tmp_path / "g.jsonl")):
+        with pytest.raises(UserError, match="--out must name a folder"):
+            coco.main([str(tmp_path / "g.jsonl"), "--steps", "2", "--out", out])
+
+
 def test_a_grey_vae_has_features(tmp_path):
     """Catches three channels given to a VAE of one."""
     vae = VAE(VAEConfig(image_channels=1, channels=4, multipliers=(1, 1, 1), z=2))
@@ -270,7 +318,10 @@ def test_a_grey_vae_has_features(tmp_path):
 
 def test_how_many_at_a_time(make_model):
     """Catches 64 rows of a 7B's keys and values: 275 GB."""
-    trained = lambda **shape: SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(**shape), embedding=torch.nn.Embedding(1, 1)))
+    def trained(**shape):
+        model = SimpleNamespace(config=SimpleNamespace(**shape), embedding=torch.nn.Embedding(1, 1))
+        return SimpleNamespace(model=model)
+
     assert coco.pictures_per_batch(trained(layers=4, width=128, patches=16)) == 64
     many = coco.pictures_per_batch(trained(layers=32, width=4096, patches=256))
     assert 1 <= many < 8 and many * 3 * 2 * 32 * 4096 * 356 * 4 <= 2 ** 32

@@ -1,9 +1,10 @@
 """
-test_evaluate.py: do the numbers measure what they say?                    (evaluate.py; Transfusion App. B.1; PAPER §4.12)
+test_evaluate.py: do the numbers measure what they say?          (evaluate.py, metrics/; Transfusion App. B.1; PAPER §4.12)
 
 A metric is tested with models whose score is known without measuring: one that knows the language by heart, one that knows
 nothing, one that ignores its caption, one that obeys it perfectly, and an artist who draws exactly what was asked.
 """
+import ast
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,19 +13,21 @@ import numpy as np
 import pytest
 import torch
 
+import chameleon
 import data
 import evaluate
 import model as model_module
+import sample
 import vae as vae_module
 from data import BOI
 from diffusion import Diffusion
-from metrics import digits, drawing
+from metrics import coco, digits, drawing, likelihood
 from metrics import scenes as scene_metrics
 from metrics.gap import conditioning_gap
-from sources import mnist, scenes
+from sources import edits, mnist, scenes
 from sources.pairs import Pairs
 from support import checkpoint
-from support.common import UserError
+from support.common import ASSETS, UserError
 
 P = 16                                                  # fewer patches than words, and there would be no text alone
 WORLD = scenes.World(scenes.WORLDS["one"])
@@ -276,7 +279,7 @@ def test_the_gap_of_edits(make_model):
     network.forward = lambda tokens, image_id, *a: read.append((tokens, image_id, *a)) or real(network, tokens, image_id, *a)
     gap = conditioning_gap(network, WORDS, diffusion, texts, latents, before)
     assert abs(gap) > 1e-4 and len(read) == 2
-    for tokens, image_id, doc_id, has_loss, x, t in read:
+    for *_, x, t in read:
         assert len(x) == 20 and sorted(t.tolist())[:10] == [0] * 10 and sorted(t.tolist())[10] > 0
         clean = x[t == 0]
         assert {tuple(p.flatten().tolist()) for p in clean} == {tuple(p.flatten().tolist()) for p in before}
@@ -304,6 +307,68 @@ def test_the_command_line_takes_the_models_size(tmp_path, monkeypatch, capsys, w
     monkeypatch.setattr(scene_metrics, "geneval", lambda *a, **k: ({"colors": {"rule": 0.0, "exact": 0.0, "n": 1}}, []))
     evaluate.main(["--checkpoint", str(tmp_path / "model.pt"), "--data", what, "--n", "2", "--steps", "1", "--json", str(tmp_path / "found.json")])
     assert abs(json.loads((tmp_path / "found.json").read_text())["conditioning_gap"]) < 1
+
+
+@pytest.mark.parametrize("what, numbers", [
+    ("scenes", {"geneval", "held_out", "exact", "rule", "captions", "excess_nats", "entropy", "alone", "deductions", "conditioning_gap"}),
+    ("mixtures", {"single", "second", "boi", "well_formed", "sampled"}),
+    ("edits", {"edits", "kept", "chains", "asked", "kinds", "conditioning_gap"})])
+def test_the_command_line_on_a_shipped_model(tmp_path, capsys, what, numbers):
+    """Catches what stand-ins hide: a real model's weights want gradients, and its documents are real ones."""
+    path = tmp_path / "numbers.json"
+    model = ASSETS / ("scenes_edit.pt" if what == "edits" else "scenes.pt")
+    evaluate.main(["--data", what, "--checkpoint", str(model), "--n", "3", "--steps", "2", "--sampler", "dpm++", "--json", str(path)])
+    found, said = json.loads(path.read_text()), capsys.readouterr().out
+    assert found.keys() == numbers | {"seconds"} and "'steps': 2" in said and "measured in" in said
+    for key, text in evaluate.SHARES.items():
+        assert (text in said) == (key in numbers)
+        assert key not in numbers or 0 <= found[key] <= 1
+    assert "conditioning_gap" not in numbers or found["conditioning_gap"] > 0.1
+    assert what != "scenes" or (abs(found["excess_nats"]) < 0.05 and found["captions"] > 0.5 and found["deductions"] == 1.0)
+
+
+def test_edits_of_ones_own_pictures(tmp_path):
+    """Of photos nobody knows what is right: they are shown, the new one beside the old one, and the gap is measured."""
+    trained = checkpoint.load_trained(ASSETS / "scenes_edit.pt")
+    pairs = scenes.load_scenes(4, 0, progress=False)
+    texts = ["make the circle blue", "remove the square"]
+    test = edits.Edits(pairs.pixels, [([0, 1], texts[:1]), ([2, 3], texts[1:])])
+    numbers, lines, shown = evaluate.report(trained, "edits", test=test, n=5, steps=2, sampler="dpm++")
+    assert numbers.keys() == {"conditioning_gap", "seconds"} and "conditioning gap" in lines[1]
+    assert [text for text, *_ in shown] == texts
+    for k, (_, picture, _) in enumerate(shown):
+        assert picture.shape == (32, 66, 3) and np.array_equal(picture[:, :32], pairs.pixels[2 * k])
+
+
+@pytest.mark.parametrize("path", ["", ".", "/dev/full", "nowhere/numbers.json", "file/numbers.json"])
+@pytest.mark.parametrize("module, line", [(evaluate, []), (likelihood, ["choices", "scenes"]), (coco, ["scenes"])])
+def test_where_the_numbers_go_is_checked_first(tmp_path, monkeypatch, module, line, path):
+    """Catches a mistake that is found out when all has been measured."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(module, "load_trained", lambda *_, **__: pytest.fail("began to work"))
+    with pytest.raises(UserError, match="cannot write"):
+        module.main([*line, "--json", path])
+
+
+@pytest.mark.parametrize("kind, decoder", [("transfusion", sample.Decoder), ("chameleon", chameleon.Decoder)])
+def test_the_decoder_fits_the_model(monkeypatch, kind, decoder):
+    """Catches a Chameleon that is made to denoise."""
+    taken = []
+    monkeypatch.setattr(sample, "draw", lambda trained, texts, decoder, **_: taken.append(decoder) or np.zeros((len(texts), 2, 2, 3), np.uint8))
+    monkeypatch.setattr(sample, "describe", lambda trained, latents, decoder: taken.append(decoder) or ["a circle"] * len(latents))
+    trained = SimpleNamespace(kind=kind)
+    assert drawing.draw(trained, ["a circle", "a square"], steps=2).shape == (2, 2, 2, 3)
+    assert drawing.describe(trained, torch.zeros(3, 1, 2, 2)) == ["a circle"] * 3
+    assert taken == [decoder] * 2
+
+
+def test_checks_are_raised():
+    """Catches a check that PYTHONOPTIMIZE=1 takes away: an assert in what judges."""
+    home = Path(evaluate.__file__).parent
+    for path in [home / "evaluate.py", *(home / "metrics").glob("*.py")]:
+        found = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+        assert not found, f"{path} asserts in lines {found}"
 
 
 # ----------------------------------------------------------------------------------------------------------------- MNIST

@@ -1,5 +1,5 @@
 """
-test_likelihood.py: is text judged by its probability, and by nothing else?               (likelihood.py; Transfusion App. B.1)
+test_likelihood.py: is text judged by its probability, and by nothing else?       (metrics/likelihood.py; Transfusion App. B.1)
 
 The slow way is one forward per request and a softmax; the reference is lm-evaluation-harness, where it is installed.
 """
@@ -33,7 +33,11 @@ def trained(make_model):
 def some_requests(n, longest, seed=0):
     """n requests of random ids, of many lengths."""
     g = torch.Generator().manual_seed(seed)
-    ids = lambda least: torch.randint(len(data.SPECIAL), 16, (int(torch.randint(least, longest, (1,), generator=g)),), generator=g).tolist()
+
+    def ids(least):
+        n = int(torch.randint(least, longest, (1,), generator=g))
+        return torch.randint(len(data.SPECIAL), 16, (n,), generator=g).tolist()
+
     return [(ids(0), ids(1)) for _ in range(n)]
 
 
@@ -154,7 +158,11 @@ def test_ours_is_lm_evaluation_harness(trained, tmp_path):
     pytest.importorskip("lm_eval")
     from lm_eval.tasks import TaskManager
     g = torch.Generator().manual_seed(1)
-    text = lambda n: " ".join(WORDS.vocabulary[7 + int(k)] for k in torch.randint(9, (int(torch.randint(1, n, (1,), generator=g)),), generator=g))
+
+    def text(most):
+        n = int(torch.randint(1, most, (1,), generator=g))
+        return " ".join(WORDS.vocabulary[7 + int(k)] for k in torch.randint(9, (n,), generator=g))
+
     rows = [{"context": text(8), "choices": [text(5) for _ in range(4)], "answer": int(torch.randint(4, (1,), generator=g))} for _ in range(30)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "ours.yaml").write_text(
@@ -172,13 +180,39 @@ def test_ours_is_lm_evaluation_harness(trained, tmp_path):
     assert 0.05 < ours["acc"] < 0.9 and ours["acc"] != ours["acc_norm"]     # or the questions tell nothing
 
 
+def test_a_broken_model_says_so(trained):
+    """Catches weights that are NaN or inf taken for a model that is right wherever the right answer stands first."""
+    for bad in (math.nan, math.inf):
+        trained.model.head.weight[3] = bad
+        with pytest.raises(UserError, match="not finite"):
+            likelihood.ranked(trained, [("a b", ["c", "d"], 0)])
+        with pytest.raises(UserError, match="not finite"):
+            likelihood.perplexity(trained, ["a b c"])
+
+
+def test_the_command_line_on_a_shipped_model(tmp_path, capsys):
+    """Catches what stand-ins hide, numbers that are printed and not written, and a file that is never read."""
+    (tmp_path / "one.txt").write_text("a red circle\na circle\n")
+    numbers = tmp_path / "numbers.json"
+    for names, tokens in ((["scenes"], 19), (["scenes", str(tmp_path / "one.txt")], 22)):
+        found = likelihood.main(["perplexity", *names, "--limit", "1", "--json", str(numbers)])
+        assert json.loads(numbers.read_text()) == found and 1 < found["perplexity"] < 5
+        assert found["tokens"] == pytest.approx(tokens, abs=1)          # a deduction has 18 words, or 20
+        assert f"tokens {found['tokens']}" in capsys.readouterr().out
+    found = likelihood.main(["choices", "scenes", "--limit", "6", "--json", str(numbers)])
+    assert json.loads(numbers.read_text()) == found == {"acc": 1, "acc_norm": 1, "n": 6, "chance": 0.5}
+    likelihood.main([])
+    assert "(the right one)" in capsys.readouterr().out
+
+
 def test_two_processes_are_one(tmp_path):
-    """The command line, alone and on two ranks. Catches requests that only one of them answers, or in another order."""
+    """The command line, alone and on two ranks, from another folder. Catches requests that only one of them answers, or in another
+    order, and a program that must be started where it lies."""
     line = ["-m", "metrics.likelihood", "choices", "scenes", "--limit", "9", "--json"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *line, tmp_path / "one.json"], cwd=HOME, env=env, check=True, timeout=300)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME)}
+    subprocess.run([sys.executable, *line, tmp_path / "one.json"], cwd=tmp_path, env=env, check=True, timeout=300)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *line, tmp_path / "two.json"],
-                   cwd=HOME, env=env, check=True, timeout=300)
+                   cwd=tmp_path, env=env, check=True, timeout=300)
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one == two and one["acc"] == 1 and one["n"] == 9        # the shipped model knows them
 
@@ -198,8 +232,15 @@ def test_texts_of_files(tmp_path):
         assert len(texts) == scenes_first + 2 and texts[-2:] == ["a b", "c"]
 
 
-@pytest.mark.parametrize("line", ["", "{}", '{"context": "a", "choices": ["b"], "answer": 0}', '{"context": "a", "choices": ["b", "c"], "answer": 2}',
-                                  '{"context": "a", "choices": ["b", "c"], "answer": true}', '{"context": "a", "choices": ["b", "  "], "answer": 0}', '{"context": "a", "choices": ["b", ""], "answer": 0}'])
+@pytest.mark.parametrize("line", [
+    "", "{}", "[" * 100000,
+    '{"context": "a", "choices": ["b"], "answer": 0}',
+    '{"context": "a", "choices": "bc", "answer": 0}',
+    '{"context": "a", "choices": ["b", "c"], "answer": 2}',
+    '{"context": "a", "choices": ["b", "c"], "answer": -1}',
+    '{"context": "a", "choices": ["b", "c"], "answer": true}',
+    '{"context": "a", "choices": ["b", "  "], "answer": 0}',
+    '{"context": "a", "choices": ["b", ""], "answer": 0}'], ids=lambda line: line[:60])
 def test_questions_that_are_none(tmp_path, line):
     """Catches a traceback, or an answer that does not exist taken for a wrong one."""
     (tmp_path / "q.jsonl").write_text(line)

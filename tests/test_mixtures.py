@@ -13,8 +13,7 @@ import torch
 import data
 from data import BOI
 from metrics import mixtures
-from sources import edits
-from sources import scenes
+from sources import edits, scenes
 from support import checkpoint
 from support.common import ASSETS
 
