@@ -86,6 +86,7 @@ def or_mask(image_id, doc_id, bidirectional=True):
 
     # 2. The rule.
     # Paper: §3. Causal for every element, and bidirectional within each image.
+    # Our choice: BOI and EOI are no part of the image, so they are causal.
     if bidirectional:
         return same_document & (causal | same_picture)                  # (B, T, T)
     # Paper: Table 3, the ablation: an image is read in order, like words.
@@ -112,10 +113,11 @@ def intervals(image_id, doc_id, bidirectional=True):
     if not bidirectional:
         return lo, pos.clone()
 
-    # 3. hi of a patch: mark where pictures end. Two pictures may touch, so an end is where the id
-    #    changes, not where text begins. The roll makes "q + 1 is new" of "q is new", and as the
-    #    first position is new, the last one ends.
-    ends = (starts | changes(image_id)).roll(-1, dims=1)                # (B, T)
+    # 3. hi of a patch: mark where pictures end, which is before something else begins. Two pictures
+    #    may touch, so look for another id, not for text. The first position begins something, and
+    #    the roll brings it round: the last position is an end.
+    begins = starts | changes(image_id)                                 # (B, T)
+    ends = begins.roll(-1, dims=1)                                      # (B, T)
     # The next end from q on is q's own. It is the smallest one to the right, so look from there.
     from_right = torch.where(ends, pos, T).flip(1)                      # (B, T)
     next_end = from_right.cummin(dim=1).values.flip(1)                  # (B, T)
@@ -182,9 +184,12 @@ def tile_mask(lo, hi):
     hi = hi.int()
 
     def look(b, head, q, k):
-        return (lo[b, q] <= k) & (k <= hi[b, q])
+        from_lo = lo[b, q] <= k
+        up_to_hi = k <= hi[b, q]
+        return from_lo & up_to_hi
 
-    return BlockMask.from_kv_blocks(*list_tiles(some & ~full), *list_tiles(full),
+    partial = some & ~full
+    return BlockMask.from_kv_blocks(*list_tiles(partial), *list_tiles(full),
                                     BLOCK_SIZE=TILE, mask_mod=look)
 
 
@@ -279,13 +284,15 @@ def draw_mask(image_id, doc_id, labels=None, ax=None):
 if __name__ == "__main__":
     row = "a red BOI p0 p1 p2 EOI and BOI q0 q1 EOI EOS".split()
     pictures = {"p0": 0, "p1": 0, "p2": 0, "q0": 1, "q1": 1}
-    image_id = torch.tensor([[pictures.get(word, -1) for word in row]])
+    ids = [pictures.get(word, -1) for word in row]
+    image_id = torch.tensor([ids])
     doc_id = torch.zeros_like(image_id)
     lo, hi = intervals(image_id, doc_id)
     mask = dense_mask(lo, hi)[0]
     causal = or_mask(image_id, doc_id, bidirectional=False)[0]
 
-    print("            " + " ".join(f"{word:3s}" for word in row) + "     lo  hi")
+    names = " ".join(f"{word:3s}" for word in row)
+    print(f"            {names}     lo  hi")
     for q, word in enumerate(row):
         cells = []
         for k in range(len(row)):

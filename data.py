@@ -176,7 +176,9 @@ def lay_out(document, tokenizer, patches, ends=True):
         if isinstance(part, (str, list)):
             out.add(encode(part))
 
-        # 2. A dropped caption: as many <drop> as it has words.
+        # 2. A dropped caption.
+        # Our choice: as many <drop> as it has words, and BOI stays. So the picture has the same
+        # position with its caption and without. Guidance compares the two.
         elif part[0] == "dropped":
             # TRAP: no LM loss on a dropped caption, nor at the token before it. Otherwise the model
             # learns to write <drop>.

@@ -119,12 +119,13 @@ class Diffusion:
             x0 = (xt - s * out) / a
         else:
             x0 = xt - s * out
-        # 2. Our choice: clip. Near t = T, a is almost 0, and dividing by it multiplies the
-        #    network's error by thousands.
+        # 2. Clip it.
+        # Our choice: to the range that latents have. Near t = T, a is almost 0, and dividing by it
+        # multiplies the network's error by thousands.
         if x0_max is not None:
             x0 = x0.clamp(-x0_max, x0_max)
-        # 3. TRAP: eps is what is left of xt after the *clipped* x0. Otherwise the two would no
-        #    longer mix to xt, and DDIM would drift.
+        # 3. Solve eq. 2 for eps.
+        # TRAP: with the *clipped* x0. Otherwise the two no longer mix to xt, and DDIM drifts.
         eps = (xt - a * x0) / s
         return x0, eps
 
@@ -187,11 +188,12 @@ def ancestral_step(diffusion, xt, x0, t, u, noise):
     noise_u = s_u ** 2
     keep = a_t / a_u
     beta = noise_t - keep ** 2 * noise_u
-    # Bayes: x_u lies between what x_t says and what x0 says.
-    mean = keep * noise_u / noise_t * xt + a_u * beta / noise_t * x0
+    # Bayes: the mean lies between what x_t says and what x0 says.
+    from_xt = keep * noise_u / noise_t * xt
+    from_x0 = a_u * beta / noise_t * x0
     # TRAP: no noise on the last step. At u = 0, s_u = 0. (Rounding may leave a bit less than 0.)
     variance = (beta * noise_u / noise_t).clamp(min=0)
-    return mean + variance.sqrt() * noise
+    return from_xt + from_x0 + variance.sqrt() * noise
 
 
 def ddim_step(diffusion, x0, eps, u):
@@ -218,7 +220,8 @@ def dpm_step(diffusion, xt, x0, x0_before, t, u, t_before):
 
         # The ratio is infinite where a[T] = 0: no correction then.
         ratio = (lam(t) - lam(t_before)) / (lam(u) - lam(t))
-        x0 = x0 + (x0 - x0_before) / (2 * ratio).to(x0)
+        change = x0 - x0_before
+        x0 = x0 + change / (2 * ratio).to(x0)
     shrink = s_u / s_t
     return shrink * xt + (a_u - shrink * a_t) * x0
 
@@ -246,7 +249,8 @@ def sample(network, xT, diffusion, steps=250, sampler="ddpm", generator=None, x0
     t_before = None
 
     for t, u in itertools.pairwise(times):              # from t to u < t
-        # 1. Ask the network. TRAP: it is told the t of what it sees, not the u of what comes next.
+        # 1. Ask the network.
+        # TRAP: it is told the t of what it sees, not the u of what comes next.
         out = network(x, t)
         x0, eps = diffusion.x0_and_eps(x, out, t, x0_max)
         yield t, x, x0
@@ -302,6 +306,6 @@ if __name__ == "__main__":
             g = torch.Generator().manual_seed(0)
             xT = torch.randn(20000, 1, 1, 1, generator=g)
             *_, last = sample(best_network, xT, d, steps, sampler, g)
-            _, x, _ = last
+            x = last[1]
             print(f"{kind} {sampler:5s} {steps:3d} steps: "
                   f"mean {x.mean():.3f} (2), deviation {x.std():.3f} (0.5)")

@@ -470,7 +470,8 @@ def z_loss(logits):
     """Chameleon's denominator loss, a sum over n words: 1e-5 (ln Z)^2, where Z is what the softmax
     divides by. logits: (n, V)."""
     # Paper: §4.1 "Baseline". The softmax does not see a number that is added to all logits, so they
-    # could drift away together. This keeps Z near 1. Our choice: 1e-5, from Chameleon Team 2024.
+    # could drift away together. This loss keeps Z near 1.
+    # Our choice: 1e-5, as the Chameleon Team (2024) have it.
     log_z = logits.float().logsumexp(dim=-1)                            # (n,)
     return 1e-5 * log_z.square().sum()
 

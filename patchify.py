@@ -119,7 +119,8 @@ class LinearPatches(nn.Module):
         # TRAP: the noise is in xt before it is cut. Noise on patches is another process.
         patches = patchify(xt, self.p)                                  # (M, P, c*p*p)
         # Paper: §3, footnote. "We add an embedding of the timestep t to every patch vector before
-        # the linear layer." TRAP: before it, not after it.
+        # the linear layer."
+        # TRAP: before the linear layer, not after it.
         patches = patches + self.time(t)[:, None]                       # (M, P, c*p*p)
         return self.into(patches), xt.shape[2]                          # (M, P, D)
 
@@ -159,7 +160,9 @@ class UNetBlock(nn.Module):
         self.norm2 = ChannelNorm(C)
         self.conv2 = nn.Conv2d(C, C, 3, padding=1)
         # Where the number of channels changes, x itself must change too before it can be added.
-        self.shortcut = nn.Conv2d(c_in, C, 1) if c_in != C else nn.Identity()
+        self.shortcut = nn.Identity()
+        if c_in != C:
+            self.shortcut = nn.Conv2d(c_in, C, 1)
         self.attention = None
         self.norm3 = None
         if attention:
@@ -218,7 +221,8 @@ class UNetPatches(nn.Module):
                 blocks.append(UNetBlock(c_in, C, C, attention=k == halvings))
             return nn.ModuleList(blocks)
 
-        self.time = nn.Sequential(TimeEmbedding(C, T=T), nn.SiLU())
+        embedding = TimeEmbedding(C, T=T)
+        self.time = nn.Sequential(embedding, nn.SiLU())
         self.conv_in = nn.Conv2d(c, C, 3, padding=1)
 
         # The way down: down[0] at full size, down[1] at half of it, and so on.
@@ -288,7 +292,8 @@ if __name__ == "__main__":
     patches = patchify(x, 2)
     print("a latent of 4x4:\n", x[0, 0].int().numpy())
     print("its four 2x2 patches:\n", patches[0].int().numpy())
-    print("and back:", torch.equal(unpatchify(patches, 2, 4), x))
+    back = unpatchify(patches, 2, h=4)
+    print("and back:", torch.equal(back, x))
 
     xt = torch.randn(1, 8, 32, 32)                      # a picture of 256 x 256
     t = torch.tensor([500])
@@ -297,7 +302,6 @@ if __name__ == "__main__":
             net = kind(8, p, 512)
             vectors, kept = net.encode(xt, t)
             out = net.decode(vectors, t, kept)
-            n = vectors.shape[1]
-            shape = tuple(out.shape[1:])
             size = sum(weight.numel() for weight in net.parameters())
-            print(f"p = {p}  {name:6s} 32x32x8 -> {n:4d} vectors -> {shape}, {size:,} parameters")
+            print(f"p = {p}  {name:6s} 32x32x8 -> {vectors.shape[1]:4d} vectors", end="")
+            print(f" -> {tuple(out.shape[1:])}, {size:,} parameters")
