@@ -31,16 +31,16 @@ from tqdm import tqdm
 import chameleon
 import data
 import evaluate
-from config import MAY_CHANGE_ON_RESUME, parse_arguments
-from diffusion import Diffusion
+from config import parse_arguments
 from metrics.gap import conditioning_gap
 from metrics.progress import log_line, summary
 from model import count, losses, transfusion_loss
 from scale import distributed, plan
-from scale.run import WHOLE_MODEL, build_feed, build_run
+from scale.distributed import say
+from scale.run import WHOLE_MODEL, prepare
 from sources import scenes
 from support import checkpoint, figures, run_folder
-from support.common import UserError, finish_step_first, run_command
+from support.common import finish_step_first, run_command
 
 
 # ---------------------------------------------------------------------------------------- one step
@@ -54,39 +54,51 @@ def train_step(run):
     model = run.model.train()
     many = run.ranks.mesh is not None                   # several processes, or a GPU
 
-    # 1. The batches. A step is a fixed set of micro-batches; the processes share them out.
+    # 1. The batches. A step is a fixed set of micro-batches, each a pure function of (seed, step,
+    #    micro): a resumed run sees the same data as one that was never stopped, on any number of
+    #    processes. This process takes its own share of them.
     batches = [run.feed.batch(config.seed, run.step, micro) for micro in run.micros]
     for batch in batches:
-        draw_noise(batch)
+        draw_noise(batch)                               # t and eps, one of each per picture
     batches = [batch.to(run.ranks.device) for batch in batches]
 
-    # 2. What eq. 4 divides by. TRAP: counted over the whole step and over all processes. A mean of
-    #    micro-batch means would give the words of short batches more weight.
+    # 2. What eq. 4 divides by.
+    # TRAP: counted over the whole step and over all processes, before anything is divided. A mean
+    # of micro-batch means would give the words of short batches more weight (docs/PAPER.md §4.10).
     words = sum(int(batch.has_loss.sum()) for batch in batches)
     pictures = sum(len(batch.images) for batch in batches)
     all_words, all_pictures = words, pictures
     if many:
         all_words, all_pictures = distributed.total([words, pictures])
 
-    # 3. Forward and backward, one micro-batch at a time. Their gradients add up.
+    # 3. Forward and backward, one micro-batch at a time: only one set of activations is in memory.
+    #    The gradients add up in the weights.
     lm_sum = 0.0
     per_picture = []
+    micro_losses = []
     for k, batch in enumerate(batches, 1):
         if many:                                        # gradients travel after the last one only
             distributed.last_of_step(model, k == len(batches))
-        lm, _, ddpm = losses(model, batch, run.diffusion, model.config.stable)  # eq. 1, eq. 3
-        loss = transfusion_loss(lm, all_words, ddpm.sum(), all_pictures, config.lam)    # eq. 4
+        # Paper: eq. 1 and eq. 3, as sums over this micro-batch.       lm: scalar, ddpm: (M,)
+        lm, _, ddpm = losses(model, batch, run.diffusion, model.config.stable)
+        # Paper: eq. 4.
+        loss = transfusion_loss(lm, all_words, ddpm.sum(), all_pictures, config.lam)
         # FSDP averages gradients over processes, but this loss is already divided by global
         # counts: undo the average.
         (loss * run.ranks.size).backward()
+        # Detached, or the log would keep the whole graph alive.
         lm_sum += lm.detach()
         per_picture.append(ddpm.detach())
+        micro_losses.append(loss.detach())
 
-    # 4. Clip the norm of the whole gradient, then step. Paper: App. B.1 clips at 1.
+    # 4. Clip, then step.
+    # Paper: App. B.1 clips the gradient's norm at 1.
+    # TRAP: the norm of the whole gradient, so after all micro-batches and over all processes.
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     if many:
         norm = distributed.gather(norm)
-    check_finite(norm, run)
+    if not math.isfinite(norm):                         # a step with it would ruin every weight
+        raise run.not_finite(norm, batches, micro_losses)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config, run.step)
     run.optimizer.step()
@@ -106,40 +118,36 @@ def train_step(run):
 
 def draw_noise(batch):
     """Give every picture its noise level t (M,) int64, and its noise eps (M, c, h, w)."""
-    # Paper: App. B.2. t is uniform, but a picture before its caption has a lower limit: t <= 500.
-    # TRAP: one t per picture, not per batch, and the network is told the t that the noise has.
-    spread = batch.t_max - batch.t_min + 1
-    share = torch.rand(len(spread), generator=batch.generator)
-    batch.t = batch.t_min + (share * spread).long()
-    batch.eps = torch.randn(batch.latents.shape, generator=batch.generator)
+    # Paper: App. B.2. t is uniform, but for a picture that precedes its caption only up to 500:
+    # a caption of pure noise teaches nothing. The limits come with the documents (data.one_pair).
+    # TRAP: one t per picture, not one per batch; and the network must be told the very t that the
+    # noise has. Both mistakes train with a falling loss (docs/PAPER.md §4.3).
+    spread = batch.t_max - batch.t_min + 1                                      # (M,)
+    share = torch.rand(len(spread), generator=batch.generator)                  # (M,) in [0, 1)
+    batch.t = batch.t_min + (share * spread).long()                             # (M,)
+    batch.eps = torch.randn(batch.latents.shape, generator=batch.generator)     # (M, c, h, w)
 
 
 def learning_rate(config, step):
-    """The rate of a step (from 0): linear warm-up, then half a cosine down to a twentieth."""
-    # Paper: §4.1. 4,000 steps of warm-up to 3e-4, then down to 1.5e-5.
+    """The rate of a step, counted from 0: linear warm-up, then half a cosine to a twentieth."""
+    # Paper: §4.1, 4,000 steps of warm-up to 3e-4, then down to 1.5e-5.
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    share = (step - config.warmup) / max(1, config.steps - config.warmup)
+    share = (step - config.warmup) / max(1, config.steps - config.warmup)       # 0 to 1
     return config.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
 
 
 @torch.no_grad()                                        # else it would remember every step's graph
 def update_average(run):
     """Move the averaged weights a little towards the new ones."""
-    # Our choice: pictures are drawn by this average (EMA). It is steadier than the last step's
-    # weights. Early on it forgets quickly, or the random start would stay in it for long.
+    # Our choice: pictures are drawn by this average (EMA). It is steadier than the weights of any
+    # one step, whose last move still follows a single batch.
     if run.average is run.model:                        # --ema 0: no second copy
         return
+    # Early on it must forget quickly, or the random first weights would stay in it for long.
     keep = min(run.config.ema, (1 + run.step) / (10 + run.step))
+    # All tensors in one call: a loop over hundreds of small ones would cost as much as a layer.
     torch._foreach_lerp_(list(run.average.parameters()), list(run.model.parameters()), 1 - keep)
-
-
-def check_finite(norm, run):
-    """Raise UserError if the gradient's norm is not a number: its step would ruin every weight."""
-    if not math.isfinite(norm):
-        raise UserError(f"the gradient of step {run.step + 1} is not finite ({norm.item()}). The "
-                        f"step was not taken, and the last checkpoint is still good: lower --lr, raise "
-                        f"--warmup, or look at the data")
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -151,6 +159,7 @@ def fit(run, out):
     first = distributed.rank() == 0                     # one process speaks and writes for all
     log = run_folder.Log(out, run.step)
     saver = distributed.Saver(out, run.ranks)
+    # Captioned pictures that are never trained on. A Llama has none.
     probe = None if config.model == "llama" else run.feed.held_out(128)
     distributed.wait()                                  # process 0 writes what the others have read
     if first:
@@ -162,12 +171,14 @@ def fit(run, out):
     began = time.time()
     try:
         with finish_step_first(alone=distributed.size() == 1) as pressed:
-            # If one process was told to stop, all of them stop after the same step.
+            # If one process was told to stop, all of them stop after the same step. Otherwise
+            # those that go on would wait for its gradients for ever.
             while run.step < config.steps and not any(distributed.total([len(pressed)])):
                 window.append(train_step(run))
                 bar.update()
                 last = run.step == config.steps
 
+                # A line of the log. The gap is dear: it takes a whole copy of the model.
                 if run.step % config.log_every == 0 or last:
                     lr = learning_rate(config, run.step - 1)
                     row = log_line(window, run, lr, time.time() - began)
@@ -179,11 +190,12 @@ def fit(run, out):
                     window = []
                     began = time.time()
 
+                # Everything that a resumed run needs. It is written while training goes on.
                 if run.step % config.save_every == 0:
                     saver.save(run.step, run.model, run.average, run.optimizer)
             saver.save(run.step, run.model, run.average, run.optimizer)
     finally:
-        saver.wait()                                    # checkpoints are written in the background
+        saver.wait()                                    # also after an error: never half of a file
         bar.close()
     return log.rows, run.step == config.steps
 
@@ -197,47 +209,11 @@ def measure_gap(run, probe):
 
 def seconds_left(bar):
     """How long the rest will take, at the speed so far."""
-    per_step = bar.format_dict["elapsed"] / (bar.n - bar.initial)
-    return round(per_step * (bar.total - bar.n))
+    per_step = bar.format_dict["elapsed"] / (bar.n - bar.initial)       # without the steps before
+    return round(per_step * (bar.total - bar.n))                        # --resume
 
 
-# ------------------------------------------------------------------------------- before and after
-def prepare(config, out, resume, overwrite):
-    """The scale.run.Run that the command line asks for: data, model, optimizer; resumed or new.
-    Everything that can be wrong is found here, before the first step."""
-    # 1. Is the folder free, or does it hold this very run?
-    ranks = distributed.start(config.shard)
-    distributed.micro_batches(config.accumulate)        # can they be dealt out evenly?
-    complete, incomplete = distributed.list_checkpoints(out)
-    run_folder.check_start(out, complete, resume, overwrite)
-    if resume:
-        run_folder.check_same_run(out, config, MAY_CHANGE_ON_RESUME)
-
-    # 2. Data, then model. --init: from a trained one (§4.5 fine-tunes for editing).
-    start = checkpoint.load_trained(config.init) if config.init else None
-    if start and start.kind != config.model:
-        raise UserError(f"{config.init} is a {start.kind}, not a {config.model}: --model must be "
-                        f"what the checkpoint is")
-    diffusion = start.diffusion if start else Diffusion(config.diffusion, shift=config.shift)
-    view = partial(chameleon.view, config.model)        # how a rival sees a document
-    feed = build_feed(config, out, diffusion, start, resume, view)
-    run = build_run(config, ranks, feed, diffusion, start)
-
-    # 3. Go on where the last checkpoint ends, or clear the folder.
-    if resume:
-        run_folder.check_same_data(out, feed.describe())
-        run.step = complete[-1]
-        with run.explain_memory("the checkpoint is read", 0):
-            distributed.load(out, run.step, ranks, run.model, run.average, run.optimizer)
-        say(f"resuming from {distributed.folder_of(out, run.step)}",
-            *(f"(step_{step:06d} was not finished: skipped)" for step in incomplete))
-    if distributed.rank() == 0:
-        for step in [] if resume else complete:         # --overwrite
-            distributed.remove(distributed.folder_of(out, step))
-        run_folder.write_config(out, config, feed.describe())
-    return run
-
-
+# ----------------------------------------------------------------------------------- the whole run
 def report(run, out, trained):
     """Draw, caption, measure; write samples.png. Returns (dict of numbers, lines to print)."""
     config = run.config
@@ -251,12 +227,6 @@ def report(run, out, trained):
     return numbers, lines
 
 
-def say(*words, **options):
-    """Print, once for all processes."""
-    if distributed.rank() == 0:
-        print(*words, **options)
-
-
 def main(argv=None):
     """Train as the command line says. Returns the report's numbers, or None without a report."""
     config, resume, overwrite, planned = parse_arguments(argv)
@@ -264,20 +234,24 @@ def main(argv=None):
         print("\n".join(plan.dry_run(config, *planned)))
         return None
 
+    # 1. Data, model, optimizer. Every mistake of the user's is found here, before the first step.
     began = time.time()
     out = Path(config.out)
-    run = prepare(config, out, resume, overwrite)
+    view = partial(chameleon.view, config.model)        # how a rival sees a document
+    run = prepare(config, out, resume, overwrite, view)
     say(f"{config.data}: {run.feed.pictures:,} pictures, {len(run.feed.tokenizer)} words; model: "
         f"{count(run.average):,} parameters, {run.feed.shape.patches} patches per picture; "
         f"{config.steps - run.step} steps to go; {distributed.size()} processes on "
         f"{run.ranks.device.type}; prepared in {time.time() - began:.0f} s")
 
+    # 2. The loop.
     with run.explain_memory():
         log, finished = fit(run, out)
     if not finished:
         say(f"stopped and saved at step {run.step}; the same command with --resume goes on")
         return None
 
+    # 3. A model to draw with, and what it can do. The report draws on all processes.
     seconds = time.time() - began
     trained = run.gather_trained()
     if distributed.rank() == 0:
@@ -286,7 +260,6 @@ def main(argv=None):
     if not config.samples:
         say(f"trained in {seconds:.0f} s; wrote {out}/model.pt")
         return None
-
     numbers, lines = report(run, out, trained)
     numbers["train_seconds"] = seconds
     if distributed.rank() == 0:

@@ -184,6 +184,12 @@ def stop():
         time.sleep(0.1)
 
 
+def say(*words, **options):
+    """Print, once for all processes."""
+    if rank() == 0:
+        print(*words, **options)
+
+
 def wait():
     """Wait until all ranks are here."""
     if size() > 1:

@@ -4,9 +4,9 @@ run.py: a training run, before its first step and after its last        (Transfu
 THE IDEA    train.py shows the loop. What must exist before the loop stands here: the feed, the
             model with its first weights, its average, its optimizer, all of them divided among the
             processes. What is needed afterwards stands here, too: the whole model in one piece.
-A PICTURE   Config --build_feed--> feed --build_run--> Run --train.fit--> Run
-                                                                           |
-                                                                 gather_trained --> model.pt
+A PICTURE   Config --prepare--> Run --train.fit--> Run --gather_trained--> model.pt
+                     |
+                     build_feed, build_run, and on --resume the last checkpoint
 READ NEXT   distributed.py      TEST  tests/test_train.py, tests/test_distributed.py
 """
 from dataclasses import dataclass
@@ -16,12 +16,13 @@ import torch
 import scale.feed
 import sources.feed
 from autoencoder.train import train_vae
-from config import Config
+from config import MAY_CHANGE_ON_RESUME, Config
 from diffusion import Diffusion
 from model import Transfusion
 from scale import distributed
 from sources import choose
-from support import checkpoint
+from support import checkpoint, run_folder
+from support.common import UserError
 
 # For Run.explain_memory: what is going on, and the bytes per parameter that it takes (bfloat16: 2).
 WHOLE_MODEL = ("a whole copy of the model is measured", 2)
@@ -71,7 +72,65 @@ class Run:
                                   self.diffusion, self.config.model, self.config.text_share)
 
 
+    def not_finite(self, norm, batches, micro_losses):
+        """The UserError for a step whose gradient is not finite. norm: the gradient's; batches: the
+        data.Batch of each micro-batch; micro_losses: the loss of each."""
+        where = "its loss is finite, its gradient is not"
+        for micro, batch, loss in zip(self.micros, batches, micro_losses, strict=True):
+            if not loss.isfinite():
+                text = self.feed.tokenizer.decode(batch.tokens[0].tolist())
+                where = f"the loss of micro-batch {micro}, \"{text[:60]} ...\", is {loss.item()}"
+                break
+        complete, _ = distributed.list_checkpoints(self.config.out)
+        kept = "there is no checkpoint yet"
+        if complete:
+            kept = f"{distributed.folder_of(self.config.out, complete[-1])} is still good"
+        return UserError(f"step {self.step + 1} was not taken, because the norm of its gradient is "
+                         f"{norm.item()}: {where}. Lower --lr, raise --warmup, or look at these "
+                         f"documents; {kept}")
+
+
 # ---------------------------------------------------------------------------------- before the loop
+def prepare(config, out, resume, overwrite, view):
+    """The Run that a command line asks for: new, or where its last checkpoint ends. Everything that
+    can be wrong is found here, before the first step.
+
+    config, out           the run's numbers, and its folder
+    resume, overwrite     whether --resume or --overwrite was given
+    view                  see `build_feed`
+    Raises UserError."""
+    # 1. Is the folder free, or does it hold this very run?
+    ranks = distributed.start(config.shard)
+    distributed.micro_batches(config.accumulate)            # can they be dealt out evenly?
+    complete, incomplete = distributed.list_checkpoints(out)
+    run_folder.check_start(out, complete, resume, overwrite)
+    if resume:
+        run_folder.check_same_run(out, config, MAY_CHANGE_ON_RESUME)
+
+    # 2. Data, then model. --init starts from a trained one: §4.5 fine-tunes it for editing.
+    start = checkpoint.load_trained(config.init) if config.init else None
+    if start and start.kind != config.model:
+        raise UserError(f"{config.init} is a {start.kind}, not a {config.model}: --model must be "
+                        f"what the checkpoint is")
+    diffusion = start.diffusion if start else Diffusion(config.diffusion, shift=config.shift)
+    feed = build_feed(config, out, diffusion, start, resume, view)
+    run = build_run(config, ranks, feed, diffusion, start)
+
+    # 3. Go on where the last checkpoint ends, or clear the folder.
+    if resume:
+        run_folder.check_same_data(out, feed.describe())
+        run.step = complete[-1]
+        with run.explain_memory("the checkpoint is read"):
+            distributed.load(out, run.step, ranks, run.model, run.average, run.optimizer)
+        skipped = [f"(step_{step:06d} was not finished: skipped)" for step in incomplete]
+        distributed.say("resuming from", distributed.folder_of(out, run.step), *skipped)
+    if distributed.rank() == 0:
+        for step in [] if resume else complete:             # --overwrite
+            distributed.remove(distributed.folder_of(out, step))
+        run_folder.write_config(out, config, feed.describe())
+    return run
+
+
 def build_feed(config, out, diffusion, start, resume, view):
     """The feed of the data at hand: shards on disk, or pictures in memory. If there is no VAE for
     those, it is trained first.
