@@ -55,11 +55,21 @@ from tqdm import tqdm
 import chameleon
 import sample
 from diffusion import SAMPLERS
-from scale import distributed, streams
+from scale import distributed
 from sources import scenes
+from sources.pairs import print_skipped
 from support import checkpoint
 from support.checkpoint import encode_pixels, load_trained
-from support.common import ASSETS, UserError, check_writable, read_lines, run_command
+from support.common import (
+    ASSETS,
+    UserError,
+    check_writable,
+    load_json,
+    open_picture,
+    read_lines,
+    read_records,
+    run_command,
+)
 
 COMMAND = "python -m metrics.coco"
 
@@ -215,17 +225,27 @@ def read_folder(folder, size, n, seed=0):
     picture is a function () -> (size, size, 3) uint8. Several lines may speak of one picture.
     Raises UserError, naming the line, if one is no caption of a picture."""
     path = Path(folder) / "captions.jsonl"
-    items = {}
-    for number, line in read_lines(path, '{"image": file name, "caption": words}'):
-        where = f"{path} line {number}"
-        keys = ["caption", "image"]
-        caption, picture = streams.read_line(line.encode(), where, keys, path.parent, size)
-        _, captions = items.setdefault(picture.args, (picture, []))
-        captions.append(caption)
+    captions = {}                                       # of each picture, by the name of its file
+    skipped = []
+    records = read_records(path, ("image", "caption"))
+    for number, (name, text) in records:
+        if text.strip():
+            captions.setdefault(name, []).append(text.strip())
+        else:                                           # no answer could share a phrase with it
+            skipped.append(f"line {number} is empty")
+    if distributed.rank() == 0:
+        print_skipped(folder, skipped, len(records), "captions")
+
+    # Any n of them: the first n of a folder that is sorted would be alike.
     rng = np.random.default_rng([seed, 15])
-    chosen = rng.permutation(len(items))[:n]
-    items = list(items.values())
-    return [items[k] for k in sorted(chosen)]
+    chosen = rng.permutation(len(captions))[:n]
+    names = list(captions)
+    items = []
+    for k in sorted(chosen):
+        # Opened when its turn comes: 30,000 photos do not fit in memory.
+        picture = functools.partial(open_picture, path.parent / names[k], size)
+        items.append((picture, captions[names[k]]))
+    return items
 
 
 def draw_scenes(categories, size, n, seed=0):
@@ -444,8 +464,8 @@ def read_prompts(path, limit):
     prompts = []
     try:
         for line in lines:
-            prompts.append(" ".join(json.loads(line)["prompt"].split()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            prompts.append(" ".join(load_json(line)["prompt"].split()))
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not GenEval's evaluation_metadata.jsonl: every line must be "
                         f'{{"prompt": ..., ...}}') from None
     return lines, prompts

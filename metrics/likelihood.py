@@ -41,7 +41,14 @@ from data import BOS
 from scale import distributed, streams
 from sources import scenes
 from support.checkpoint import device_of, load_trained
-from support.common import ASSETS, UserError, check_writable, read_lines, run_command
+from support.common import (
+    ASSETS,
+    UserError,
+    check_writable,
+    load_json,
+    read_lines,
+    run_command,
+)
 
 # Paper: App. B.1, note 4. The Llama suite.
 SUITE = ("hellaswag", "piqa", "social_iqa", "winogrande", "arc_easy", "arc_challenge", "boolq")
@@ -292,8 +299,8 @@ def read_questions(name, n=None, seed=0):
     questions = []
     for number, line in read_lines(Path(name), wanted)[:n]:
         try:
-            questions.append(read_question(json.loads(line)))
-        except (ValueError, KeyError, TypeError, RecursionError):
+            questions.append(read_question(load_json(line)))
+        except (ValueError, KeyError, TypeError):
             where = f"{name} line {number}"
             raise UserError(f"{where} is not {wanted}: {line[:60]!r}") from None
     if not questions:

@@ -146,6 +146,15 @@ def test_folders(folder):
     assert picture().shape == (32, 32, 3) and picture()[0, 0].tolist() == [75, 0, 0]
 
 
+def test_an_empty_caption_is_no_reference(folder, capsys):
+    """Catches one that is compared with every answer, which lowers CIDEr, or drawn as a prompt; it is named."""
+    with open(folder / "captions.jsonl", "a") as file:
+        file.write('\n{"image": "3.png", "caption": "  "}\n')
+    items = coco.read_folder(folder, 32, 10)
+    assert [texts for _, texts in items] == [["a circle", "A red circle"]] * 10
+    assert "skipped 1 of 21 captions" in capsys.readouterr().out
+
+
 def test_scenes_have_true_captions_of_their_own():
     """Catches captions that leave an object out, and the one that the scene was drawn for given as the only one."""
     items = coco.draw_scenes(scenes.WORLDS["six"], 32, 60)
