@@ -18,11 +18,12 @@ from dataclasses import dataclass, field, fields
 
 from model import PAPER_SIZES
 from patchify import PATCHES
+from sources.choose import SOURCES
 from sources.scenes import WORLDS
 from support.common import ASSETS, UserError
 
 MODELS = ("transfusion", "chameleon", "llama")
-DATA = ("scenes", "mnist", "folder", "edits", "shards")
+DATA = (*SOURCES, "shards")
 
 
 # ------------------------------------------------------------------------------------ the options

@@ -322,8 +322,8 @@ TOY_DEFAULTS = {
 PAPER_DEFAULTS = {
     "image_size": 256,
     "steps": 1_000_000,                                 # Paper: App. C
-    "batch": 16,                                        # Our choice
-    "lr": 1e-4,                                         # Our choice
+    "batch": 16,                                        # Our choice: App. C names none
+    "lr": 1e-4,                                         # Our choice: App. C names none
     "gan_start": 50_000,                                # Paper: App. C
     "loss": "paper",
 }
@@ -372,8 +372,8 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--paper", action="store_true",
         help="App. C's network, size, loss and steps become the defaults")
-    add("--data", choices=("scenes", "mnist", "folder"), default="scenes",
-        help="what to learn from")
+    pictures = [name for name in choose.SOURCES if name != "edits"]         # those with captions
+    add("--data", choices=pictures, default="scenes", help="what to learn from")
     add("--data-dir", help="folder of MNIST idx files, or of pictures with captions.jsonl")
     add("--image-size", type=int, help="pixels per side (scenes, folder)")
     add("--codes", type=int, default=0, help="codes of a VQ-VAE (App. C has 16384); 0 for a VAE")

@@ -1,5 +1,5 @@
 """
-test_sources.py: captioned pictures, from a seed, from idx files, from a folder                       (sources.py; Transfusion §4.1)
+test_sources.py: captioned pictures, from a seed, from idx files, from a folder                       (sources/; Transfusion §4.1)
 
 The files that users have, good and bad: each mistake is named, and what can be used is used.
 """

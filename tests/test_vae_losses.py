@@ -1,5 +1,5 @@
 """
-test_vae_losses.py: who judges a reconstruction, and how   (autoencoder/losses.py, perceptual.py; Transfusion App. C; PAPER §4.11)
+test_vae_losses.py: who judges a reconstruction, and how   (autoencoder/losses.py, autoencoder/perceptual.py; Transfusion App. C; PAPER §4.11)
 
 Distances that are distances; losses against arithmetic done by hand; published names and shapes of weights that we do not
 have; a ResNet against the reference library's; a discriminator that counts from its step on, and not before.
