@@ -116,7 +116,7 @@ def far(one, two):
 # -------------------------------------------------------------------------------------------------- two processes and one
 @pytest.mark.parametrize("encoder", MODELS)
 def test_two_processes_take_the_steps_of_one(folder, alone, encoder):
-    """PAPER §4.10: catches means of means, clipping by a rank's own norm, weights drawn by the
+    """docs/PAPER.md §4.10: catches means of means, clipping by a rank's own norm, weights drawn by the
     shard, a rank with the other's data, and a hang where one rank has no picture."""
     two = folder / f"two_{encoder}"
     assert close(log(alone(encoder)), log(two), 1e-5) and (log(two)[-1]["grad_norm"] > 1.5 or encoder == "chameleon")
@@ -242,7 +242,7 @@ def test_sizes_that_do_not_fit(monkeypatch):
         distributed.micro_batches(6)
     shares = []
     for r in range(4):
-        monkeypatch.setattr(distributed, "rank", lambda: r)
+        monkeypatch.setattr(distributed, "rank", lambda r=r: r)
         shares += distributed.micro_batches(8)
     assert sorted(shares) == list(range(8))
 

@@ -13,7 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import on_gpu
 import train
 from config import parse_arguments
-from model import Block, ModelConfig, PAPER_SIZES, Transfusion, count, paper_model, rope_tables, sized
+from model import (
+    PAPER_SIZES,
+    Block,
+    ModelConfig,
+    Transfusion,
+    count,
+    paper_model,
+    rope_tables,
+    sized,
+)
 from scale import plan
 from support.common import UserError
 

@@ -1,5 +1,5 @@
 """
-test_shards.py: what is packed is what is trained on, in an order that anyone can compute        (shards.py, pack.py; DESIGN 7)
+test_shards.py: what is packed is what is trained on, in an order that anyone can compute        (scale/shards.py, scale/pack.py)
 
 First the rows on disk against the same documents laid out in memory, then the order, then the proportions of the paper, then
 everything that may go wrong with a folder: killed, cut short, flipped, mixed up. At the end train.py on a packed folder.
@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw_batch, make_run
 from PIL import Image
 
 import data
@@ -29,10 +28,9 @@ import sample
 import train
 import vae as vae_module
 from config import parse_arguments
+from conftest import draw_batch, make_run
 from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH
-from scale import pack
-from scale import shards
-from scale import streams
+from scale import pack, shards, streams
 from sources import scenes
 from support import checkpoint
 from support.checkpoint import load_trained
@@ -263,7 +261,10 @@ def test_proportions(vae_path, tmp_path):
                 m += n
         assert m == len(batch.images)
     assert texts / patches == pytest.approx(1, abs=0.02)
-    sigma = lambda p, n: 4 * np.sqrt(p * (1 - p) / n)
+
+    def sigma(p, n):
+        return 4 * np.sqrt(p * (1 - p) / n)
+
     assert abs(first / documents - 0.8) < sigma(0.8, documents) and documents > 3000
     assert abs(dropped / first - 0.1) < sigma(0.1, first)
     orders = collections.defaultdict(set)               # of one and the same row, over its epochs
@@ -281,7 +282,7 @@ def test_opening_reads_no_arrays(packed, monkeypatch):
     """Catches a reader that loads what it should map: a trillion tokens do not fit in memory."""
     with monkeypatch.context() as patch:
         patch.setattr(np, "load", lambda *a, **k: pytest.fail("opening read an array"))
-        stream = shards.Shards(packed)
+        shards.Shards(packed)
     arrays = shards.open_arrays(packed / "pairs-000000")
     assert set(arrays) == {"words", "parts", "documents", "rows", "sums", "latents"}
     assert all(isinstance(array, np.memmap) for array in arrays.values())
@@ -501,7 +502,7 @@ def picture(color, kind="PNG", size=(40, 30)):
 
 def test_sources(vae_path, tmp_path, capsys):
     """Folders with captions.jsonl, tars in webdataset's layout, text lines and JSON lines, read as streams; what is bad is
-    counted, named and skipped, and pictures reach the VAE as sources.open_picture crops them."""
+    counted, named and skipped, and pictures reach the VAE as support.common.open_picture crops them."""
     folder, tars, texts = tmp_path / "folder", tmp_path / "tars", tmp_path / "texts"
     for path in (folder, tars, texts):
         path.mkdir()
@@ -522,9 +523,12 @@ def test_sources(vae_path, tmp_path, capsys):
     (texts / "b.jsonl").write_text('{"text": "from json"}\n\n{"words": "no"}\nnot json\n{"text": 7}\n{"text": "last"}')
     total = pack.main(command(vae_path, tmp_path / "packed", text=texts, pairs=[folder, tars], another=0))
     stream, out = shards.Shards(tmp_path / "packed"), capsys.readouterr().out
-    told = lambda kind: sorted(stream.tokenizer.decode(p) for ds, _ in all_rows(stream, kind) for p in itertools.chain(*ds))
-    assert told("text") == ["from json", "last", "one line", "two lines, really"]
-    assert told("pairs") == ["all red", "blue one", "green two", "red again"]
+
+    def texts_of(kind):
+        return sorted(stream.tokenizer.decode(part) for documents, _ in all_rows(stream, kind) for part in itertools.chain(*documents))
+
+    assert texts_of("text") == ["from json", "last", "one line", "two lines, really"]
+    assert texts_of("pairs") == ["all red", "blue one", "green two", "red again"]
     assert total["skipped"] == 4 + 5 + 2 and "skipped 11" in out and "a.txt line 4" in out and "b.jsonl line 3" in out
     problems = json.loads((tmp_path / "packed/pairs-000000/header.json").read_text())["problems"]
     for name, problem in zip(["cut.png", "no.png", "captions.jsonl line 4", "empty caption", "60 tokens"], problems, strict=True):
