@@ -67,8 +67,9 @@ class Job:
 def report_scenes(trained, job):
     """GenEval, captions, and text. This report and the others return (dict of numbers, list of
     (prompt, picture, right) to show)."""
-    # 1. GenEval: n prompts, shared evenly among those of its categories that were trained; then 50
-    #    of each category that name a pair of colour and shape which no training has shown.
+    # 1. GenEval: n prompts, shared evenly among those of its categories that were trained.
+    #    Then 50 per category that name a pair of colour and shape which training never shows:
+    #    both words are known, the pair is new.
     categories = [name for name in job.categories if name in scenes.CATEGORIES]
     n = math.ceil(job.n / len(categories))
     table, results = scene_metrics.geneval(trained, categories, n, False, job.seed, **job.options)
@@ -80,7 +81,7 @@ def report_scenes(trained, job):
         "held_out": unseen,
     }
 
-    # 2. Captions of unseen scenes, of all categories: also the seventh, which GenEval lacks.
+    # 2. Captions of unseen scenes, of all categories: the seventh, which GenEval lacks, too.
     size = picture_size(trained)
     share, _ = scene_metrics.captioning(trained, job.categories, job.n, job.seed, size)
     numbers["captions"] = share
@@ -94,8 +95,9 @@ def report_scenes(trained, job):
 
 
 def measure_excess(trained, job):
-    """(excess, entropy) of metrics.scenes.excess_nats, over documents as the model's training drew
-    them, of other scenes."""
+    """(excess, entropy) of metrics.scenes.excess_nats, of unseen documents."""
+    # The mixture of documents is that of the model's training, from its share of text to how many
+    # pairs fit in its context. On another mixture its loss would have another floor.
     config = trained.model.config
     pairs = scenes.load_scenes(5000, [job.seed, 2], job.categories, progress=False)
     documents = data.Documents(pairs, config.patches, config.context,
@@ -105,11 +107,10 @@ def measure_excess(trained, job):
 
 
 def report_text(trained, job):
-    """Numbers about text alone: all that there is of a Llama."""
-    # The same documents for all three kinds of model, whatever else they were trained on.
+    """Numbers about text alone. All three kinds of model can be compared by them."""
     return {
         "alone": scene_metrics.deduction_nats(trained, 500, job.seed),
-        "deductions": scene_metrics.deductions(trained, job.n, job.seed),
+        "deductions": scene_metrics.deduction_accuracy(trained, job.n, job.seed),
     }
 
 
@@ -119,7 +120,7 @@ def report_mnist(trained, job):
 
 
 def report_edits(trained, job):
-    """Edits of scenes, counted; of a user's own pictures, shown."""
+    """Edits: of scenes they are counted, of a user's own pictures shown."""
     if job.test.scenes:
         return mixtures.editing(trained, job.n, job.seed, picture_size(trained), **job.options)
 
@@ -152,7 +153,8 @@ def report_pictures(trained, job):
     return {}, results
 
 
-# By the name of the data. For data of your own, write a function and name it here.
+# By the name of the data. For a new kind of data write a function and name it here: all that it
+# needs to know is in the Job.
 REPORTS = {
     "scenes": report_scenes,
     "mnist": report_mnist,
@@ -169,8 +171,8 @@ def report(trained, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0
     REPORTS; the others as in Job. Every process must call it."""
     began = time.time()
     job = Job(categories, test, n, seed, texts, options)
-    if trained.kind == "llama":                         # it knows words only
-        numbers = report_text(trained, job)
+    if trained.kind == "llama":                         # it knows words only, of scenes or others
+        numbers = report_text(trained, job) if name == "scenes" else {}
         numbers["seconds"] = time.time() - began
         return numbers, describe_report(numbers, None), []
 
@@ -212,8 +214,7 @@ SHARES = {                                             # numbers in 0..1, in the
 
 
 def describe_report(numbers, options):
-    """The numbers of a report as lines of text. options: how pictures were drawn; None: they were
-    not."""
+    """The numbers of a report as lines of text. options: how pictures were drawn, or None."""
     lines = [f"pictures drawn with {options}" if options else "a Llama: words only"]
 
     # 1. What has a row per category.
@@ -278,8 +279,8 @@ def check_arguments(args):
         raise UserError(f"--steps must be between 1 and 1000, got {args.steps}")
     if not 0 <= args.guidance < math.inf:
         raise UserError(f"--guidance must be 0 or more, got {args.guidance}")
-    if args.seed < 0:
-        raise UserError(f"--seed must be 0 or more, got {args.seed}")
+    if not 0 <= args.seed < 2 ** 32:
+        raise UserError(f"--seed must be between 0 and {2 ** 32 - 1}, got {args.seed}")
     if args.guide_over != "both" and args.data != "edits":
         raise UserError(f"--guide-over {args.guide_over} is for --data edits: elsewhere no "
                         f"picture stands before the words")

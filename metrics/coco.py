@@ -29,8 +29,8 @@ PAPER/HERE  same: greedy captions of Karpathy's test split (`--only captions`). 
             TorchScript, published with StyleGAN2-ADA) and CLIP (a folder of transformers'). Not run
             with them here: no network; the tests have stand-ins. Without Inception the distance is
             that of a VAE's latents, which toys need and nobody should call FID.
-            GenEval judges with a detector of its own: `geneval` draws its prompts into the folders
-            that its script reads.
+            GenEval judges with a detector of its own: `draw_geneval` draws its prompts into the
+            folders that its script reads.
 READ NEXT   ../evaluate.py, where the scenes world needs no judge
 TRY IT      python -m metrics.coco
             python -m metrics.coco scenes --limit 200 --steps 25 --sampler dpm++
@@ -260,6 +260,7 @@ def draw_scenes(categories, size, n, seed=0):
     for _ in range(n):
         _, claim = world.caption(rng)
         things = scenes.draw_scene(claim, rng, size)
+        # Not only the caption that it was drawn for: people, too, say several things of a picture.
         true = [text for text, claim in claims if scenes.holds(claim, things)]
         order = rng.permutation(len(true))
         captions = [true[k] for k in order[:5]]
@@ -318,7 +319,7 @@ def check_networks(trained, prompts, features, clip):
 
 
 @torch.no_grad()
-def judge(trained, items, features=None, clip=None, captions=True, seed=0, progress=True,
+def measure(trained, items, features=None, clip=None, captions=True, seed=0, progress=True,
           **options):
     """(numbers, [(caption, references)]) of n items. Every process must call it.
 
@@ -330,30 +331,32 @@ def judge(trained, items, features=None, clip=None, captions=True, seed=0, progr
     options     as `sample.draw`
     Pictures that cannot be read are named and skipped. Raises UserError, before anything is drawn,
     for a prompt that the model cannot take."""
-    # 1. One caption of each picture is drawn.
+    # 1. Choose one caption of each picture as its prompt. Without features nothing is drawn, so no
+    #    prompt needs to fit.
     rng = np.random.default_rng([seed, 17])
     prompts = [texts[rng.integers(len(texts))] for _, texts in items]
     check_prompts(trained, prompts if features else [])
     check_networks(trained, prompts, features, clip)
 
-    # 2. Each process judges its part, batch by batch.
-    def judge_part(part, first):
+    # 2. Each process measures its part, batch by batch.
+    def measure_part(part, first):
         verdict = Verdict()
         n = pictures_per_batch(trained)
         silent = not progress or distributed.rank() > 0
         for k in tqdm(range(0, len(part), n), desc="drawing and describing", disable=silent):
             # Noise belongs to a picture, whatever batch or process it falls to.
-            seeds = [seed * 100003 + first + j for j in range(k, min(k + n, len(part)))]
-            verdict.add(judge_batch(trained, part[k: k + n], seeds, features, clip, captions,
-                                    options))
+            noise = seed * 100003 + first + k
+            batch = part[k: k + n]
+            verdict.add(measure_batch(trained, batch, noise, features, clip, captions, options))
         return verdict
 
     verdict = Verdict()
-    for part in distributed.split_work(judge_part, list(zip(items, prompts, strict=True))):
+    work = list(zip(items, prompts, strict=True))
+    for part in distributed.split_work(measure_part, work):
         verdict.add(part)
     report_unreadable(verdict, len(items))
 
-    # 3. The numbers, of all of them.
+    # 3. The numbers, from the verdicts of all processes: none of them is a mean of means.
     numbers = {
         "n": len(verdict.answers),
         "references": float(np.mean([len(texts) for texts in verdict.references])),
@@ -370,22 +373,22 @@ def judge(trained, items, features=None, clip=None, captions=True, seed=0, progr
     return numbers, list(zip(verdict.answers, verdict.references, strict=True))
 
 
-def judge_batch(trained, batch, seeds, features, clip, captions, options):
-    """Verdict of a few items. batch: [((picture, captions), prompt)]; seeds: one per item; the
-    others as `judge`."""
+def measure_batch(trained, batch, seed, features, clip, captions, options):
+    """Verdict of a few items. batch: [((picture, captions), prompt)]; seed: of the first one's
+    noise, the next has the next; the others as in `measure`."""
     verdict = Verdict()
     decoder = chameleon.decoder_of(trained)
     photos = []
     prompts = []
-    seeds_read = []
-    for ((picture, texts), prompt), noise in zip(batch, seeds, strict=True):
+    seeds = []
+    for j, ((picture, texts), prompt) in enumerate(batch):
         try:
             photos.append(picture())
-        except UserError as problem:
+        except UserError as problem:                    # one bad file is no reason to stop
             verdict.unreadable.append(str(problem))
             continue
         prompts.append(prompt)
-        seeds_read.append(noise)
+        seeds.append(seed + j)
         verdict.references.append(texts)
     if not photos:
         return verdict
@@ -397,7 +400,7 @@ def judge_batch(trained, batch, seeds, features, clip, captions, options):
     else:
         verdict.answers = [""] * len(photos)
     if features:
-        pictures = sample.draw(trained, prompts, seed=seeds_read, decoder=decoder, **options)
+        pictures = sample.draw(trained, prompts, seed=seeds, decoder=decoder, **options)
         verdict.real.append(features(photos))
         verdict.drawn.append(features(pictures))
         if clip:
@@ -419,7 +422,7 @@ def report_unreadable(verdict, n):
 
 # ---------------------------------------------------------------------------------------- GenEval
 @torch.no_grad()
-def geneval(trained, path, out, each=4, limit=None, seed=0, **options):
+def draw_geneval(trained, path, out, each=4, limit=None, seed=0, **options):
     """Draw GenEval's prompts as its own script wants them judged, and return how many there are.
     App. B.1. Every process must call it.
 
@@ -430,18 +433,22 @@ def geneval(trained, path, out, each=4, limit=None, seed=0, **options):
     options     as `sample.draw`
     Finished folders are passed over, so that a stopped command goes on. Raises UserError if `out`
     has pictures of another model, or of other options."""
+    # 1. All that can be wrong, before the first picture.
     lines, prompts = read_prompts(path, limit)
     check_prompts(trained, prompts)
     decoder = chameleon.decoder_of(trained)
     out = Path(out)
     settings = {"model": fingerprint(trained.model), "seed": seed, "each": each, **options}
     check_settings(out, settings)
+
+    # 2. What is missing, seen alike by all processes: each takes its part of the same list.
     missing = [k for k, line in enumerate(lines) if not is_finished(folder_of(out, k), line)]
     distributed.wait()                                  # before the first writes, all have looked
     if distributed.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "settings.json").write_text(json.dumps(settings))
 
+    # 3. Draw. `first` makes the noise that of the prompt's place, whatever is drawn before it.
     def draw_part(part, _):
         for k in tqdm(part, desc="drawing for GenEval", disable=distributed.rank() > 0):
             folder = folder_of(out, k)
@@ -473,6 +480,7 @@ def read_prompts(path, limit):
 
 def fingerprint(model):
     """A short name of a model's weights: another checkpoint has another one."""
+    # The head alone: every step of training changes it, and a 7B's weights would take a minute.
     weights = model.head.weight.float().cpu().numpy()
     return hashlib.sha256(weights.tobytes()).hexdigest()[:16]
 
@@ -556,8 +564,8 @@ def check_arguments(args):
         raise UserError(f"--steps must be between 1 and 1000, got {args.steps}")
     if not 0 <= args.guidance < math.inf:
         raise UserError(f"--guidance must be 0 or more, got {args.guidance}")
-    if args.seed < 0:
-        raise UserError(f"--seed must be 0 or more, got {args.seed}")
+    if not 0 <= args.seed < 2 ** 32:
+        raise UserError(f"--seed must be between 0 and {2 ** 32 - 1}, got {args.seed}")
     if args.json is not None:
         check_writable(args.json)
     if is_geneval(args):
@@ -604,7 +612,7 @@ def main(argv=None):
     options = {"seed": args.seed, "steps": args.steps, "guidance": args.guidance,
                "sampler": args.sampler}
     if is_geneval(args):
-        n = geneval(trained, args.pictures, args.out, limit=args.limit, **options)
+        n = draw_geneval(trained, args.pictures, args.out, limit=args.limit, **options)
         if distributed.rank() == 0:
             print(f"{n} prompts in {args.out}: judge them with GenEval's "
                   f"evaluation/evaluate_images.py")
@@ -623,7 +631,7 @@ def main(argv=None):
     if args.only == "captions":
         features = clip = None
 
-    numbers, captions = judge(trained, items, features, clip, args.only != "pictures", **options)
+    numbers, captions = measure(trained, items, features, clip, args.only != "pictures", **options)
     if distributed.rank() == 0:
         if args.json:                                   # first: a caption may not be printable
             Path(args.json).write_text(json.dumps(numbers, indent=1))

@@ -113,7 +113,7 @@ def score(model, requests, progress):
     rows = []
     for context, answer in requests:
         surplus = len(context) + len(answer) - room
-        rows.append(lay_out(context[max(0, surplus):], answer))
+        rows.append(row_of(context[max(0, surplus):], answer))
 
     # Rows of like length go together, longest first: little padding, and the first forward takes
     # the most memory.
@@ -134,7 +134,7 @@ def score(model, requests, progress):
     return results
 
 
-def lay_out(context, answer):
+def row_of(context, answer):
     """data.Sequence of <bos>, a context and an answer, with loss for the answer's tokens alone."""
     tokens = [BOS, *context, *answer]
     # Position q predicts token q + 1: the first of the answer is predicted by what is before it.

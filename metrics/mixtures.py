@@ -69,8 +69,8 @@ def pixels_of(truth, numbers):
 
 
 def change(trained, latents, instructions, seed, options):
-    """Latents of the edited pictures, drawn 100 at a time."""
-    parts = []
+    """Latents of the edited pictures."""
+    parts = []                                          # 100 at a time: their caches take memory
     for k in range(0, len(instructions), 100):
         before = latents[k: k + 100]
         texts = instructions[k: k + 100]
@@ -192,7 +192,7 @@ def mixing(trained, n=200, seed=0, categories=scenes.WORLDS["six"], **options):
 
 
 def draw_last(trained, prompts, seed, options):
-    """Latents (N, c, h, w): the picture that follows each prompt, drawn 100 at a time."""
+    """Latents (N, c, h, w): the picture that follows each prompt."""
     latents = []
     for k in range(0, len(prompts), 100):
         documents = generate(trained, prompts[k: k + 100], draw_now=True, max_words=0,
@@ -301,6 +301,7 @@ def well_formed(document):
 
 def is_deduction(text):
     """Whether a text is one of the world's: "a red circle is left of a blue square . the ..."."""
+    # Cut out the two objects that it names, and see whether a deduction about them says the same.
     words = text.split()
     end = words.index(".") if "." in words else 0
     if end <= 4:

@@ -206,7 +206,7 @@ def deduction_nats(trained, n=500, seed=0):
     return (total - entropy) / tokens
 
 
-def deductions(trained, n=200, seed=0):
+def deduction_accuracy(trained, n=200, seed=0):
     """Share of two-choice deductions in which the right relation is likelier than the wrong one.
     Chance: 0.5. Every process must call it."""
     questions = likelihood.deduction_questions(n, seed)

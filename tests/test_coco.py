@@ -166,7 +166,7 @@ def test_scenes_have_true_captions_of_their_own():
 
 @pytest.fixture
 def trained():
-    """No model, but what `judge` asks of one: words, and how long its context is."""
+    """No model, but what `measure` asks of one: words, and how long its context is."""
     weight = torch.zeros(3)
     config = SimpleNamespace(context=30, patches=16, latent=(4, 8, 8), layers=2, width=8)
     model = SimpleNamespace(config=config, embedding=SimpleNamespace(weight=weight), head=SimpleNamespace(weight=weight))
@@ -190,7 +190,7 @@ def missing():
     return open_picture("absent.png", 32)
 
 
-def test_judge(monkeypatch, trained, folder, capsys):
+def test_measure(monkeypatch, trained, folder, capsys):
     """An artist who hands in the photo, and a writer who knows a caption of it; then ones who mix them up. Catches captions
     beside another picture's references, also after one that cannot be read; and prompts judged with another's picture."""
     words = "circle square triangle cross circles squares triangles crosses red".split()
@@ -209,21 +209,21 @@ def test_judge(monkeypatch, trained, folder, capsys):
         return torch.tensor([float(p[0, 0, 0] == 25 * number(text)) for p, text in zip(pixels, texts)])
 
     play(monkeypatch, items, lambda text: grey(25 * number(text)), lambda k: f"a {words[k // 25]} above")
-    found, said = coco.judge(trained, items, see, clip, steps=3)
+    found, said = coco.measure(trained, items, see, clip, steps=3)
     assert found["distance"] == pytest.approx(0, abs=1e-9) and found["clip"] == 100 and (found["n"], found["references"]) == (8, 2)
     assert all(answer == texts[1].lower() for answer, texts in said) and "skipped 1 of 9" in capsys.readouterr().out
     play(monkeypatch, items, lambda text: grey(25 * (8 - number(text))), lambda k: f"a {words[8 - k // 25]} above")
-    mixed, _ = coco.judge(trained, items, see, clip, steps=3)
+    mixed, _ = coco.measure(trained, items, see, clip, steps=3)
     assert mixed["cider"] < 0.2 * found["cider"] and mixed["clip"] == 0
     assert mixed["distance"] == pytest.approx(0, abs=1e-9)              # a crowd is a crowd: FID cannot see it
     play(monkeypatch, items, lambda text: grey(25), lambda k: "a circle")
-    assert coco.judge(trained, items, see, steps=3)[0]["distance"] > 1
-    only = coco.judge(trained, items, steps=3)[0]
+    assert coco.measure(trained, items, see, steps=3)[0]["distance"] > 1
+    only = coco.measure(trained, items, steps=3)[0]
     assert {"cider"} < only.keys() and not {"distance", "clip"} & only.keys()
-    assert {"distance"} < coco.judge(trained, items, see, captions=False, steps=3)[0].keys() - {"cider"}
+    assert {"distance"} < coco.measure(trained, items, see, captions=False, steps=3)[0].keys() - {"cider"}
 
 
-def test_judge_is_the_same_in_any_pieces(monkeypatch, trained):
+def test_measure_is_the_same_in_any_pieces(monkeypatch, trained):
     """Noise belongs to a picture, not to its place in a batch, among the ranks, or behind one that cannot be read. Catches parts put
     together in another order, and noise that is drawn twice."""
     items = [(missing if k % 7 == 3 else partial(grey, k), ["a circle", "a square"]) for k in range(50)]
@@ -245,18 +245,18 @@ def test_judge_is_the_same_in_any_pieces(monkeypatch, trained):
     for pieces, split_work in ((64, whole), (9, whole), (9, divided), (1, whole)):
         monkeypatch.setattr(coco, "pictures_per_batch", lambda trained, pieces=pieces: pieces)
         monkeypatch.setattr(distributed, "split_work", split_work)
-        found.append(coco.judge(trained, items, features, seed=1))
+        found.append(coco.measure(trained, items, features, seed=1))
         assert seen == [100003 + k for k in range(50) if k % 7 != 3]
         seen.clear()
     assert all(other == found[0] for other in found) and [answer for answer, _ in found[0][1]] == [str(k) for k in range(50) if k % 7 != 3]
 
 
-def test_judge_looks_before_it_draws(monkeypatch, trained):
+def test_measure_looks_before_it_draws(monkeypatch, trained):
     """Catches a mistake that is found after hours: an unknown word, a caption that is too long, and nothing that can be read."""
     monkeypatch.setattr(sample, "draw", lambda *_, **__: pytest.fail("drawn"))
     for text, message in (("a purple circle", "'purple'"), ("a red circle " * 4, "31 positions"), ("a circle", "absent.png")):
         with pytest.raises(UserError, match=message):
-            coco.judge(trained, [(missing, [text])] * 5, lambda pixels: torch.zeros(2, 2))
+            coco.measure(trained, [(missing, [text])] * 5, lambda pixels: torch.zeros(2, 2))
 
 
 def test_geneval_folders(monkeypatch, trained, tmp_path):
@@ -266,26 +266,26 @@ def test_geneval_folders(monkeypatch, trained, tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     drawn = []
     monkeypatch.setattr(sample, "draw", lambda trained, texts, seed, first=0, **_: drawn.append(texts) or np.full((len(texts), 8, 8, 3), len(texts[0]), np.uint8))
-    assert coco.geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out") == 2
+    assert coco.draw_geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out") == 2
     assert drawn == [["a red circle"] * 4, ["a square"] * 4]
     for k, text in enumerate(("a red circle", "a square")):
         folder = tmp_path / f"out/0000{k}"
         assert json.loads((folder / "metadata.jsonl").read_text())["prompt"] == text
         assert [np.array(Image.open(folder / f"samples/000{j}.png"))[0, 0, 0] for j in range(4)] == [len(text)] * 4
     (tmp_path / "out/00001/metadata.jsonl").unlink()
-    coco.geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out")
+    coco.draw_geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out")
     (tmp_path / "metadata.jsonl").write_text("\n".join([lines[0], lines[1].replace("square", "cross")]))      # another set of prompts
-    coco.geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out")
+    coco.draw_geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out")
     assert drawn[2:] == [["a square"] * 4, ["a cross"] * 4]
     with pytest.raises(UserError, match="of another|name another --out"):
-        coco.geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out", guidance=5.0)
+        coco.draw_geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out", guidance=5.0)
     trained.model.head.weight = torch.ones(3)               # another checkpoint
     with pytest.raises(UserError, match="name another --out"):
-        coco.geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out")
+        coco.draw_geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out")
     trained.model.head.weight = torch.zeros(3)
     (tmp_path / "metadata.jsonl").write_text('{"tag": "colors"}')
     with pytest.raises(UserError, match="metadata.jsonl is not GenEval's"):
-        coco.geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out")
+        coco.draw_geneval(trained, tmp_path / "metadata.jsonl", tmp_path / "out")
 
 
 def test_the_command_line(tmp_path, folder, capsys):

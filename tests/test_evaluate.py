@@ -115,9 +115,9 @@ def test_text_alone(documents, oracle):
 
 def test_deductions_are_ranked_by_likelihood(documents, oracle):
     """Catches a two-choice test that compares with the wrong sign, or ranks an ending that is not the wrong one."""
-    assert scene_metrics.deductions(oracle, n=25) == 1.0
+    assert scene_metrics.deduction_accuracy(oracle, n=25) == 1.0
     contrary = stub(lambda *a: (-oracle.model(*a)[0], None), documents)
-    assert scene_metrics.deductions(contrary, n=25) == 0.0
+    assert scene_metrics.deduction_accuracy(contrary, n=25) == 0.0
 
 
 # ------------------------------------------------------------------------------------------------------ conditioning gap
@@ -302,7 +302,7 @@ def test_the_command_line_takes_the_models_size(tmp_path, monkeypatch, capsys, w
     words = data.Words(scenes.vocabulary())
     network = model_module.Transfusion(model_module.sized("toy", vocabulary=len(words), latent=(2, 12, 12), patch=6, context=96)).eval()
     checkpoint.save_trained(tmp_path / "model.pt", checkpoint.Trained(network, words, vae, Diffusion()))
-    monkeypatch.setattr(scene_metrics, "deductions", lambda *a, **k: 0.5)
+    monkeypatch.setattr(scene_metrics, "deduction_accuracy", lambda *a, **k: 0.5)
     monkeypatch.setattr(scene_metrics, "excess_nats", lambda *a, **k: (0.0, 1.0))
     monkeypatch.setattr(scene_metrics, "geneval", lambda *a, **k: ({"colors": {"rule": 0.0, "exact": 0.0, "n": 1}}, []))
     evaluate.main(["--checkpoint", str(tmp_path / "model.pt"), "--data", what, "--n", "2", "--steps", "1", "--json", str(tmp_path / "found.json")])
@@ -327,7 +327,14 @@ def test_the_command_line_on_a_shipped_model(tmp_path, capsys, what, numbers):
     assert what != "scenes" or (abs(found["excess_nats"]) < 0.05 and found["captions"] > 0.5 and found["deductions"] == 1.0)
 
 
-def test_edits_of_ones_own_pictures(tmp_path):
+def test_a_llama_is_asked_about_words_it_knows(documents):
+    """Catches a Llama of other text that is asked about scenes, or to draw, when its training is over."""
+    llama = stub(lambda *_: pytest.fail("asked"), documents, kind="llama")
+    numbers, lines, shown = evaluate.report(llama, "shards", test=object(), steps=2)
+    assert numbers.keys() == {"seconds"} and len(lines) == 2 and shown == []
+
+
+def test_edits_of_ones_own_pictures():
     """Of photos nobody knows what is right: they are shown, the new one beside the old one, and the gap is measured."""
     trained = checkpoint.load_trained(ASSETS / "scenes_edit.pt")
     pairs = scenes.load_scenes(4, 0, progress=False)
