@@ -350,9 +350,17 @@ def test_missing_and_broken_pictures_are_counted_named_and_skipped(tmp_path, cap
     assert [(found.pixels[b] - found.pixels[a] == 5).all() for a, _, b in found.triples()] == [True] * 11
 
 
+def test_empty_instructions_are_counted_named_and_skipped(tmp_path, capsys):
+    """Catches an edit that is learned without words as if it had some: the rule is that of captions."""
+    write_triples(tmp_path, 12, [json.dumps({"before": "0a.png", "instruction": " ", "after": "0b.png"})])
+    found, said = edits.load_triples(tmp_path, 8), capsys.readouterr().out
+    assert len(found.captions) == 11 and "" not in found.captions
+    assert "skipped 1 of 13 triples" in said and "edits.jsonl line 13: the caption is empty" in said
+
+
 @pytest.mark.parametrize("line", ["{not json", '{"before": "0a.png", "after": "0b.png"}', '{"before": "0a.png", "instruction": "x"}', "7",
                                   '["0a.png", "x", "0b.png"]', "null", '{"before": null, "instruction": "x", "after": "0b.png"}',
-                                  '{"before": "0a.png", "instruction": null, "after": "0b.png"}'])
+                                  '{"before": "0a.png", "instruction": null, "after": "0b.png"}', "[" * 100_000], ids=lambda line: line[:40])
 def test_broken_lines_are_named(tmp_path, line):
     """Catches a mistake in line 13 that is reported without its number, or trained on."""
     write_triples(tmp_path, 12, [line])

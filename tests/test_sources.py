@@ -7,14 +7,19 @@ import gzip
 import hashlib
 import http.client
 import json
+import os
 import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
+from config import Config
 from sources import choose, folder, mnist, scenes
+from sources.pairs import Pairs
+from support import common
 from support.common import UserError, crop_and_resize, open_picture
 
 
@@ -106,6 +111,44 @@ def test_mnist_files_that_do_not_belong_together(tmp_path):
         mnist.load_mnist(tmp_path / "a")
     with pytest.raises(UserError, match="--data-dir must name a folder"):
         mnist.load_mnist(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("images, labels, words", [
+    (DIGITS, LABELS + 17, "label 24.*0 to 9"),                                        # EMNIST's letters are 1 to 26
+    (DIGITS, LABELS[:, None], r"labels have the shape \(5, 1\)"),
+    (DIGITS[:, :10, :10], LABELS, r"images have the shape \(5, 10, 10\).*28, 28"),
+    (DIGITS[0], LABELS, r"images have the shape \(28, 28\)"),
+    (DIGITS[:0], LABELS[:0], "hold no images"),
+    (LABELS, DIGITS, "exchanged"),
+])
+@pytest.mark.parametrize("zipped", [True, False], ids=["gz", "raw"])
+def test_idx_files_that_are_not_mnist(tmp_path, zipped, images, labels, words):
+    """Catches a traceback, or a training on something else, where whole idx files hold another data set."""
+    write_mnist(tmp_path, zipped, images, labels)
+    with pytest.raises(UserError, match=words) as mistake:
+        mnist.load_mnist(tmp_path)
+    assert str(tmp_path) in str(mistake.value)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["gz", "raw"])
+@pytest.mark.parametrize("shape", [(2 ** 31, 2 ** 31, 4), (2 ** 32 - 1,) * 3, (2 ** 29,), (1,) * 70, ()])
+def test_absurd_dimensions(tmp_path, shape, zipped):
+    """Catches sizes whose product overflows to 0, an array that fills the memory, and numpy's own words."""
+    raw = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape) + b"\0"
+    (tmp_path / f"images{'.gz' * zipped}").write_bytes(gzip.compress(raw) if zipped else raw)
+    with pytest.raises(UserError, match="images.*(promises an array|not an idx file)"):
+        mnist.read_idx(tmp_path, "images")
+
+
+def test_a_gz_file_is_unpacked_no_further_than_it_promises(tmp_path, monkeypatch):
+    """Catches a file of kilobytes that unpacks to gigabytes."""
+    with gzip.open(tmp_path / "labels.gz", "wb") as file:
+        file.write(idx(LABELS) + bytes(2 ** 24))
+    sizes, read = [], gzip.GzipFile.read
+    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, size=-1: (sizes.append(size), read(self, size))[1])
+    with pytest.raises(UserError, match="labels.gz"):
+        mnist.read_idx(tmp_path, "labels")
+    assert len(sizes) == 3 and 0 < min(sizes) <= max(sizes) == len(LABELS) + 1
 
 
 def test_the_real_mnist():
@@ -225,6 +268,87 @@ def test_exif_rotation(tmp_path):
     assert turned[4].min() > 240 and turned[-4].max() < 15
 
 
+def png_header(width, height, depth=1):
+    """A PNG of black pixels, one bit each: a few kilobytes for millions of them."""
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    rows = bytes(height * (1 + (width * depth + 7) // 8))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("width, height", [(8001, 8000), (13300, 13300), (60000, 60000)])
+def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path, monkeypatch, width, height):
+    """Catches a file of 21 kB that decodes to 2 GB; also where Pillow warns, and where it raises an error of its own."""
+    (tmp_path / "bomb.png").write_bytes(png_header(8001, 8000).replace(struct.pack(">II", 8001, 8000), struct.pack(">II", width, height)))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(UserError, match="bomb.png cannot be read as a picture"):
+        open_picture(tmp_path / "bomb.png", 32)
+
+
+def test_the_limit_is_the_limit(tmp_path, monkeypatch):
+    """Catches a picture of just so many pixels that is refused."""
+    monkeypatch.setattr(common, "MOST_PIXELS", 400)
+    (tmp_path / "20.png").write_bytes(png_header(20, 20))
+    (tmp_path / "21.png").write_bytes(png_header(20, 21))
+    assert open_picture(tmp_path / "20.png", 8).max() == 0
+    with pytest.raises(UserError, match="20x21 pixels"):
+        open_picture(tmp_path / "21.png", 8)
+
+
+def test_pipes_devices_and_folders_are_no_pictures(tmp_path):
+    """Catches a program that waits for a pipe forever, or reads /dev/zero to its end."""
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in (tmp_path / "pipe.png", str(tmp_path / "pipe.png"), "/dev/zero", "/dev/null", tmp_path):
+        with pytest.raises(UserError, match=f"{name} cannot be read as a picture.*not a file"):
+            open_picture(name, 32)
+
+
+def exif(tag, kind, count, value):
+    """The bytes of an EXIF block with orientation 6 and one more entry. value: 4 bytes."""
+    entries = sorted([(0x0112, 3, 1, struct.pack("<HH", 6, 0)), (tag, kind, count, value)])
+    ifd = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + ifd + struct.pack("<I", 0)
+
+
+@pytest.mark.parametrize("entry", [
+    (0x0100, 9, 1, struct.pack("<i", -5)), (0x0103, 2, 4, b"abc\0"), (0x0103, 11, 1, struct.pack("<f", 1.5)),
+    (0x011A, 2, 4, b"abc\0"), (0x8825, 9, 1, struct.pack("<i", -5))], ids=["negative", "text", "fraction", "ratio", "pointer"])
+def test_garbage_in_exif(tmp_path, entry):
+    """Catches struct.error and TypeError, which are neither OSErrors nor ValueErrors, ending in a traceback."""
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "photo.jpg", exif=exif(*entry))
+    with pytest.raises(UserError, match="photo.jpg cannot be read as a picture"):
+        open_picture(tmp_path / "photo.jpg", 32)
+
+
+def test_a_dds_of_an_unknown_kind(tmp_path):
+    """Catches Pillow's NotImplementedError."""
+    header = struct.pack("<7I", 124, 0x1007, 32, 32, 0, 0, 0) + bytes(44) + struct.pack("<2I4s10I", 32, 4, b"ABCD", *[0] * 5, 0x1000, *[0] * 4)
+    (tmp_path / "texture.dds").write_bytes(b"DDS " + header + bytes(5000))
+    with pytest.raises(UserError, match="texture.dds cannot be read as a picture"):
+        open_picture(tmp_path / "texture.dds", 32)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")       # Pillow's, of damaged TIFFs
+@pytest.mark.parametrize("kind", ["AVIF", "PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_damaged_pictures_of_any_type(tmp_path, kind):
+    """Catches a decoder's own error. A damaged picture is either read, or named."""
+    Image.fromarray(DIGITS[0]).convert("RGB").save(tmp_path / "whole", kind)
+    whole = (tmp_path / "whole").read_bytes()
+    refused = 0
+    for place in range(0, len(whole), 1 + len(whole) // 150):
+        damaged = bytearray(whole)
+        damaged[place] ^= 0xFF
+        (tmp_path / "damaged").write_bytes(damaged)
+        try:
+            assert open_picture(tmp_path / "damaged", 8).shape == (8, 8, 3)
+        except UserError as problem:
+            assert "damaged cannot be read as a picture" in str(problem)
+            refused += 1
+    assert refused > 0
+
+
 def write_folder(folder, n=12, extra=()):
     """A folder of n small pictures of different sizes and types, with captions.jsonl; extra: more lines."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -273,6 +397,40 @@ def test_broken_caption_lines_are_named(tmp_path, line):
         folder.load_folder(tmp_path, 16)
 
 
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"image": "0.png", "caption": ' + "[" * 100_000, '{"image": "0.png", "caption": ' + "9" * 5000 + "}"],
+                         ids=["nested", "nested value", "long number"])
+def test_json_that_python_cannot_read(tmp_path, line):
+    """Catches RecursionError, and a limit of Python's own, as a traceback or without the line's number."""
+    write_folder(tmp_path, 12, [line])
+    with pytest.raises(UserError, match="captions.jsonl line 13 is not"):
+        folder.load_folder(tmp_path, 16)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"], ids=ascii)
+def test_lines_end_at_a_newline_alone(tmp_path, mark):
+    """Catches splitlines(), which cuts in the middle of a caption; JSON allows these marks in a string, the last two escaped."""
+    caption = json.dumps(mark)[1:-1] if mark < " " else mark
+    write_folder(tmp_path, 10, ['{"image": "0.png", "caption": "a cat' + caption + 'on a mat"}'])
+    assert folder.load_folder(tmp_path, 16).captions[-1] == "a cat on a mat"
+
+
+def test_a_bom_and_the_line_ends_of_windows(tmp_path):
+    """Catches the invisible mark that Windows puts at a file's start: it made the first line unreadable."""
+    write_folder(tmp_path, 10)
+    lines = (tmp_path / "captions.jsonl").read_text().replace("\n", "\r\n")
+    (tmp_path / "captions.jsonl").write_text("\ufeff" + lines, encoding="utf-8", newline="")
+    assert folder.load_folder(tmp_path, 16).captions == [f"picture number {k % 3}" for k in range(9)]
+
+
+@pytest.mark.parametrize("caption", ["", "  ", "\n", "\u3000"], ids=ascii)
+def test_empty_captions_are_counted_named_and_skipped(tmp_path, capsys, caption):
+    """Catches a picture that is trained on without words as if it had some."""
+    write_folder(tmp_path, 12, [json.dumps({"image": "0.png", "caption": caption})])
+    pairs = folder.load_folder(tmp_path, 16)
+    assert len(pairs.captions) == len(pairs.pixels) == 11 and "" not in pairs.captions
+    assert "skipped 1 of 13 pictures" in (said := capsys.readouterr().out) and "line 13: the caption is empty" in said
+
+
 def test_captions_in_other_scripts(tmp_path):
     """Catches a reader that takes the machine's own encoding (on Windows not UTF-8), and bytes that are no text at all."""
     write_folder(tmp_path, 10, [json.dumps({"image": "0.png", "caption": "ein Kätzchen 猫"}, ensure_ascii=False)])
@@ -291,3 +449,24 @@ def test_folders_that_cannot_be_used(tmp_path):
     write_folder(tmp_path, 9)
     with pytest.raises(UserError, match="at least ten"):
         folder.load_folder(tmp_path, 16, "test")
+
+
+# -------------------------------------------------------------------------------------------------- a source by its name
+@pytest.mark.parametrize("name", ["bars", "Scenes", "", "mnits", None])
+def test_an_unknown_source_gets_a_sentence(name):
+    """Catches StopIteration or KeyError where a name is misspelt, and a sentence that does not name the choices."""
+    with pytest.raises(UserError, match="no data set .*scenes, mnist, folder, edits.*SOURCES"):
+        choose.load_pairs(name)
+
+
+def test_a_source_of_your_own_is_a_function_and_a_line(monkeypatch):
+    """Catches a second table that a fork must find, and a source that is not told what it may need."""
+    def load_bars(size=32, split="train", n=10, **unused):
+        assert set(unused) == {"folder", "seed", "categories", "progress"}
+        return Pairs("bars", [f"{split} bar"] * n, np.zeros((n, size, size, 3), np.uint8))
+
+    monkeypatch.setitem(choose.SOURCES, "bars", load_bars)
+    drawn = choose.load_pairs("bars", size=20, split="test", n=3)
+    assert drawn.captions == ["test bar"] * 3 and drawn.pixels.shape == (3, 20, 20, 3)
+    config = Config(data="bars", image_size=24, pairs=7)
+    assert len(choose.load_source(config).captions) == 7 and choose.load_source(config, "test", 2).pixels.shape == (2, 24, 24, 3)
