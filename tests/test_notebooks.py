@@ -10,7 +10,9 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-MODULES = [path.stem for path in sorted(FOLDER.parent.glob("*.py"))]
+ROOMS = ("", "sources/", "autoencoder/", "scale/", "metrics/", "support/")
+MODULES = [f"{room}{path.stem}".replace("/", ".") for room in ROOMS
+           for path in sorted((FOLDER.parent / room).glob("*.py")) if path.stem != "__init__"]
 
 
 def code_cells(notebook):
