@@ -54,7 +54,7 @@ def view(kind, first):
     """
     # The feed calls this once and wraps it around its documents (sources/feed.py), so neither the
     # layout nor the training loop knows who reads.
-    if kind == "transfusion":
+    if kind == "transfusion":                           # not a rival: here for the loop's sake
         return as_it_is
     if kind == "llama":
         return words_alone
@@ -72,8 +72,9 @@ def words_alone(document, codes=None):
     for part in document:
         if not isinstance(part, tuple):
             parts.append(part)
-        elif part[0] == "dropped":
+        elif part[0] == "dropped":                      # ("dropped", words)
             parts.append(part[1])
+        # What is left is a picture, and is left out: markers and all.
     return parts
 
 
@@ -197,8 +198,9 @@ def demo():
     pairs = scenes.load_scenes(2000, seed=0, progress=False)
     tokenizer = data.Words(pairs.vocabulary())
     vq = find_vae("scenes", codes=True)
-    codes = vae.encode_all_codes(vq, pairs.pixels, progress=False)
+    codes = vae.encode_all_codes(vq, pairs.pixels, progress=False)              # (2000, 8, 8)
     V = len(tokenizer)
+    # 1. The three views of one document.
     for kind in ("transfusion", "chameleon", "llama"):
         document = view(kind, V)([pairs.captions[0], ("image", 0, 1000)], codes)
         tokens = data.lay_out(document, tokenizer, patches=16).tokens
@@ -206,6 +208,7 @@ def demo():
         if len(names) > 14:
             names[14:] = ["..."]
         print(f"{kind:12s} {len(tokens):3d} tokens: {' '.join(names)}")
+    # 2. What is lost: pixels, through the codes and back.
     pixels = pairs.pixels[:256].astype(int)
     again = vae.to_pixels(vq.decode_codes(codes[:256])).astype(int)
     error = np.abs(again - pixels).mean()

@@ -55,8 +55,8 @@ def write(trained, prompt, max_words=64, max_pictures=1, temperature=0.0, top_p=
           guidance=3.0, steps=250, sampler="ddpm", seed=0):
     """The document that continues the prompt: a list of str and latents (c, h, w).
 
-    One document, no cache, no batch. It is slow and says what happens; `generate` is fast and
-    must give the same. Transfusion §3 "Inference".
+    One document, no cache, no batch. It is slow and says what happens; `generate` is fast, and with
+    seed=[seed] it must give the same. Transfusion §3 "Inference".
 
     trained       checkpoint.Trained
     prompt        list of str (words) and latents (c, h, w) (finished pictures); may be empty
@@ -67,11 +67,12 @@ def write(trained, prompt, max_words=64, max_pictures=1, temperature=0.0, top_p=
     Raises UserError for an unknown word, or a prompt longer than the context.
     """
     model = trained.model
+    device = device_of(model)
     P = model.config.patches
     x0_max = float(trained.vae.x0_max)
     generator = torch.Generator().manual_seed(seed)
     tokens = prompt_tokens(trained, prompt)             # <bos> a red circle
-    pictures = pictures_of(prompt)                      # one for each run of P patches in tokens
+    pictures = [picture.to(device) for picture in pictures_of(prompt)]      # one per P patches
 
     def network(x, t):
         """What the model says about the last picture, x (1, c, h, w) at step t; with guidance."""
@@ -94,11 +95,11 @@ def write(trained, prompt, max_words=64, max_pictures=1, temperature=0.0, top_p=
             if max_pictures == 0 or len(tokens) + P + 1 > model.config.context:
                 break
             # Diffusion mode: P patches of pure noise, and denoise them where they stand.
-            noise = torch.randn(model.config.latent, generator=generator)       # (c, h, w)
-            noise = noise.to(device_of(model))
+            noise = torch.randn(1, *model.config.latent, generator=generator)   # (1, c, h, w)
+            noise = noise.to(device)
             tokens += [PATCH] * P
-            pictures.append(noise)
-            *_, (_, x, _) = sample(network, noise[None], trained.diffusion, steps, sampler,
+            pictures.append(noise[0])
+            *_, (_, x, _) = sample(network, noise, trained.diffusion, steps, sampler,
                                    [generator], x0_max)
             pictures[-1] = x[0]                         # finished: from now on it is read at t = 0
             max_pictures -= 1
@@ -234,7 +235,7 @@ def to_document(tokens, pictures, tokenizer):
         elif token in (BOI, EOS) and words:             # the end of these words
             document.append(tokenizer.decode(words))
             words = []
-        elif token == EOI:
+        elif token == EOI:                              # the end of a picture
             document.append(next(remaining).cpu())
     return document
 
@@ -412,7 +413,7 @@ class Decoder:
         model.denoise(x, t, pos, clean)
         overwrite(self.cache, rows, clean)
 
-        # 5. The sequences get the picture and EOI, which is appended, not predicted.
+        # 5. The sequences get the picture and EOI. Then every row's logits say what follows.
         for b, picture in zip(rows, x):
             self.latents[b].append(picture.cpu())
             self.tokens[b] += [PATCH] * P + [EOI]
@@ -454,8 +455,8 @@ class Row:
         self.tokens = decoder.tokens[b]                 # the decoder's list itself: it grows
         self.config = decoder.trained.model.config
         self.generator = torch.Generator().manual_seed(seed)
-        self.words_left = max_words
-        self.pictures_left = max_pictures
+        self.words_left = max_words                     # BOI, EOI and EOS are not words
+        self.pictures_left = max_pictures               # those of the prompt do not count
 
     def may_write(self):
         """Whether one more token is allowed, and has room."""
@@ -521,7 +522,7 @@ def grow(decoder, seeds, draw_now=False, max_words=64, max_pictures=1, temperatu
                 if token == BOI:
                     if row.may_draw():                  # else BOI is its last token
                         waiting.append(row)             # LM mode -> diffusion mode
-                elif token != EOS:
+                elif token != EOS:                      # a word
                     row.words_left -= 1
                     if row.may_write():
                         still_writing.append(row)
@@ -568,11 +569,12 @@ def generate(trained, prompts, draw_now=False, max_words=64, max_pictures=1, see
         # Row k of a seed has the same number in every batch, and in no other seed's.
         seeds = [seed * 100003 + first + b for b in range(len(prompts))]
     total = growing.events_per_picture(options.get("steps", 250))
+    # `grow` does the work; here it is watched, to its end.
     bar = tqdm(total=total, desc="drawing", disable=not progress, leave=False)
     for event in grow(growing, seeds, draw_now, max_words, max_pictures, **options):
         if event.mode == "noise":
             bar.update()
-        elif event.mode == "picture":
+        elif event.mode == "picture":                   # there may be a next one
             bar.reset()
         if watch:
             watch(event)
@@ -584,6 +586,7 @@ def generate(trained, prompts, draw_now=False, max_words=64, max_pictures=1, see
 def draw(trained, captions, **options):
     """(M, h, w, 3) uint8: one picture per caption. options: as `generate`, without the limits."""
     prompts = [[caption] for caption in captions]
+    # No word is written: the caption, BOI, one picture, EOI.
     documents = generate(trained, prompts, draw_now=True, max_words=0, **options)
     return decode_latents(trained, torch.stack([document[-1] for document in documents]))
 
@@ -593,6 +596,7 @@ def edit(trained, latents, instructions, over="both", **options):
 
     latents: (M, c, h, w) before; instructions: M strings; over: what guidance leaves out, see
     `Decoder.unconditional` (docs/RESULTS.md says what each gives); options: as `draw`."""
+    # Paper: §4.5, fine-tuned on (picture, instruction, edited picture): a document of these three.
     prompts = []
     for before, text in zip(latents, instructions):
         prompts.append([before, text])
@@ -604,6 +608,7 @@ def describe(trained, latents, **options):
     """Captions of pictures, list of M str. latents: (M, c, h, w), read at t = 0. options: as
     `generate`: temperature, top_p, seed."""
     prompts = [[picture] for picture in latents]
+    # EOS ends a caption, and so does BOI: another picture would not belong to it.
     documents = generate(trained, prompts, max_pictures=0, **options)
     captions = []
     for document in documents:
@@ -615,7 +620,7 @@ def describe(trained, latents, **options):
 def read_picture(path, trained):
     """The latents (c, h, w) of an image file. Says so when the picture had to be converted.
     Raises UserError if the file cannot be read."""
-    size = trained.model.config.latent[1] * trained.vae.f
+    size = trained.model.config.latent[1] * trained.vae.f       # pixels on a side
     pixels = open_picture(path, size, say=True)
     return encode_pixels(trained, pixels[None])[0]
 
@@ -805,7 +810,7 @@ def main(argv=None, decoder=Decoder):
     args = parse_arguments(argv)
     path = args.checkpoint or ASSETS / ("scenes_edit.pt" if args.edit else "scenes.pt")
     trained = load_trained(path, pick_device())
-    check_model(args, trained, path, decoder)
+    check_model(args, trained, path, decoder)           # before minutes of drawing
 
     # 2. Words and pictures.
     began = time.time()

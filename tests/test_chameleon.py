@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import chameleon
 import data
 import evaluate
 import model as model_module
@@ -24,8 +25,8 @@ from metrics.gap import code_gap
 from support import checkpoint
 from support.checkpoint import Trained, decode_latents, encode_pixels, load_trained, save_trained
 from support.common import ASSETS, UserError
-from vae import VAE, VAEConfig
 from test_train import log, small_run, write_files
+from vae import VAE, VAEConfig
 
 WORDS, CODES = data.Words("a and blue circle red square the".split()), 11
 V = len(WORDS)
@@ -160,7 +161,10 @@ def test_stable_block(make_model):
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     q, k = model_module.rotate(q, *rope), model_module.rotate(k, *rope)
     y = ((q @ k.transpose(2, 3) / 8 ** 0.5).masked_fill(~mask, -torch.inf).softmax(-1) @ v).transpose(1, 2).reshape(1, 5, 16)
-    norm = lambda y, layer: y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight
+
+    def norm(y, layer):
+        return y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight
+
     h = x + norm(block.out(y), block.norm1)
     gate, up = block.gate_up(h).chunk(2, -1)
     assert torch.allclose(block(x, rope, mask), h + norm(block.down(F.silu(gate) * up), block.norm2), atol=1e-5)
@@ -169,12 +173,12 @@ def test_stable_block(make_model):
 def test_stable_block_is_chameleons():
     """The published model's own layer (its 34B's, with norms after), random weights, norms included. transformers keeps a norm
     for each head; ours share one, so theirs get copies."""
-    chameleon = pytest.importorskip("transformers.models.chameleon.modeling_chameleon", reason="the second opinion needs `transformers`")
+    published = pytest.importorskip("transformers.models.chameleon.modeling_chameleon", reason="the second opinion needs `transformers`")
     from transformers import ChameleonConfig
     block, (D, N, K) = model_module.Block(32, 2, stable=True), (32, 2, 16)
     config = ChameleonConfig(hidden_size=D, intermediate_size=block.down.in_features, num_attention_heads=N, num_key_value_heads=N,
                              rms_norm_eps=1e-5, swin_norm=True, attn_implementation="eager")
-    theirs = chameleon.ChameleonSwinDecoderLayer(config, 0).eval()
+    theirs = published.ChameleonSwinDecoderLayer(config, 0).eval()
     for p in block.parameters():
         torch.nn.init.normal_(p, std=0.3)
     a, m = theirs.self_attn, theirs.mlp
@@ -188,7 +192,7 @@ def test_stable_block_is_chameleons():
         layer.bias.data.copy_(ours.bias.expand(N, K))
     x, pos, mask = torch.randn(2, 10, D), torch.arange(10).expand(2, 10), torch.ones(10, 10).tril().bool()
     wanted = theirs(x, attention_mask=torch.where(mask, 0.0, -torch.inf)[None, None], position_ids=pos,
-                    position_embeddings=chameleon.ChameleonRotaryEmbedding(config)(x, pos))
+                    position_embeddings=published.ChameleonRotaryEmbedding(config)(x, pos))
     wanted = wanted[0] if isinstance(wanted, tuple) else wanted
     assert torch.allclose(block(x, model_module.rope_tables(pos, K), mask[None, None]), wanted, atol=1e-4)
 
@@ -324,6 +328,24 @@ def test_mistakes(tiny_vq, tmp_path, what):
     with pytest.raises(ValueError, match=said):
         train.main([*line, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+def test_each_program_has_its_models(trained, tmp_path, monkeypatch, capsys):
+    """A Chameleon's file given to sample.py crashes, or draws noise; so does a Transfusion's given to chameleon.py. One sentence
+    names the other program. Without arguments chameleon.py shows what each model reads."""
+    monkeypatch.chdir(tmp_path)
+    save_trained("chameleon.pt", trained)
+    with pytest.raises(UserError, match=r'chameleon.pt is a chameleon: python chameleon.py "..." --checkpoint chameleon.pt$'):
+        sample.main(["a circle", "--checkpoint", "chameleon.pt"])
+    with pytest.raises(UserError, match=r"scenes.pt is a transfusion: python sample.py"):
+        chameleon.main(["a circle", "--checkpoint", str(ASSETS / "scenes.pt")])
+    assert list(tmp_path.iterdir()) == [tmp_path / "chameleon.pt"]
+    chameleon.main(["a red circle", "--checkpoint", "chameleon.pt"])
+    assert "wrote sample.png (1 pictures" in capsys.readouterr().out and (tmp_path / "sample.png").exists()
+    monkeypatch.setattr(chameleon, "demo", lambda: print("the demo"))
+    monkeypatch.setattr("sys.argv", ["chameleon.py"])
+    chameleon.main()
+    assert capsys.readouterr().out == "the demo\n"
 
 
 def test_what_a_chameleon_cannot_do(trained, tmp_path):

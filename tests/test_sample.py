@@ -2,7 +2,9 @@
 Bugs: docs/PAPER.md §4.2, §4.7, §4.8."""
 import io
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from PIL import Image
 import data
 import sample
 from data import BOI, EOI, EOS, PATCH
-from diffusion import Diffusion, SAMPLERS
+from diffusion import SAMPLERS, Diffusion
 from sample import Decoder, choose, generate
 from support import checkpoint
 from support.checkpoint import Trained
@@ -339,7 +341,7 @@ def test_trajectory_starts_at_noise_and_ends_in_the_document(make_trained):
     """A film that shows other pictures than the one that is kept."""
     decoder, start, seen = Decoder(make_trained(), [["a"]], draw_now=True), noise(), []
     before = start.clone()
-    for t, x, x0 in decoder.diffusion_steps([0], start, 3.0, steps=4):
+    for t, x, _ in decoder.diffusion_steps([0], start, 3.0, steps=4):
         seen.append((t, x))
     assert [t for t, _ in seen] == [1000, 750, 500, 250, 0]
     assert torch.equal(seen[0][1], before) and torch.equal(start, before)
@@ -355,7 +357,10 @@ def test_choose():
     before = logits.clone()
     assert choose(logits).tolist() == [8]
     g = torch.Generator().manual_seed(0)
-    drawn = lambda **options: {choose(logits, generators=[g], **options).item() for _ in range(300)}
+
+    def drawn(**options):
+        return {choose(logits, generators=[g], **options).item() for _ in range(300)}
+
     assert drawn(temperature=1.0) >= {8, 9, 10}
     assert drawn(temperature=1.0, top_p=0.7) == {8, 9}  # 0.5 is not enough, so the second word is kept
     assert drawn(temperature=1.0, top_p=1e-6) == {8}
@@ -530,7 +535,7 @@ def test_events_tell_the_truth(make_trained, eager):
     rows that were not drawn, a picture announced twice or too early."""
     trained = make_trained()
     decoder, modes, lengths, drawn, patches = Decoder(trained, MIXED), [], {}, {}, 4
-    start = [len(row) for row in decoder.tokens]
+    start, times = [len(row) for row in decoder.tokens], []
     for event in sample.grow(decoder, [11, 3, 8, 5, 3], **GROWING):
         modes.append(event.mode)
         assert event.filled == [len(decoder.tokens[b]) for b in event.rows] and sorted(set(event.rows)) == sorted(event.rows)
@@ -656,7 +661,9 @@ def command(*arguments):
 def test_prompts_with_pictures(here, capsys):
     """Words and pictures in another order than they were written, a picture read at another size or on its side, and a
     conversion that nobody is told of."""
-    read = lambda text: sample.read_prompt(text, here)
+    def read(text):
+        return sample.read_prompt(text, here)
+
     parts = read("a red [plain.png] the  blue square [turned.png]")
     assert parts_of(parts) == ["a red", "[picture]", "the  blue square", "[picture]"]
     said = capsys.readouterr().out
@@ -731,6 +738,12 @@ def test_names_of_pictures(here, tmp_path, monkeypatch, name):
     assert (tmp_path / "sample.png").exists() and b"converted" in said.getvalue()
     assert f"{name}: [picture] the blue square [picture]".encode("ascii", "backslashreplace") in said.getvalue()
     command("--image", name)
+
+
+def test_figures_leave_a_notebook_alone():
+    """Pictures under the wrong cell of a notebook: this module made a choice for all of the program when it was imported."""
+    code = "import sys, support.figures; assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(sample.__file__).parent)
 
 
 def test_the_picture_is_saved_before_it_is_told_of(here, tmp_path, monkeypatch):
