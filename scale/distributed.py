@@ -225,6 +225,7 @@ def total(numbers):
     list of the same length."""
     if size() == 1:
         return [float(n) for n in numbers]
+    # float64: counts stay exact, and losses lose nothing in the sum.
     sums = torch.tensor(numbers, dtype=torch.float64)
     dist.all_reduce(sums)
     return sums.tolist()
@@ -336,7 +337,7 @@ def gather(x):
 
 def wrap_weights(make, tensors):
     """A module of make() around {name: tensor}, without gradients. Nothing is drawn or copied."""
-    with torch.device("meta"):
+    with torch.device("meta"):              # at 7B, weights that nobody uses would be 27 GB
         module = make()
     module.load_state_dict(tensors, assign=True)
     return module.requires_grad_(False)
@@ -449,7 +450,7 @@ def load(out, step, ranks, model, average, optimizer):
     """Read the checkpoint of a step into the three, whatever number of ranks wrote it. Raises
     UserError if it cannot be read."""
     path = folder_of(out, step)
-    state = state_of(model, average, optimizer)
+    state = state_of(model, average, optimizer)             # dcp.load fills these tensors in place
     try:
         dcp.load(state, checkpoint_id=path, process_group=ranks.saving,
                  no_dist=not dist.is_initialized())
@@ -524,7 +525,7 @@ def memory_advice(shape, config, ranks, training):
         in_all = gigabytes(sum(number for _, number in needs))
         advice.append(f"--checkpointing (in all {in_all})")
     if config.shard not in (0, size()):
-        advice.append(f"--shard {2 * config.shard}")
+        advice.append(f"--shard {2 * config.shard}")        # each process owns half as much
     if config.ema:
         advice.append("--ema 0 (no average, in a new run)")
     return [*advice, "more processes"]

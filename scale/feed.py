@@ -51,6 +51,7 @@ class ShardFeed:
         """data.Batch of a micro-batch, with latents, and with the generator from which t and eps
         are to be drawn. A pure function: a resumed run reads what an uninterrupted one would."""
         batch = self.shards.batch(seed, step, micro, self.rows, self.micro_batches, self.view)
+        # Noise must not depend on how many processes there are: it has the micro-batch's own seed.
         rng = np.random.default_rng([seed, step, micro])
         batch.generator = torch.Generator().manual_seed(int(rng.integers(2 ** 62)))
         return batch
@@ -74,6 +75,7 @@ class ShardFeed:
 def build_feed(config, diffusion, start, view):
     """The ShardFeed of a run. The arguments are those of sources.feed.build_feed. Raises UserError
     if the shards are missing or broken, or do not fit the options."""
+    # 1. The rows, and whether they are what this model reads.
     limits = noise_limits(config, diffusion)
     shards = Shards(config.data_dir or "packed", **limits, text_only=config.model == "llama")
     check_codes(config, shards)
@@ -81,11 +83,15 @@ def build_feed(config, diffusion, start, view):
     if config.model == "transfusion":
         shards.check_setting("patch", config.patch)
     shards.check_rows()
+
+    # 2. The VAE and the tokenizer give ids and latents their meaning: a model that was trained with
+    #    others would read nonsense of the right size.
     vae = shards.load_vae(config.vae)
     if start:
         shards.check_origin(config.init, start.tokenizer, start.vae, vae)
 
-    # A Chameleon has one vocabulary for words and codes. The first code follows the last word.
+    # 3. The network. A Chameleon has one vocabulary for words and codes: the first code follows the
+    #    last word.
     words = len(shards.tokenizer)
     codes = shards.codes if config.model == "chameleon" else 0
     shape = shape_of(config, words + codes, tuple(shards.settings["latent"]), start)

@@ -73,12 +73,14 @@ class ShardWriter:
         self.another = another
         self.rng = np.random.default_rng(number)
 
+        # Texts and captions, in the order of the source. Rows are made when all are known.
         self.parts = []                     # ids of each text or caption
-        self.documents = []                 # numbers of its parts
+        self.documents = []                 # numbers of the parts of each document
         self.lengths = []                   # of each document, in positions
         self.positions = 0                  # of all documents
         self.continues = False              # whether the next pair joins the last document
 
+        # Pictures, in the same order as the parts.
         self.pixels = []                    # of pictures that wait for the VAE
         self.latents = []                   # of all others
         self.deviation_squared = 0.0        # of q(z | x), summed over pictures
@@ -162,6 +164,7 @@ class ShardWriter:
         known beside the counts."""
         self.encode()
         arrays = self.arrange()
+        # A rename is all or nothing. So whoever finds the folder finds all of it.
         building = path.with_suffix(".tmp")
         shutil.rmtree(building, ignore_errors=True)         # left by a packing that was killed
         building.mkdir(parents=True)
@@ -200,6 +203,7 @@ def read_items(stream, writer, full, encode, bar):
     problems = []
     for position, so_far, read in stream:
         bar.update(so_far - bar.n)
+        # A bad item among millions is counted and named. It does not end the packing.
         try:
             text, pixels = read()
             ids = encode(text)
@@ -363,7 +367,7 @@ def write_whole(path, content):
 def picture_settings(vae, args):
     """The settings of pairs, beside those of all shards. Raises UserError if the numbers do not go
     together."""
-    f = vae.f
+    f = vae.f                               # how many times smaller a latent picture is
     codes = vae.config.codes
     side = args.image_size // f
     patch = 1 if codes else args.patch      # a code for every place

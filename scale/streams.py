@@ -35,7 +35,7 @@ SCENES_AT_ONCE = 256                                                # they are d
 def lines_of(path, keys, folder=None, size=None):
     """The items of a file with one document per line. The arguments are those of `read_line`."""
     so_far = 0
-    with open(path, "rb") as file:
+    with open(path, "rb") as file:          # bytes, so that a bad line is one bad item
         for number, line in enumerate(file, 1):
             so_far += len(line)
             if line.strip():
@@ -51,12 +51,13 @@ def read_line(line, where, keys, folder=None, size=None):
     keys    [key of the text], or [key of the caption, key of the picture's name]
     folder  of the pictures, which are read in (size, size). None: text alone"""
     try:
-        if not keys:
+        if not keys:                        # a line of a .txt
             return line.decode("utf-8").strip(), None
         entry = json.loads(line)
         text = entry[keys[0]].strip()
         if folder is None:
             return text, None
+        # The picture is opened later, or never: collecting words and resuming pass over it.
         return text, functools.partial(open_picture, folder / entry[keys[1]], size)
     except (ValueError, KeyError, TypeError, AttributeError):
         wanted = "text in UTF-8"
@@ -72,6 +73,7 @@ def members_of(path, size):
     try:
         with tarfile.open(path) as tar:
             files = (member for member in tar if member.isfile())
+            # Neighbours only: a tar of a million pictures is never listed as a whole.
             for stem, group in itertools.groupby(files, stem_of):
                 members = list(group)
                 end = members[-1].offset_data + members[-1].size
@@ -135,6 +137,7 @@ def scenes_of(kind, world, n, size):
             text = scenes.World(scenes.WORLDS[world]).deduction(rng)
             yield k + 1, functools.partial(read_scene, text)
         return
+    # Each group has a seed of its own, so packing may resume in the middle.
     for begin in range(0, n, SCENES_AT_ONCE):
         many = min(SCENES_AT_ONCE, n - begin)
         pairs = scenes.load_scenes(many, [0, 0, begin], scenes.WORLDS[world], size, progress=False)
