@@ -21,14 +21,14 @@ from conftest import make_run
 from docs import voices
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("sources", "autoencoder", "scale", "metrics", "support", "docs")
+ROOMS = ("sources", "autoencoder", "scale", "metrics", "support", "docs", "exercises", "notebooks")
 GROUND_FLOOR = ("data", "attention_mask", "diffusion", "patchify", "vae", "model")
 # What the README calls a concept file: one idea of the paper each.
 CONCEPT_FILES = (*GROUND_FLOOR, "train", "sample", "chameleon")
 
 # A file may import what stands on its own line, and below it.
 LINES = [
-    {"train", "evaluate", "experiments", "docs"},
+    {"train", "evaluate", "experiments", "docs", "exercises", "notebooks"},
     {"chameleon", "metrics"},
     {"sample", "scale", "autoencoder", "config"},
     {"sources", "support"},
@@ -358,7 +358,7 @@ def has_main(path):
     return '\nif __name__ == "__main__":' in path.read_text()
 
 
-PROGRAMS = [name for name, path in FILES.items() if has_main(path) and not name.startswith("docs.")]
+PROGRAMS = [name for name, path in FILES.items() if has_main(path) and name.split(".")[0] not in ("docs", "notebooks", "exercises")]
 COMMANDS = {"train", "sample", "evaluate", "experiments", "scale.pack", "metrics.likelihood", "metrics.coco", "autoencoder.train"}
 
 
