@@ -122,7 +122,7 @@ def train_row(root, options, seed):
     folder holds a run of other options, because the row has changed since."""
     out = folder_of(root, options, seed)
     report = out / "report.json"
-    if report.exists():
+    if report.exists():                                 # finished, perhaps for another table
         check_options(out, argv_of(options, seed, out))
         return json.loads(report.read_text())
 
@@ -132,6 +132,7 @@ def train_row(root, options, seed):
         command.append("--resume")
     # One core per run: two programs with two threads each would wait for one another.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # Several runs at a time would mix on the screen, so each writes to a file of its own.
     with open(out / "output.txt", "w") as output:
         done = subprocess.run(command, stdout=output, stderr=output, env=environment)
     if done.returncode != 0 or not report.exists():
@@ -163,7 +164,7 @@ def train_all(root, runs, jobs):
     except KeyboardInterrupt:                           # train.py has heard it, too, and saves
         raise UserError("stopped: the same command goes on from there") from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)              # or the runs that wait would still start
 
 
 # ---------------------------------------------------------------------------------------- one table
@@ -176,7 +177,9 @@ def measure(reports):
         if not all(name in report for report in reports):
             continue
         values = [times * report[name] for report in reports]
-        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+        deviation = None                                # one seed says nothing about the spread
+        if len(values) > 1:
+            deviation = float(np.std(values, ddof=1))
         cells[heading] = (float(np.mean(values)), deviation)
     return cells
 
@@ -218,6 +221,7 @@ def parity(rows):
 def markdown(title, rows, seeds):
     """The table as lines of markdown. rows: {name: cells}."""
     plural = "s" if seeds > 1 else ""
+    # The first column is the row's name, the others are COLUMNS.
     lines = [f"| {title}; {seeds} seed{plural} | " + " | ".join(COLUMNS) + " |",
              "|---" * (len(COLUMNS) + 1) + "|"]
     for name, cells in rows.items():
@@ -233,6 +237,7 @@ def cell_text(cell, form):
     mean, deviation = cell
     text = form.format(mean)
     if deviation is not None:
+        # "98.0% ± 1.5": the sign stands once.
         text += " ± " + form.format(deviation).rstrip("%")
     return text
 
