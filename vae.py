@@ -398,7 +398,8 @@ def encode_all(vae, pixels, progress=True):
     """Normalised (mean, deviation) of all pictures, each (N, z, h/f, w/f)."""
     # Once, before the transformer's training: the VAE is frozen by then.
     vae.eval()
-    means, deviations = [], []
+    means = []
+    deviations = []
     for x in batches(vae, pixels, progress):
         mean, deviation = vae.encode(x)
         means.append(mean.cpu())

@@ -20,11 +20,12 @@ from sources.mnist import load_mnist
 from sources.scenes import WORLDS, load_split
 from support.common import UserError
 
+# Every command that has --data reads its choices from here.
 SOURCES = {
     "scenes": load_split,
     "mnist": load_mnist,
     "folder": load_folder,
-    "edits": load_edits,
+    "edits": load_edits,                                # Edits in place of Pairs
 }
 
 
@@ -41,6 +42,13 @@ def load_pairs(name, folder=None, size=32, split="train", n=20000, seed=0,
 
 def load_source(config, split="train", n=None, progress=True):
     """The Pairs, or Edits, that a config.Config names. n: how many, in place of config.pairs."""
-    return load_pairs(config.data, config.data_dir or None, config.image_size, split,
-                      n or config.pairs, config.seed, WORLDS[config.world],
-                      progress=progress and split == "train")
+    return load_pairs(
+        config.data,
+        folder=config.data_dir or None,
+        size=config.image_size,
+        split=split,
+        n=n or config.pairs,
+        seed=config.seed,
+        categories=WORLDS[config.world],
+        progress=progress and split == "train",         # the test split takes a second
+    )

@@ -67,6 +67,7 @@ def name_of(things, k):
     """The shortest name that fits only things[k]: "circle" or "red circle"; None if it has a
     twin."""
     thing = things[k]
+    # An instruction with a longer name than needed would teach that colour always matters.
     same_shape = [other for other in things if other.shape == thing.shape]
     if len(same_shape) == 1:
         return thing.shape
@@ -81,6 +82,7 @@ def find(things, words):
     not exactly one fits."""
     *colour, shape = words.split()
     fits = []
+    # colour is [] or ["red"]; two words before the shape fit nothing.
     for k, thing in enumerate(things):
         if thing.shape == shape and colour in ([], [thing.colour]):
             fits.append(k)
@@ -218,8 +220,8 @@ def carry_out(things, instruction, rng, size=32):
     or moved."""
     after = []
     for thing, tolerance in apply(things, instruction, size):
-        if tolerance != NEAR:
-            r = thing.r
+        if tolerance != NEAR:                           # it was added or moved
+            r = thing.r                                 # a move changes the place, and nothing else
             if instruction.startswith("add "):
                 r = size / 2 * rng.uniform(0.30, 0.38)
             slack = size / 4 - r - 1.0                  # as in scenes.draw_scene
@@ -259,6 +261,7 @@ def judge(before, instruction, seen, size=32):
     same colour and shape, within 2 pixels."""
     goal = apply(before, instruction, size)
     present, alone = compare(goal, seen)
+    # An edit that failed may still have kept the rest: both are counted.
     kept = 0
     untouched = 0
     for (wanted, _), here in zip(goal, present):
@@ -271,6 +274,7 @@ def judge(before, instruction, seen, size=32):
 def judge_end(first, last, seen, size=32):
     """Whether `seen` is the scene `last` that a chain of edits of `first` leads to. An object that
     stands where one stood at first must be within 2 pixels of it, any other in its cell."""
+    # Small drifts of single edits would add up along a chain: the first scene is the measure.
     places = {(thing.x, thing.y) for thing in first}
     goal = []
     for thing in last:
@@ -458,21 +462,21 @@ class EditDocuments:
 
 def demo():
     """Draw a few chains of edits, and judge each edit by its picture."""
-    found = scene_edits(12, seed=1, progress=False)
+    edits = scene_edits(12, seed=1, progress=False)
 
     def describe(k):
-        things = found.scenes[k]
-        return ", ".join(f"{thing.colour} {thing.shape} {cell_of(thing)}" for thing in things)
+        names = [f"{thing.colour} {thing.shape} {cell_of(thing)}" for thing in edits.scenes[k]]
+        return ", ".join(names)
 
-    for pictures, instructions in found.chains[:6]:
+    for pictures, instructions in edits.chains[:6]:
         print(f"\n  {describe(pictures[0])}")
         for before, text, after in zip(pictures, instructions, pictures[1:]):
-            seen = scenes.parse(found.pixels[after])
-            exact, kept, untouched = judge(found.scenes[before], text, seen)
+            seen = scenes.parse(edits.pixels[after])
+            exact, kept, untouched = judge(edits.scenes[before], text, seen)
             print(f"    {text}")
             print(f"  {describe(after)}        right: {exact}, in place: {kept} of {untouched}")
     rng = np.random.default_rng(0)
-    print("\na document:", EditDocuments(found, patches=16).draw(rng))
+    print("\na document:", EditDocuments(edits, patches=16).draw(rng))
 
 
 if __name__ == "__main__":

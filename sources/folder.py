@@ -32,7 +32,7 @@ def load_folder(folder=None, size=32, split="train", **unused):
     records = read_records(path, ("image", "caption"))
     captions = []
     pixels = []
-    skipped = []
+    skipped = []                                        # a sentence for each
     for number, (name, text) in tqdm(records, desc=f"reading {folder}", leave=False):
         try:
             caption = clean_caption(text, f"{path} line {number}")
@@ -43,6 +43,7 @@ def load_folder(folder=None, size=32, split="train", **unused):
             captions.append(caption)
     print_skipped(folder, skipped, len(records), "pictures")
 
+    # By its place in the list, not at random: a resumed run must find the same split.
     chosen = [k for k in range(len(captions)) if in_split(k, split)]
     if not chosen:
         raise UserError(f"{folder} has no usable {split} pair: it needs at least ten readable "

@@ -43,7 +43,12 @@ from tqdm import tqdm
 from sources.pairs import SPLITS, Pairs, words_of
 
 SHAPES = ("circle", "square", "triangle", "cross")
-PLURALS = {"circles": "circle", "squares": "square", "triangles": "triangle", "crosses": "cross"}
+PLURALS = {
+    "circles": "circle",
+    "squares": "square",
+    "triangles": "triangle",
+    "crosses": "cross",
+}
 COLOURS = {
     "red": (1, 0, 0),
     "green": (0, 1, 0),
@@ -61,11 +66,19 @@ RELATIONS = {                                           # where A lies, seen fro
     "above": (0, -1),
     "below": (0, 1),
 }
-INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+INVERSE = {
+    "left of": "right of",
+    "right of": "left of",
+    "above": "below",
+    "below": "above",
+}
 
 # GenEval's six categories.
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-WORLDS = {"one": ("single_object", "colors"), "six": (*CATEGORIES, "color_position")}
+WORLDS = {                                              # --world
+    "one": ("single_object", "colors"),
+    "six": (*CATEGORIES, "color_position"),
+}
 
 # Composition, measured: training has both words, but never this pair of them.
 HELD_OUT = {("pink", "triangle"), ("yellow", "cross")}

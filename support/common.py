@@ -99,11 +99,9 @@ def open_picture(path, size, say=False):
         with open_header(path) as image:
             check_pixels(path, image)
             turned = image.getexif().get(0x0112, 1) != 1                # 0x0112: EXIF's orientation
-            as_it_is = (image.size, image.mode) == ((size, size), "RGB") and not turned
-            if say and not as_it_is:
-                print(f"{path}: {image.size[0]}x{image.size[1]} {image.mode}, converted to "
-                      f"{size}x{size} RGB")
-            return crop_and_resize(image, size)
+            width, height = image.size
+            mode = image.mode
+            pixels = crop_and_resize(image, size)
     except UserError:
         raise
     except FileNotFoundError:
@@ -114,6 +112,9 @@ def open_picture(path, size, say=False):
         reason = str(problem) or type(problem).__name__
         raise UserError(f"{path} cannot be read as a picture ({reason}): is it truncated or of "
                         f"another type?") from None
+    if say and (turned or (width, height, mode) != (size, size, "RGB")):
+        print(f"{path}: {width}x{height} {mode}, converted to {size}x{size} RGB")
+    return pixels
 
 
 def check_picture_file(path):
