@@ -16,6 +16,7 @@ import math
 import textwrap
 from dataclasses import dataclass, field, fields
 
+from diffusion import KINDS, SAMPLERS
 from model import PAPER_SIZES
 from patchify import PATCHES
 from sources.choose import SOURCES
@@ -65,7 +66,7 @@ class Config:
     stable: bool = option(False, "Chameleon's query-key norm, post-norm and z-loss (Table 2)")
 
     # The noise (eq. 2, eq. 3) and the sum of the losses (eq. 4).
-    diffusion: str = option("ddpm", "the paper's DDPM, or rectified flow", ("ddpm", "flow"))
+    diffusion: str = option("ddpm", "the paper's DDPM, or rectified flow", tuple(KINDS))
     shift: float = option(1.0, "noise-to-signal ratio of the schedule times this; 1: the paper's")
     lam: float = option(5.0, "lambda of eq. 4", at_least=0)
     # Paper: t <= 500 for the pictures that stand before their captions (App. B.2, Table 11).
@@ -110,7 +111,7 @@ class Config:
     samples: int = option(200, "pictures to draw for the report; 0: no report", at_least=0)
     sample_steps: int = option(50, "diffusion steps of these pictures", at_least=1, at_most=1000)
     guidance: float = option(3.0, "guidance of these pictures", at_least=0)
-    sampler: str = option("ddpm", "sampler of these pictures", ("ddpm", "ddim", "dpm++"))
+    sampler: str = option("ddpm", "sampler of these pictures", SAMPLERS)
 
 
 # A resumed run may change these. They decide how it computes and what it writes, not what it

@@ -12,6 +12,7 @@ THE RULE    xt = a[t] x0 + s[t] eps,   eps ~ N(0, 1)                            
               rectified flow:         a = 1 - t/T,         s = t/T
             L_DDPM = mean over elements of (target - network(xt, t, context))^2              eq. 3
               DDPM: target = eps          flow: target = eps - x0
+            A kind of diffusion is a row of KINDS: a schedule, which gives a and s, and a target.
 SHAPES      x0, xt, eps, out (M, c, h, w) float32; t (M,) int64 in 0 .. T.
             The tables a, s, alpha_bar have T + 1 entries. t = 0 is the clean picture, a = 1, s = 0;
             t = T = 1000 is noise. (diffusers counts from 0: its timestep + 1 is our t.)
@@ -52,37 +53,86 @@ def cosine_alpha_bar(T=1000, offset=0.008, beta_max=0.999):
     return torch.cat([one, alpha_bar])
 
 
+def cosine(T, shift=1.0):
+    """(a, s) of the paper's schedule, each (T + 1,) float64. shift: see `Diffusion`."""
+    # Paper: §2.2, eq. 2.
+    alpha_bar = cosine_alpha_bar(T)
+    a = alpha_bar.sqrt()
+    s = (1 - alpha_bar).sqrt() * shift
+    # Divided by this, a^2 + s^2 = 1: the variance is preserved.
+    scale = (a ** 2 + s ** 2).sqrt()
+    return a / scale, s / scale
+
+
+def straight(T, shift=1.0):
+    """(a, s) of rectified flow, each (T + 1,) float64. shift: see `Diffusion`."""
+    # Our choice: rectified flow. Paper: §3 leaves it "to future work".
+    s = torch.linspace(0, 1, T + 1, dtype=torch.float64)
+    a = 1 - s
+    s = s * shift
+    # Divided by this, a + s = 1: a straight line from picture to noise.
+    scale = a + s
+    return a / scale, s / scale
+
+
+# ------------------------------------------ what the network must say, and x0 from what it has said
+# All of these take and give (M, c, h, w); a and s are those of eq. 2, shaped to multiply them.
+def eps_target(x0, eps, a, s):
+    """The noise itself: the target of the paper's DDPM."""
+    return eps                                          # Paper: eq. 3
+
+
+def x0_from_eps(xt, out, a, s):
+    """eq. 2, solved for x0."""
+    return (xt - s * out) / a
+
+
+def velocity_target(x0, eps, a, s):
+    """Where xt moves as t grows: from the picture to the noise."""
+    return eps - x0
+
+
+def x0_from_velocity(xt, out, a, s):
+    """xt - s (eps - x0) = (a + s) x0, and on a straight line a + s = 1."""
+    return xt - s * out
+
+
+# --------------------------------------------------------------------------------- the three tables
+# A new schedule, or a new target, is a function or two above and a row here. config.py offers what
+# KINDS has, and the tests try every row: they draw an exact Gaussian with each sampler.
+SCHEDULES = {
+    "cosine": cosine,
+    "straight": straight,
+}
+TARGETS = {                                 # what the network must say, x0 from what it has said
+    "eps": (eps_target, x0_from_eps),
+    "velocity": (velocity_target, x0_from_velocity),
+}
+KINDS = {                                   # a schedule and a target
+    "ddpm": ("cosine", "eps"),
+    "flow": ("straight", "velocity"),
+}
+
+
 class Diffusion:
     """The forward process, and what the network's output means.
 
-    kind    "ddpm" (the paper) or "flow"
+    kind    a row of KINDS: "ddpm" (the paper) or "flow"
     T       how many steps there are
     shift   multiplies the noise-to-signal ratio s/a at every t; 1 leaves the schedule alone
     Raises ValueError for another kind."""
 
     def __init__(self, kind="ddpm", T=1000, shift=1.0):
-        if kind == "ddpm":
-            # Paper: §2.2, eq. 2.
-            alpha_bar = cosine_alpha_bar(T)
-            a = alpha_bar.sqrt()
-            s = (1 - alpha_bar).sqrt() * shift
-            # Divided by this, a^2 + s^2 = 1: the variance is preserved.
-            scale = (a ** 2 + s ** 2).sqrt()
-        elif kind == "flow":
-            # Our choice: rectified flow. Paper: §3 leaves it "to future work".
-            s = torch.linspace(0, 1, T + 1, dtype=torch.float64)
-            a = 1 - s
-            s = s * shift
-            # Divided by this, a + s = 1: a straight line from picture to noise.
-            scale = a + s
-        else:
-            raise ValueError(f"unknown diffusion {kind!r}: choose 'ddpm' (the paper) or 'flow'")
+        if kind not in KINDS:
+            names = ", ".join(KINDS)
+            raise ValueError(f"unknown diffusion {kind!r}: choose from {names}")
+        schedule, target = KINDS[kind]
         self.kind = kind
         self.T = T
         self.shift = shift
         # Tables of T + 1 numbers, in float64: samplers divide by a, which ends near 0.
-        self.a = a / scale
-        self.s = s / scale
+        self.a, self.s = SCHEDULES[schedule](T, shift)
+        self.target_of, self.x0_from = TARGETS[target]
 
     def at(self, t, x):
         """(a, s) at t, shaped to multiply x. t: (M,) int64, or one int for all; x: (M, c, h, w)."""
@@ -102,9 +152,11 @@ class Diffusion:
         a, s = self.at(t, x0)
         return a * x0 + s * eps
 
-    def target(self, x0, eps):
-        """What the network must say, (M, c, h, w): eps, or for flow the velocity eps - x0."""
-        return eps if self.kind == "ddpm" else eps - x0
+    def target(self, x0, eps, t):
+        """What the network must say, (M, c, h, w): eps, or for flow the velocity eps - x0.
+        The arguments are those of `add_noise`: some targets depend on how much noise there is."""
+        a, s = self.at(t, x0)
+        return self.target_of(x0, eps, a, s)
 
     def x0_and_eps(self, xt, out, t, x0_max=None):
         """The network's output, read as an estimate of (x0, eps), each (M, c, h, w).
@@ -114,11 +166,8 @@ class Diffusion:
         t        (M,) int64, or one int for all
         x0_max   clip x0 to [-x0_max, x0_max]; None: do not"""
         a, s = self.at(t, xt)
-        # 1. Solve eq. 2 for x0. For flow, xt - s (eps - x0) = (a + s) x0, and a + s = 1.
-        if self.kind == "ddpm":
-            x0 = (xt - s * out) / a
-        else:
-            x0 = xt - s * out
+        # 1. The x0 of which the network speaks.
+        x0 = self.x0_from(xt, out, a, s)
         # 2. Clip it.
         # Our choice: to the range that latents have. Near t = T, a is almost 0, and dividing by it
         # multiplies the network's error by thousands.
@@ -281,7 +330,7 @@ def fresh_noise(x, generator):
 
 
 if __name__ == "__main__":
-    for kind in ("ddpm", "flow"):
+    for kind in KINDS:
         d = Diffusion(kind)
         print(f"{kind}, t:     a      s")
         for t in range(0, 1001, 250):
@@ -298,9 +347,9 @@ if __name__ == "__main__":
         trust = a * variance / (a ** 2 * variance + s ** 2)
         x0 = mean + trust * (x - a * mean)
         eps = (x - a * x0) / s
-        return d.target(x0, eps)
+        return d.target(x0, eps, t)
 
-    for kind in ("ddpm", "flow"):
+    for kind in KINDS:
         d = Diffusion(kind)
         for sampler, steps in (("ddpm", 250), ("ddim", 250), ("dpm++", 25)):
             g = torch.Generator().manual_seed(0)

@@ -333,16 +333,25 @@ class Transfusion(nn.Module):
         x = x.masked_scatter(is_patch[..., None], flat)                 # (B, T, D)
         return x, kept
 
-    def trunk(self, x, pos, mask, cache=None):
+    def places(self, pos, image_id):
+        """Where RoPE sees the positions, (B, n) int64: at their number in the document.
+
+        pos        (B, n) int64, counted from the start of each document
+        image_id   (B, n) int64, which picture a position is a patch of, -1 for text"""
+        # Our choice: patches stand one after another, in raster order, like words. A place in two
+        # dimensions would be made here, and in `rope_tables` (forks/rope_2d.diff).
+        return pos
+
+    def trunk(self, x, places, mask, cache=None, pos=None):
         """The transformer, (B, n, D) -> (B, n, D).
 
-        x       (B, n, D)
-        pos     (B, n) int64, counted from the start of each document
-        mask    (B, n, keys) bool, or a BlockMask
-        cache   Cache or None. With one, pos also says where the n new keys and values go, and the
-                mask speaks of the cache's positions"""
+        x        (B, n, D)
+        places   where RoPE sees each of the n: what `places` says
+        mask     (B, n, keys) bool, or a BlockMask
+        cache    Cache or None. With one, the mask speaks of the cache's positions, and
+        pos      (B, n) int64 says where in the cache the n new keys and values go"""
         K = self.config.width // self.config.heads
-        rope = rope_tables(pos, K)                                      # each (B, 1, n, K)
+        rope = rope_tables(places, K)                                   # each (B, 1, n, K)
         if not isinstance(mask, BlockMask):
             mask = mask[:, None]                                        # (B, 1, n, keys): all heads
         for layer, block in enumerate(self.blocks):
@@ -379,7 +388,7 @@ class Transfusion(nn.Module):
         # Our choice: positions count from the start of the document. So a document gives the same
         # output wherever it stands in a row.
         pos = torch.arange(T, device=tokens.device) - lo                # (B, T)
-        h = self.trunk(x, pos, mask)                                    # (B, T, D)
+        h = self.trunk(x, self.places(pos, image_id), mask)             # (B, T, D)
 
         # 4. The two heads. Logits only where a word is predicted: V is large, and half of the
         #    positions are patches.
@@ -407,7 +416,8 @@ class Transfusion(nn.Module):
         one_document = torch.zeros_like(image_id)
         _, last = intervals(image_id, one_document, self.config.bidirectional)
         hi = pos.gather(1, last)                                        # (B, n)
-        h = self.trunk(x, pos, self.mask_of_cache(pos, hi), cache)      # (B, n, D)
+        mask = self.mask_of_cache(pos, hi)                              # (B, n, keys)
+        h = self.trunk(x, self.places(pos, image_id), mask, cache, pos)         # (B, n, D)
         return self.head(self.norm(h))                                  # (B, n, V)
 
     def denoise(self, xt, t, pos, cache):
@@ -426,7 +436,9 @@ class Transfusion(nn.Module):
         hi = pos
         if self.config.bidirectional:
             hi = pos[:, -1:].expand_as(pos)                             # (B, P): the last patch
-        h = self.trunk(vectors, pos, self.mask_of_cache(pos, hi), cache)        # (B, P, D)
+        mask = self.mask_of_cache(pos, hi)                              # (B, P, keys)
+        places = self.places(pos, torch.zeros_like(pos))                # all of one picture, 0
+        h = self.trunk(vectors, places, mask, cache, pos)               # (B, P, D)
         return self.patch_encoder.decode(h, t, kept)                    # (B, c, h, w)
 
     def mask_of_cache(self, pos, hi):
@@ -461,7 +473,7 @@ def losses(model, batch, diffusion, stable=False):
         lm_sum = lm_sum + z_loss(logits)
 
     # eq. 3.
-    target = diffusion.target(batch.latents, batch.eps)                 # (M, c, h, w)
+    target = diffusion.target(batch.latents, batch.eps, batch.t)        # (M, c, h, w)
     per_picture = loss(target, out)                                     # (M,)
     return lm_sum, int(batch.has_loss.sum()), per_picture
 

@@ -1,12 +1,12 @@
 """
 gap.py: the conditioning gap: does the model read its caption?           (ours; docs/PAPER.md §4.12)
 
-THE IDEA    A model can draw with a falling loss and never look at its caption: pictures are mostly
-            like other pictures. The loss does not show it, because what a caption adds is a few per
-            cent. So ask directly. Denoise the same noisy picture once with its own caption and once
-            with another picture's. If nothing changes, the caption is ignored.
-A PICTURE   "a red circle"    + noisy red circle  --model-->  loss 0.31   (right)
-            "a blue square"   + noisy red circle  --model-->  loss 0.69   (wrong)      gap 0.38
+THE IDEA    A model can draw with a falling loss and never look at its caption: any picture is much
+            like the others, and of the eps loss a caption is worth 2%. So ask directly. Denoise the
+            same noisy picture once with its own caption and once with another picture's. If nothing
+            changes, the caption is ignored.
+A PICTURE   "a red circle"    + noisy red circle  --model-->  loss 0.32   (right)
+            "a blue square"   + noisy red circle  --model-->  loss 0.71   (wrong)      gap 0.38
 THE RULE    gap = eq. 3 with a wrong caption - eq. 3 with the right one, same noise, same t
             Chameleon: -ln p(codes | wrong caption) + ln p(codes | right caption), nats per code
 SHAPES      N pictures: latents (N, c, h, w) float32, or a Chameleon's codes (N, h, w) int64
@@ -56,7 +56,7 @@ def conditioning_gap(model, tokenizer, diffusion, captions, latents, before=None
     t = levels[torch.randperm(N, generator=g)]
     eps = torch.randn(latents.shape, generator=g)
     pictures = diffusion.add_noise(latents, eps, t)     # numbers 0..N-1: these are denoised
-    target = diffusion.target(latents, eps)
+    target = diffusion.target(latents, eps, t)
     if before is not None:                              # numbers N..2N-1: clean, so t = 0
         pictures = torch.cat([pictures, before])
         t = torch.cat([t, torch.zeros_like(t)])

@@ -129,6 +129,27 @@ def test_patch_position_is_added(make_model):
         before = after
 
 
+def test_places_are_not_slots(model, monkeypatch):
+    """A cache that writes keys where RoPE sees them: with two patches at one place, one would be lost."""
+    places = []
+
+    def two_at_one_place(pos, image_id):
+        places.append(torch.where(image_id >= 0, pos // 2, pos))
+        return places[-1]
+
+    batch = make_batch([SHORT], T=10)                   # <bos> the square <boi> . . . . <eoi> <eos>
+    _, plain = run(model, batch, batch.latents)
+    monkeypatch.setattr(model, "places", two_at_one_place)
+    _, wanted = run(model, batch, batch.latents)
+    assert not torch.allclose(wanted, plain, atol=1e-3)                 # RoPE sees them
+    pos, cache = torch.arange(10)[None], Cache(model.config, 1, 10, model.head.weight)
+    with torch.no_grad():
+        model.read(batch.tokens[:, :4], batch.image_id[:, :4], torch.zeros(0, 4, 4, 4), pos[:, :4], cache)
+        out = model.denoise(batch.latents, batch.t, pos[:, 4:8], cache)
+    assert [row.tolist() for row in places] == [[[0, 1, 2, 3, 2, 2, 3, 3, 8, 9]], [[0, 1, 2, 3]], [[2, 2, 3, 3]]]
+    assert torch.allclose(out, wanted, atol=1e-5)
+
+
 def test_packing_changes_nothing(model):
     """Documents in one row see each other, or the second one's positions start where the first one's ended."""
     batch = make_batch([LONG, SHORT, DROPPED], T=64)
