@@ -1,0 +1,284 @@
+"""
+step.py: the check of `ancestral_step`                                   (diffusion.py, exercise 4)
+
+THE IDEA    A step is linear in xt, x0 and noise, so three numbers say all about it: what it
+            multiplies each of them with. They are read off at six jumps, for DDPM and for flow. The
+            usual mistakes leave their mark on these numbers.
+A PICTURE   from t = 500 to u = 400              xt        x0      noise
+              DDPM, right                      0.608     0.377     0.407
+              DDPM, beta of one step only      0.608     0.005     0.047
+            A jump in the middle teaches most. From 1000 to 996 all of them are nearly 0 or 1.
+PROPERTIES  in the order in which they are looked at: see PROPERTIES, below
+READ NEXT   ../diffusion.py        TEST  ../tests/test_exercises.py
+"""
+from dataclasses import dataclass
+
+import torch
+
+from diffusion import Diffusion, ancestral_step, ddim_step
+from exercises.trial import Advice, near, need_shape, need_tensor
+
+# From t to u. The first one is the one that advice is about.
+MIDDLE = (500, 400)
+JUMPS = (MIDDLE, (1000, 996), (500, 496), (300, 299), (4, 0), (1, 0))
+LAST_STEPS = ((4, 0), (1, 0))
+NAMES = {"ddpm": "DDPM", "flow": "flow"}
+
+
+@dataclass
+class Seen:
+    """The three factors at every jump: {(kind, jump): (3,) float64}.
+
+    seen, right   the answer's and the module's
+    diffusions    {kind: Diffusion}
+    trial         to ask more
+    """
+    seen: dict
+    right: dict
+    diffusions: dict
+    trial: object
+
+    def fits(self, kind, jump):
+        """Whether the three factors are right there."""
+        return near(self.seen[kind, jump], self.right[kind, jump])
+
+    def wrong(self, kind):
+        """The jumps at which they are not."""
+        return [jump for jump in JUMPS if not self.fits(kind, jump)]
+
+
+def factors(step, diffusion, t, u):
+    """What a step multiplies xt, x0 and noise with: (3,) float64."""
+    # Three pictures of one pixel. In the first one only xt is 1, in the second only x0, and so on.
+    xt, x0, noise = torch.eye(3, dtype=torch.float64).view(3, 3, 1, 1, 1)
+    result = need_tensor(step(diffusion, xt, x0, t, u, noise), like="float")
+    if result.shape != xt.shape:
+        raise Advice(f"The result must have the shape of xt, {tuple(xt.shape)}, but it has "
+                     f"{tuple(result.shape)}: did you sum over something?")
+    return result.double().flatten()
+
+
+def try_step(trial):
+    """The answer, tried at six jumps with both processes."""
+    diffusions = {"ddpm": Diffusion("ddpm"), "flow": Diffusion("flow")}
+    seen = {}
+    right = {}
+    for kind, diffusion in diffusions.items():
+        for t, u in JUMPS:
+            right[kind, (t, u)] = factors(ancestral_step, diffusion, t, u)
+            try:
+                seen[kind, (t, u)] = factors(trial, diffusion, t, u)
+            except Advice as problem:
+                check_direction(trial, diffusion)
+                raise Advice(explain_failure(str(problem), kind, t, u)) from None
+    return Seen(seen, right, diffusions, trial)
+
+
+def check_direction(trial, diffusion):
+    """Raise Advice if the answer is right when t and u are exchanged."""
+    try:
+        found = factors(trial, diffusion, 400, 500)
+    except Advice:
+        return
+    if near(found, factors(ancestral_step, diffusion, 500, 400)):
+        raise Advice("t and u are exchanged: xt is at t, and the step goes down to u < t.")
+
+
+def explain_failure(problem, kind, t, u):
+    """One sentence more about a step that gives no number."""
+    where = f"(From t = {t} to u = {u}, {NAMES[kind]}.)"
+    if "NaN" in problem or "infinite" in problem:
+        if kind == "flow" and t == 1000:
+            return (f"{problem} At t = T, flow has a = 0, so nothing may be divided by a of t. "
+                    f"{where}")
+        if u == 0:
+            return (f"{problem} At u = 0 there is no noise, s = 0, so nothing may be divided by s "
+                    f"of u. {where}")
+        return f"{problem} Is some variance below 0? {where}"
+    return problem
+
+
+# --------------------------------------------------------------------------------------- properties
+def moves(seen):
+    """The step moves from t to u"""
+    xt, x0, _ = seen.seen["ddpm", MIDDLE].tolist()
+    everywhere = torch.stack([seen.seen["ddpm", jump] for jump in JUMPS])
+    if near(everywhere, torch.tensor([1.0, 0.0, 0.0]).expand(6, 3)):
+        return "You return xt as it is: the step must go to u, where there is less noise."
+    if near(everywhere, torch.tensor([0.0, 1.0, 0.0]).expand(6, 3)):
+        return ("You return x0, the estimate, at once. A step goes to u only: the estimate is poor "
+                "while there is much noise, and gets better on the way.")
+    if abs(xt) < 1e-9 and x0 != 0:
+        return ("xt is not used: you mix x0 with fresh noise. A draw from q(x_u | x_t, x0) also "
+                "keeps a part of xt.")
+    if abs(x0) < 1e-9:
+        return "x0 is not used: the mean of x_u lies between what x_t says and what x0 says."
+
+
+def noise_is_added(seen):
+    """Noise is added, the noise that is given"""
+    if any(seen.seen[key][2] != 0 for key in seen.seen):
+        return None
+    diffusion = seen.diffusions["ddpm"]
+    a = diffusion.a[500]
+    s = diffusion.s[500]
+    # DDIM mixes x0 again with the very noise that xt has: eps = (xt - a x0) / s.
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for_xt = ddim_step(diffusion, 0 * one, one / s, 400).item()
+    for_x0 = ddim_step(diffusion, one, -one * a / s, 400).item()
+    if near(seen.seen["ddpm", MIDDLE][:2], torch.tensor([for_xt, for_x0])):
+        return ("This is DDIM: it adds no noise and keeps that of xt. The ancestral step draws "
+                "from q(x_u | x_t, x0), with fresh noise.")
+    return ("No noise is added anywhere. q(x_u | x_t, x0) has a variance, and a draw from it needs "
+            "`noise` times its root.")
+
+
+def step_of_one_or_jump(seen):
+    """beta is that of the jump, not of one step"""
+    one_step_is_right = seen.fits("ddpm", (300, 299)) and seen.fits("ddpm", (1, 0))
+    if one_step_is_right and not seen.fits("ddpm", MIDDLE):
+        return ("Right for a step of one, wrong for a jump: your beta belongs to the 1000-step "
+                "chain. In a chain of 250 the variance from u to t must be computed from a and s "
+                "at u and t. " + numbers(seen, "ddpm"))
+
+
+def last_step_is_clean(seen):
+    """No noise on the last step"""
+    for kind in seen.diffusions:
+        added = [abs(seen.seen[kind, jump][2].item()) > 1e-6 for jump in LAST_STEPS]
+        if added == [True, False]:
+            return ("Noise is added on a last step that is a jump, from t = 4 to 0. The last step "
+                    "is where u is 0, not where t is 1.")
+        if any(added):
+            return ("Noise is added on the last step. At u = 0 the picture is finished: the "
+                    "noise's factor must be 0 there, and it is if the variance is that of "
+                    "q(x_u | x_t, x0), beta * s_u^2 / s_t^2.")
+
+
+def off_by_one(seen):
+    """Entry t of the tables is step t"""
+    diffusion = seen.diffusions["ddpm"]
+    for shift in (-1, 1):
+        other = factors(ancestral_step, diffusion, 500 + shift, 400 + shift)
+        if not seen.fits("ddpm", MIDDLE) and near(seen.seen["ddpm", MIDDLE], other):
+            return ("Off by one: these are the factors of the neighbouring t. The tables have T + "
+                    "1 entries, and entry 0 is the clean picture.")
+
+
+def noise_factor(seen):
+    """The noise's factor is the root of the variance of q(x_u | x_t, x0)"""
+    found = seen.seen["ddpm", MIDDLE]
+    right = seen.right["ddpm", MIDDLE]
+    if near(found[2], right[2]) or not near(found[:2], right[:2]):
+        return None                                     # a wrong mean is named first, below
+    s_t = seen.diffusions["ddpm"].s[500]
+    s_u = seen.diffusions["ddpm"].s[400]
+    if near(found[2], right[2] ** 2):
+        return "The mean is right. The noise is multiplied by the variance: take its square root."
+    if near(found[2], right[2] * s_t / s_u):
+        return ("The mean is right. The noise has the variance beta, that of x_t given x_u. Here "
+                "x0 is known too, and leaves less: beta * s_u^2 / s_t^2.")
+    if near(found[2], -right[2]):
+        return "The mean is right. The noise is subtracted, and must be added."
+    if near(found[2], s_u):
+        return ("The mean is right. You add all the noise that x_u has, s_u, but a part of it "
+                "comes with xt already: the variance is beta * s_u^2 / s_t^2.")
+    if found[2] == 0:
+        return "The mean is right. No noise is added here; only the last step, u = 0, has none."
+    return ("The mean is right. The noise's factor is not: it is the root of beta * s_u^2 / s_t^2. "
+            + numbers(seen, "ddpm"))
+
+
+def mean(seen):
+    """The mean: what x_t says and what x0 says, each with its weight"""
+    found = seen.seen["ddpm", MIDDLE]
+    right = seen.right["ddpm", MIDDLE]
+    if near(found[:2], right[:2]):
+        return None
+    diffusion = seen.diffusions["ddpm"]
+    a_u = diffusion.a[400]
+    s_u = diffusion.s[400]
+    s_t = diffusion.s[500]
+    keep = diffusion.a[500] / a_u
+    if near(found[:2], right[:2].flip(0)):
+        return "The factors of xt and x0 have changed places. Near t = 0 the step must believe x0."
+    if near(found[0], right[0]) and near(found[1], right[1] / a_u):
+        return ("xt is right, but x0 lacks its factor a_u: x_u has only that much of the clean "
+                "picture in it. " + numbers(seen, "ddpm"))
+    if near(found[1], right[1]) and near(found[0], right[0] / keep):
+        return ("x0 is right, but xt lacks the factor a_t / a_u: that much of x_u is left in x_t. "
+                + numbers(seen, "ddpm"))
+    if near(found[1], right[1]) and near(found[0], right[0] / keep ** 2):
+        return ("x0 is right, but xt has the factor a_t / a_u upside down. "
+                + numbers(seen, "ddpm"))
+    without_keep = s_t ** 2 - s_u ** 2
+    if near(found[1], a_u * without_keep / s_t ** 2):
+        return ("beta is not s_t^2 - s_u^2: on the way from u to t the noise that is there already "
+                "shrinks by (a_t / a_u)^2. " + numbers(seen, "ddpm"))
+    squares = diffusion_of_squares(diffusion)
+    if near(found, factors(ancestral_step, squares, 500, 400), rtol=1e-3):
+        return ("`diffusion.at` gives a and s, factors of the picture and of the noise. Variances "
+                "are their squares. " + numbers(seen, "ddpm"))
+
+
+def diffusion_of_squares(diffusion):
+    """A Diffusion whose tables give, squared, what the right one's give."""
+    other = Diffusion(diffusion.kind)
+    other.s = diffusion.s.sqrt()
+    return other
+
+
+def from_t_to_u(seen):
+    """From t to u, not from u to t"""
+    if not seen.fits("ddpm", MIDDLE):
+        check_direction(seen.trial, seen.diffusions["ddpm"])
+
+
+def every_jump(seen):
+    """Right for DDPM, at every jump"""
+    wrong = seen.wrong("ddpm")
+    if not wrong:
+        return None
+    if MIDDLE in wrong:
+        return "Not yet. " + numbers(seen, "ddpm")
+    t, u = wrong[0]
+    return (f"Right from t = 500 to 400, wrong from t = {t} to {u}. "
+            + numbers(seen, "ddpm", wrong[0]))
+
+
+def flow_too(seen):
+    """Right for flow, where a^2 + s^2 is not 1"""
+    wrong = seen.wrong("flow")
+    if wrong:
+        return ("Right for DDPM, wrong for flow. There a + s = 1, and a^2 + s^2 is not: a beta of "
+                "1 - (a_t/a_u)^2, or 1 - a^2 for s^2, holds for DDPM only. The noise of x_t is "
+                "s_t^2 in all. " + numbers(seen, "flow", wrong[0]))
+
+
+def elementwise(seen):
+    """Every element of every picture, in float32"""
+    generator = torch.Generator().manual_seed(0)
+    xt, x0, noise = torch.randn(3, 2, 3, 4, 5, generator=generator)
+    for kind, diffusion in seen.diffusions.items():
+        result = need_tensor(seen.trial(diffusion, xt, x0, 700, 690, noise), like="float")
+        need_shape(result, xt.shape)
+        if not near(result, ancestral_step(diffusion, xt, x0, 700, 690, noise), atol=1e-4):
+            return (f"Right for single numbers, wrong for pictures ({NAMES[kind]}): is something "
+                    f"clipped, or averaged over elements?")
+
+
+def numbers(seen, kind, jump=MIDDLE):
+    """The three factors of a jump, and which of them are right."""
+    parts = []
+    names = ("xt", "x0", "noise")
+    for name, a, b in zip(names, seen.seen[kind, jump], seen.right[kind, jump]):
+        if near(a, b):
+            parts.append(f"{name} x {a:.4f} (right)")
+        else:
+            parts.append(f"{name} x {a:.4f} (should be {b:.4f})")
+    t, u = jump
+    return f"From t = {t} to u = {u}, {NAMES[kind]}, your step is {', '.join(parts)}."
+
+
+PROPERTIES = (moves, noise_is_added, from_t_to_u, step_of_one_or_jump, last_step_is_clean,
+              off_by_one, noise_factor, mean, every_jump, flow_too, elementwise)
