@@ -46,7 +46,7 @@ from support.common import UserError, run_command
 # ---------------------------------------------------------------------------- what each one reads
 def view(kind, first):
     """How a model of this kind sees a document: a function (document, codes) -> document, as
-    data.lay_out takes it.
+    data.lay_out takes it; None for "transfusion", which sees the document itself.
 
     kind     "transfusion", "chameleon" or "llama"
     first    V, the id of the first code
@@ -55,15 +55,10 @@ def view(kind, first):
     # The feed calls this once and wraps it around its documents (sources/feed.py), so neither the
     # layout nor the training loop knows who reads.
     if kind == "transfusion":                           # not a rival: here for the loop's sake
-        return as_it_is
+        return None
     if kind == "llama":
         return words_alone
     return functools.partial(spell_pictures, first=first)
-
-
-def as_it_is(document, codes=None):
-    """Transfusion's view: the document itself."""
-    return document
 
 
 def words_alone(document, codes=None):
@@ -202,7 +197,9 @@ def demo():
     V = len(tokenizer)
     # 1. The three views of one document.
     for kind in ("transfusion", "chameleon", "llama"):
-        document = view(kind, V)([pairs.captions[0], ("image", 0, 1000)], codes)
+        document = [pairs.captions[0], ("image", 0, 1000)]
+        if rival := view(kind, V):
+            document = rival(document, codes)
         tokens = data.lay_out(document, tokenizer, patches=16).tokens
         names = [tokenizer.vocabulary[token] if token < V else f"c{token - V}" for token in tokens]
         if len(names) > 14:

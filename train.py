@@ -53,6 +53,7 @@ def train_step(run):
     config = run.config
     model = run.model.train()
     many = run.ranks.mesh is not None                   # several processes, or a GPU
+    processes = distributed.size() if many else 1
 
     # 1. The batches. A step is a fixed set of micro-batches, each a pure function of (seed, step,
     #    micro): a resumed run sees the same data as one that was never stopped, on any number of
@@ -85,7 +86,7 @@ def train_step(run):
         loss = transfusion_loss(lm, all_words, ddpm.sum(), all_pictures, config.lam)
         # FSDP averages gradients over processes, but this loss is already divided by global
         # counts: undo the average.
-        (loss * run.ranks.size).backward()
+        (loss * processes).backward()
         # Detached, or the log would keep the whole graph alive.
         lm_sum += lm.detach()
         per_picture.append(ddpm.detach())

@@ -83,11 +83,6 @@ class Ranks:
     saving: object = None
 
     @property
-    def size(self):
-        """R, how many processes there are."""
-        return 1 if self.mesh is None else self.mesh.size()
-
-    @property
     def dtype(self):
         """What the network computes in: bfloat16 on a GPU, where it is twice as fast; float32 on a
         CPU, where bfloat16 is slower."""

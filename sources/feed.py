@@ -41,7 +41,7 @@ class Feed:
     rows        documents per micro-batch
     seq_len     T, positions per row
     view        how the model sees a document: function (document, codes) -> document, made by
-                chameleon.view
+                chameleon.view; None: the document itself
     test        unseen Pairs or Edits, for the conditioning gap and the report
     """
     documents: object
@@ -52,7 +52,7 @@ class Feed:
     codes: torch.Tensor | None
     rows: int
     seq_len: int
-    view: Callable
+    view: Callable | None
     test: object
 
     @property
@@ -67,7 +67,9 @@ class Feed:
         rng = np.random.default_rng([seed, step, micro])
         sequences = []
         for _ in range(self.rows):
-            document = self.view(self.documents.draw(rng), self.codes)
+            document = self.documents.draw(rng)
+            if self.view:
+                document = self.view(document, self.codes)
             sequence = data.lay_out(document, self.tokenizer, self.documents.patches)
             sequences.append(sequence)
         batch = data.pack(sequences, self.seq_len)
