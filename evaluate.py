@@ -144,31 +144,41 @@ def report_mixtures(trained, job):
 
 
 def report_pictures(trained, job):
-    """A user's own data: no rule says what is right, so a few captions are drawn and shown."""
-    texts = list(job.texts or job.test.captions)[:min(job.n, 32)]
+    """Any other data. If they bring a judge (sources/pairs.py), pictures and captions are counted.
+    If not, no rule says what is right: a few captions are drawn and shown."""
+    judge = job.test.judge if job.test else None        # shards keep no pixels and have no judge
+    n = job.n if judge else min(job.n, 32)
+    texts = list(job.texts or job.test.captions)[:n]
     pictures = drawing.draw(trained, texts, seed=job.seed, **job.options)
     results = []
     for text, picture in zip(texts, pictures, strict=True):
-        results.append((text, picture, True))
-    return {}, results
+        right = bool(judge(text, picture)) if judge else True
+        results.append((text, picture, right))
+    if judge is None:
+        return {}, results
+
+    # The other way round: what the model writes about unseen pictures, before the same judge.
+    unseen = job.test.pixels[:n]
+    captions = drawing.describe(trained, encode_pixels(trained, unseen))
+    is_true = [bool(judge(text, picture)) for text, picture in zip(captions, unseen, strict=True)]
+    shares = {"judged": np.mean([right for *_, right in results]), "captions": np.mean(is_true)}
+    return {key: float(share) for key, share in shares.items()}, results
 
 
-# By the name of the data. For a new kind of data write a function and name it here: all that it
-# needs to know is in the Job.
+# By the name of the data; what is not named here gets `report_pictures`. For a new kind of report
+# write a function and name it here: all that it needs to know is in the Job.
 REPORTS = {
     "scenes": report_scenes,
     "mnist": report_mnist,
     "edits": report_edits,
     "mixtures": report_mixtures,
-    "folder": report_pictures,
-    "shards": report_pictures,
 }
 
 
 def report(trained, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, texts=(),
            **options):
-    """(dict of numbers, lines to print, list of (prompt, picture, right) to show). name: one of
-    REPORTS; the others as in Job. Every process must call it."""
+    """(dict of numbers, lines to print, list of (prompt, picture, right) to show). name: of the
+    data, see REPORTS; the others as in Job. Every process must call it."""
     began = time.time()
     job = Job(categories, test, n, seed, texts, options)
     if trained.kind == "llama":                         # it knows words only, of scenes or others
@@ -176,7 +186,8 @@ def report(trained, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0
         numbers["seconds"] = time.time() - began
         return numbers, describe_report(numbers, None), []
 
-    numbers, results = REPORTS[name](trained, job)
+    measure = REPORTS.get(name, report_pictures)
+    numbers, results = measure(trained, job)
     if test is not None:
         # TRAP: a model that ignores its captions has a fine loss and draws fine pictures, only not
         # the right ones. On data of your own, where nothing is counted, look at this number.
@@ -198,6 +209,7 @@ SHARES = {                                             # numbers in 0..1, in the
     "rule": "mean over categories, GenEval's rule",
     "guided": "guided digits read as asked",
     "unguided": "unguided digits read as asked",
+    "judged": "pictures as asked, says the data's judge",
     "classifier": "the classifier on test digits",
     "captions": "captions true of unseen pictures",
     "deductions": "two-choice deductions (chance 50%)",
@@ -252,9 +264,8 @@ def parse_arguments(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", default=str(ASSETS / "scenes.pt"), help="a model.pt of train.py")
-    add("--data", choices=("scenes", "mnist", "edits", "mixtures"), default="scenes",
-        help="what to measure")
-    add("--data-dir", help="folder of the MNIST idx files, or of edits.jsonl")
+    add("--data", choices=(*choose.SOURCES, "mixtures"), default="scenes", help="what to measure")
+    add("--data-dir", help="folder of the MNIST idx files, of captions.jsonl, or of edits.jsonl")
     add("--world", choices=tuple(scenes.WORLDS), default="six", help="which captions of scenes")
     add("--n", type=int, default=600, help="pictures to draw, over all categories")
     add("--steps", type=int, default=250, help="diffusion steps, 1 to 1000")

@@ -5,7 +5,7 @@ THE IDEA    train.py, evaluate.py and the VAE's training know a data set by its 
             your own, write a function that returns Pairs (pairs.py) and name it in SOURCES.
 A PICTURE   def load_bars(size=32, split="train", **unused):
                 ...
-                return Pairs("bars", captions, pixels)
+                return Pairs("bars", captions, pixels, judge=reads_as)
             SOURCES = {..., "bars": load_bars}        python train.py --data bars --preset folder
 THE RULE    A source is called with all of these by name, and takes those that it needs:
               folder      where its files lie, or None      split   "train" or "test"

@@ -14,6 +14,7 @@ PAPER/HERE  same: pictures are cropped at the centre and resized to a square.
 READ NEXT   scenes.py, mnist.py, folder.py, choose.py        TEST  tests/test_sources.py
 """
 from dataclasses import dataclass, field
+from typing import Callable
 
 import numpy as np
 
@@ -34,6 +35,8 @@ class Pairs:
     words       set of every word that the source can utter; None: those of its captions
     labels      (N,) int, MNIST's classes, or None
     language    captions beyond these whose words must be known, too
+    judge       function (caption, picture (h, w, 3 or 1) uint8) -> whether the picture shows what
+                the caption says; evaluate.py counts with it. None: nobody can say
     """
     name: str
     captions: list
@@ -42,6 +45,7 @@ class Pairs:
     words: set | None = None
     labels: np.ndarray | None = None
     language: list = field(default_factory=list)
+    judge: Callable | None = None
 
     def vocabulary(self):
         """Set of every word that this source can utter."""

@@ -334,6 +334,33 @@ def test_a_llama_is_asked_about_words_it_knows(documents):
     assert numbers.keys() == {"seconds"} and len(lines) == 2 and shown == []
 
 
+@pytest.mark.parametrize("judged", [True, False])
+def test_data_of_ones_own_bring_their_judge(monkeypatch, judged):
+    """A new source must be named in REPORTS too, a judge that sees another picture than it is asked about, and a picture
+    counted as right because nobody can say."""
+    trained = checkpoint.load_trained(ASSETS / "scenes.pt")
+    captions = ["a red circle", "a blue square", "a green circle"]
+    pixels = np.arange(3, dtype=np.uint8)[:, None, None, None].repeat(32, 1).repeat(32, 2).repeat(3, 3)
+    asked = []
+
+    def judge(caption, picture):
+        asked.append((caption, picture[0, 0, 0]))
+        return "circle" in caption and picture[0, 0, 0] != 0
+
+    test = Pairs("bars", captions, pixels, judge=judge if judged else None)
+    monkeypatch.setattr(drawing, "draw", lambda trained, texts, **options: pixels[::-1][: len(texts)])
+    monkeypatch.setattr(drawing, "describe", lambda trained, latents: ["circle", "circle", "square"])
+    numbers, lines, shown = evaluate.report(trained, "bars", test=test, n=3, steps=2)
+    assert [text for text, *_ in shown] == captions
+    if not judged:
+        assert numbers.keys() == {"conditioning_gap", "seconds"} and all(right for *_, right in shown) and asked == []
+        return
+    assert asked == [*zip(captions, (2, 1, 0)), ("circle", 0), ("circle", 1), ("square", 2)]
+    assert [right for *_, right in shown] == [True, False, False]
+    assert numbers["judged"] == pytest.approx(1 / 3) and numbers["captions"] == pytest.approx(1 / 3)
+    assert any("the data's judge" in line and "33.3%" in line for line in lines)
+
+
 def test_edits_of_ones_own_pictures():
     """Of photos nobody knows what is right: they are shown, the new one beside the old one, and the gap is measured."""
     trained = checkpoint.load_trained(ASSETS / "scenes_edit.pt")
