@@ -15,15 +15,9 @@ def make_run(config, out):
     """The scale.run.Run of a Config at step 0, as train.main builds it. out: the run's folder."""
     # Imported here: the test of one concept must not need every room.
     import chameleon
-    from diffusion import Diffusion
-    from scale import distributed
-    from scale.run import build_feed, build_run
-    from support import checkpoint
+    from scale.run import prepare
 
-    start = checkpoint.load_trained(config.init) if config.init else None
-    diffusion = start.diffusion if start else Diffusion(config.diffusion, shift=config.shift)
-    feed = build_feed(config, Path(out), diffusion, start, False, partial(chameleon.view, config.model))
-    return build_run(config, distributed.start(config.shard), feed, diffusion, start)
+    return prepare(config, Path(out), False, False, partial(chameleon.view, config.model))
 
 
 def draw_batch(run, step, micro):
