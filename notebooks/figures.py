@@ -806,7 +806,7 @@ def draw_snr(snr, sizes):
         axis.plot(times, curve, color=colour, label=name)
         even = int((curve >= 1).sum())      # the last t where the picture is as strong
         axis.plot(even, 1, "o", color=colour, markersize=10)
-        axis.text(even + 15, 1.6, f"t = {even}", color=colour)
+        write(axis, even - 15, 0.3, f"t = {even}", ha="right", color=colour)
     axis.axhline(1, color=GREY, linewidth=1)
     axis.set(xlabel="t", yscale="log", ylim=(1e-3, 1e3), title="signal-to-noise ratio")
     axis.legend()
