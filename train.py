@@ -2,9 +2,8 @@
 train.py: the loop                                (Transfusion §4.1 "Optimization", App. B.1, eq. 4)
 
 THE IDEA    Draw documents, mix noise into their pictures, ask the transformer for the next words
-            and for the noise, add the two losses, step. `python train.py` does it in five minutes
-            on two cores and ends with a report and pictures; `torchrun ... train.py --preset 7b`
-            runs the same lines on many GPUs.
+            and for the noise, add the two losses, step. `torchrun ... train.py --preset 7b` runs
+            the same lines on many GPUs.
 A PICTURE   feed.batch -> t, eps -> model.losses -> eq. 4 -> backward -> AdamW -> average
                                                                         every so often: log, save
 THE RULE    L = (sum of LM) / words  +  lambda (sum of DDPM) / pictures                    eq. 4
@@ -13,7 +12,9 @@ OUT         out/<name>/   config.json, log.jsonl, curves.png, samples.png, repor
                           model.pt       the averaged weights: all that sample.py needs
                           checkpoints/   everything, to resume to the bit
 PAPER/HERE  same: AdamW (0.9, 0.95), decay 0.1, clip 1, warm-up, cosine to a twentieth, lambda = 5.
-            our choice: sampling from an average of the weights (EMA). A toy learns at 1e-3 to
+            our choice: sampling from an average of the weights (EMA).
+            toys: `python train.py` alone takes five minutes on two cores. It trains rectified
+            flow, so "the noise" is a velocity there (config.py says why); its rate is 1e-3 to
             2e-3, where the paper's billions of parameters take 3e-4.
 READ NEXT   sample.py, evaluate.py          TRY IT  python train.py
 NOTEBOOK    notebooks/3_train_a_tiny_one.ipynb
@@ -52,8 +53,8 @@ def train_step(run):
     Raises UserError, before any weight is touched, if the gradient is not finite."""
     config = run.config
     model = run.model.train()
-    many = run.ranks.mesh is not None                   # several processes, or a GPU
-    processes = distributed.size() if many else 1
+    sharded = run.ranks.mesh is not None                # weights are divided: several processes
+    processes = distributed.size() if sharded else 1
 
     # 1. The batches. A step is a fixed set of micro-batches, each a pure function of (seed, step,
     #    micro): a resumed run sees the same data as one that was never stopped, on any number of
@@ -67,36 +68,36 @@ def train_step(run):
     # TRAP: counted over the whole step and over all processes, before anything is divided. A mean
     # of micro-batch means would give the words of short batches more weight (docs/PAPER.md §4.10).
     words = sum(int(batch.has_loss.sum()) for batch in batches)
-    pictures = sum(len(batch.images) for batch in batches)
+    pictures = sum(len(batch.latents) for batch in batches)
     all_words, all_pictures = words, pictures
-    if many:
+    if sharded:
         all_words, all_pictures = distributed.total([words, pictures])
 
     # 3. Forward and backward, one micro-batch at a time: only one set of activations is in memory.
     #    The gradients add up in the weights.
     lm_sum = 0.0
     per_picture = []
-    micro_losses = []
+    micro_losses = []                                   # only to name the culprit in not_finite
     for k, batch in enumerate(batches, 1):
-        if many:                                        # gradients travel after the last one only
+        if sharded:                                     # gradients travel after the last one only
             distributed.last_of_step(model, k == len(batches))
-        # Paper: eq. 1 and eq. 3, as sums over this micro-batch.       lm: scalar, ddpm: (M,)
-        lm, _, ddpm = losses(model, batch, run.diffusion, model.config.stable)
-        # Paper: eq. 4.
-        loss = transfusion_loss(lm, all_words, ddpm.sum(), all_pictures, config.lam)
+        # Paper: eq. 1, a sum over words, and eq. 3, one number per picture.
+        lm, _, ddpm = losses(model, batch, run.diffusion, model.config.stable)      # (), _, (M,)
+        # Paper: eq. 4. This micro-batch's part of it: the parts add up to L.
+        part = transfusion_loss(lm, all_words, ddpm.sum(), all_pictures, config.lam)
         # FSDP averages gradients over processes, but this loss is already divided by global
         # counts: undo the average.
-        (loss * processes).backward()
+        (part * processes).backward()
         # Detached, or the log would keep the whole graph alive.
         lm_sum += lm.detach()
         per_picture.append(ddpm.detach())
-        micro_losses.append(loss.detach())
+        micro_losses.append(part.detach())
 
     # 4. Clip, then step.
     # Paper: App. B.1 clips the gradient's norm at 1.
     # TRAP: the norm of the whole gradient, so after all micro-batches and over all processes.
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    if many:
+    if sharded:
         norm = distributed.gather(norm)
     if not math.isfinite(norm):                         # a step with it would ruin every weight
         raise run.not_finite(norm, batches, micro_losses)
@@ -120,7 +121,8 @@ def train_step(run):
 def draw_noise(batch):
     """Give every picture its noise level t (M,) int64, and its noise eps (M, c, h, w)."""
     # Paper: App. B.2. t is uniform, but for a picture that precedes its caption only up to 500:
-    # a caption of pure noise teaches nothing. The limits come with the documents (data.one_pair).
+    # a caption cannot be learned from pure noise. On flow's schedule the limit is the t with as
+    # much noise. It comes with the document (t_max); t_min is 1 unless an edit wants pure noise.
     # TRAP: one t per picture, not one per batch; and the network must be told the very t that the
     # noise has. Both mistakes train with a falling loss (docs/PAPER.md §4.3).
     spread = batch.t_max - batch.t_min + 1                                      # (M,)
@@ -130,7 +132,7 @@ def draw_noise(batch):
 
 
 def learning_rate(config, step):
-    """The rate of a step, counted from 0: linear warm-up, then half a cosine to a twentieth."""
+    """The rate of a step, counted from 0: linear warm-up to lr, then half a cosine to lr / 20."""
     # Paper: §4.1, 4,000 steps of warm-up to 3e-4, then down to 1.5e-5.
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
@@ -147,7 +149,7 @@ def update_average(run):
         return
     # Early on it must forget quickly, or the random first weights would stay in it for long.
     keep = min(run.config.ema, (1 + run.step) / (10 + run.step))
-    # All tensors in one call: a loop over hundreds of small ones would cost as much as a layer.
+    # average += (1 - keep) * (model - average), for all tensors in one call.
     torch._foreach_lerp_(list(run.average.parameters()), list(run.model.parameters()), 1 - keep)
 
 
@@ -160,9 +162,9 @@ def fit(run, out):
     first = distributed.rank() == 0                     # one process speaks and writes for all
     log = run_folder.Log(out, run.step)
     saver = distributed.Saver(out, run.ranks)
-    # Captioned pictures that are never trained on. A Llama has none.
+    # (captions, latents, latents before) of pictures that are never trained on. A Llama has none.
     probe = None if config.model == "llama" else run.feed.held_out(128)
-    distributed.wait()                                  # process 0 writes what the others have read
+    distributed.wait()                                  # all have read log.jsonl: now rewrite it
     if first:
         log.start()
     bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1,
@@ -172,16 +174,15 @@ def fit(run, out):
     began = time.time()
     try:
         with finish_step_first(alone=distributed.size() == 1) as pressed:
-            # If one process was told to stop, all of them stop after the same step. Otherwise
-            # those that go on would wait for its gradients for ever.
-            while run.step < config.steps and not any(distributed.total([len(pressed)])):
+            while run.step < config.steps and not asked_to_stop(pressed):
                 window.append(train_step(run))
                 bar.update()
                 last = run.step == config.steps
 
-                # A line of the log. The gap is dear: it takes a whole copy of the model.
+                # A line of the log. The gap costs two forwards and, when weights are divided, a
+                # whole copy of the model.
                 if run.step % config.log_every == 0 or last:
-                    lr = learning_rate(config, run.step - 1)
+                    lr = learning_rate(config, run.step - 1)            # of the step just taken
                     row = log_line(window, run, lr, time.time() - began)
                     if probe and (run.step % config.gap_every == 0 or last):
                         row["gap"] = measure_gap(run, probe)
@@ -194,11 +195,17 @@ def fit(run, out):
                 # Everything that a resumed run needs. It is written while training goes on.
                 if run.step % config.save_every == 0:
                     saver.save(run.step, run.model, run.average, run.optimizer)
-            saver.save(run.step, run.model, run.average, run.optimizer)
+            saver.save(run.step, run.model, run.average, run.optimizer)     # unless just saved
     finally:
         saver.wait()                                    # also after an error: never half of a file
         bar.close()
     return log.rows, run.step == config.steps
+
+
+def asked_to_stop(pressed):
+    """Whether any process was told to stop. pressed is empty until Ctrl-C. All must call this."""
+    # All stop after the same step: one that went on would wait for the others' gradients for ever.
+    return any(distributed.total([len(pressed)]))
 
 
 def measure_gap(run, probe):
@@ -210,8 +217,8 @@ def measure_gap(run, probe):
 
 def seconds_left(bar):
     """How long the rest will take, at the speed so far."""
-    per_step = bar.format_dict["elapsed"] / (bar.n - bar.initial)       # without the steps before
-    return round(per_step * (bar.total - bar.n))                        # --resume
+    steps = bar.n - bar.initial                         # without those before --resume
+    return round(bar.format_dict["elapsed"] / steps * (bar.total - bar.n))
 
 
 # ----------------------------------------------------------------------------------- the whole run
