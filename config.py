@@ -116,8 +116,9 @@ class Config:
 
 # A resumed run may change these. They decide how it computes and what it writes, not what it
 # learns (support/run_folder.py compares the rest).
+# The data may lie in another folder by now: run_folder.check_same_data looks at what is in it.
 MAY_CHANGE_ON_RESUME = {
-    "out", "log_every", "gap_every", "save_every",
+    "out", "data_dir", "log_every", "gap_every", "save_every",
     "samples", "sample_steps", "guidance", "sampler",
     "checkpointing", "compile", "shard",
 }

@@ -129,6 +129,11 @@ class Pieces:
         return self.processor.decode(pieces)
 
 
+def count_tokens(tokenizer, text):
+    """How many tokens a text has; how many words, if tokenizer is None."""
+    return len(tokenizer.encode(text) if tokenizer else text.split())
+
+
 # ------------------------------------------------------------------------ document -> one sequence
 @dataclass
 class Sequence:
@@ -372,9 +377,10 @@ class Documents:
     another: float = 0.2
     # The share of documents without pictures. Negative: what makes 1 : 1, see `text_for_1_to_1`.
     text_share: float = -1.0
+    tokenizer: object = None                # measures captions and texts; None: in words
 
     def __post_init__(self):
-        caption = max(len(text.split()) for text in self.pairs.captions)
+        caption = max(count_tokens(self.tokenizer, text) for text in self.pairs.captions)
         self.pair = caption + self.patches + 2                  # longest pair, with BOI and EOI
         self.most = max(1, min(4, (self.context - 2) // self.pair))         # BOS and EOS take two
         if not self.pairs.texts:
@@ -387,9 +393,10 @@ class Documents:
         # Paper: §4.1, "a 1:1 token ratio". A pair has more patches than words, and text alone evens
         # it out:    s * text_length + (1 - s) * pair_words  =  (1 - s) * pair_patches.
         captions = self.pairs.captions[:5000]                   # enough for a mean
-        words = float(np.mean([len(caption.split()) for caption in captions]))
+        words = float(np.mean([count_tokens(self.tokenizer, text) for text in captions]))
         texts = itertools.chain(*self.pairs.texts)
-        text_length = 2 + float(np.mean([len(text.split()) for text in texts]))     # BOS, EOS
+        lengths = [count_tokens(self.tokenizer, text) for text in texts]
+        text_length = 2 + float(np.mean(lengths))               # BOS, EOS
 
         pairs = sum(k * p for k, p in enumerate(self.pairs_odds(), start=1))
         pair_words = 2 + pairs * (words + 2)                    # BOS, EOS; BOI, EOI of each pair

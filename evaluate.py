@@ -101,7 +101,7 @@ def measure_excess(trained, job):
     config = trained.model.config
     pairs = scenes.load_scenes(5000, [job.seed, 2], job.categories, progress=False)
     documents = data.Documents(pairs, config.patches, config.context,
-                               text_share=trained.text_share)
+                               text_share=trained.text_share, tokenizer=trained.tokenizer)
     world = scenes.World(tuple(job.categories))
     return scene_metrics.excess_nats(trained, documents, world, 500, job.seed)
 
@@ -250,8 +250,11 @@ def describe_report(numbers, options):
     if "alone" in numbers:
         add("text loss of deductions, likewise", f"{numbers['alone']:6.4f} nats per token")
     if "conditioning_gap" in numbers:
-        add("conditioning gap",
-            f"{numbers['conditioning_gap']:6.3f} (0 = the caption is ignored)")
+        gap = numbers["conditioning_gap"]
+        if gap is None:
+            add("conditioning gap", "cannot be measured: all unseen captions say the same")
+        else:
+            add("conditioning gap", f"{gap:6.3f} (0 = the caption is ignored)")
     lines.append(f"  measured in {numbers['seconds']:.0f} s")
     return lines
 

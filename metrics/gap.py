@@ -25,7 +25,7 @@ from support.checkpoint import device_of
 
 def wrong_captions(captions):
     """For each of N captions the next one in the list that says something else; where all of
-    them are alike, the caption itself."""
+    them are alike, the caption itself. captions: lists of ids, or str."""
     wrong = []
     for k, own in enumerate(captions):
         # TRAP: many pictures share a caption. A "wrong" one that says the same would pull the
@@ -35,17 +35,30 @@ def wrong_captions(captions):
     return wrong
 
 
+def as_ids(tokenizer, captions):
+    """The captions as lists of ids. captions: N str, or lists of ids already."""
+    ids = []
+    for caption in captions:
+        ids.append(caption if isinstance(caption, list) else tokenizer.encode(caption))
+    return ids
+
+
 @torch.no_grad()
 def conditioning_gap(model, tokenizer, diffusion, captions, latents, before=None, seed=0):
     """Diffusion loss (eq. 3) with a wrong caption minus that with the right one. 0: the model
-    ignores its caption, however good the loss looks. A Chameleon's is in nats, see `code_gap`.
+    ignores its caption, however good the loss looks. None: it cannot be measured, because all
+    captions say the same. A Chameleon's is in nats, see `code_gap`.
 
     model       model.Transfusion
     tokenizer   data.Words or data.Pieces
-    captions    N str
+    captions    N str, or lists of ids
     latents     (N, c, h, w) float32, or codes (N, h, w) int64
     before      of edits: (N, c, h, w), the pictures that stand before the captions; else None
     seed        of the noise"""
+    # As ids: "A cat" and "a cat" say the same to a tokenizer of lower case.
+    captions = as_ids(tokenizer, captions)
+    if all(caption == captions[0] for caption in captions):
+        return None
     if latents.dtype == torch.long:
         return code_gap(model, tokenizer, captions, latents)
 
@@ -91,14 +104,14 @@ def code_gap(model, tokenizer, captions, codes):
     the right one. Every process must call it.
 
     captions: N str, or lists of ids; codes: (N, h, w) int64, 0..K-1."""
+    captions = as_ids(tokenizer, captions)
     # A code's token follows the V words. There is no noise here: a likelihood needs none.
     pictures = (codes.flatten(1) + len(tokenizer)).tolist()
 
     nats = []
     for texts in (captions, wrong_captions(captions)):
         requests = []
-        for text, picture in zip(texts, pictures, strict=True):
-            ids = text if isinstance(text, list) else tokenizer.encode(text)
+        for ids, picture in zip(texts, pictures, strict=True):
             requests.append((ids + [BOI], picture))
         nats.append(sum(log_p for log_p, _ in log_likelihood(model, requests)))
     right, wrong = nats

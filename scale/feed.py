@@ -6,6 +6,7 @@ THE IDEA    The same feed as sources/feed.py, for data that do not fit in memory
 A PICTURE   packed/ --shards.Shards--> rows of documents, latents --lay_out--> Batch
 READ NEXT   shards.py       TEST  tests/test_shards.py
 """
+import json
 from dataclasses import dataclass
 from typing import Callable
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from scale.shards import Shards
-from sources.feed import noise_limits, shape_of
+from sources.feed import digest, noise_limits, shape_of
 from support.common import UserError
 
 
@@ -68,8 +69,13 @@ class ShardFeed:
         return [self.tokenizer.decode(caption) for caption in ids]
 
     def describe(self):
-        """What config.json says of the data: the settings they were packed with."""
-        return {"packed": self.shards.settings}
+        """What config.json says of the data: the settings they were packed with, and the name of
+        their content."""
+        headers = []
+        for shards in self.shards.headers.values():
+            headers += shards.values()
+        content = digest(json.dumps(headers, sort_keys=True).encode())
+        return {"packed": self.shards.settings | {"content": content}}
 
 
 def build_feed(config, diffusion, start, view):

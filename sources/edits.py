@@ -33,8 +33,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data import count_tokens
 from sources import scenes
-from sources.pairs import SPLITS, clean_caption, in_split, print_skipped, words_of
+from sources.pairs import SPLITS, clean_caption, print_skipped, split_items, words_of
 from sources.scenes import COLOURS, HELD_OUT, RELATIONS, SHAPES, Thing
 from support.common import UserError, open_picture, read_records
 
@@ -297,11 +298,13 @@ class Edits:
     chains      list of ([indices of n + 1 pictures], [n instructions])
     scenes      the true scene of each picture, or None
     language    instructions beyond these whose words must be known
+    lines       where each triple stands, file and line, for a sentence about it; empty: in no file
     """
     pixels: np.ndarray
     chains: list
     scenes: list | None = None
     language: list = field(default_factory=list)
+    lines: list = field(default_factory=list)
 
     @property
     def captions(self):
@@ -378,28 +381,54 @@ def load_triples(folder, size=32, split="train"):
     "after": file} per line. What is bad is counted, named and skipped, as in folder.py."""
     path = Path(folder) / "edits.jsonl"
     records = read_records(path, ("before", "instruction", "after"))
-    pixels = []
-    chains = []
+    names = []                                          # (before, after) of each triple
+    instructions = []
+    lines = []
+    pictures = []                                       # (before, after), two arrays each
     skipped = []
     for number, (before, text, after) in tqdm(records, desc=f"reading {folder}", leave=False):
+        line = f"{path} line {number}"
         try:
-            instruction = clean_caption(text, f"{path} line {number}")
-            pictures = [open_picture(path.parent / name, size) for name in (before, after)]
+            instruction = clean_caption(text, line)
+            both = [open_picture(path.parent / name, size) for name in (before, after)]
         except UserError as problem:
             skipped.append(str(problem))
-            continue
-        first = len(pixels)
-        chains.append(([first, first + 1], [instruction]))
-        pixels += pictures
+        else:
+            names.append((before, after))
+            instructions.append(instruction)
+            lines.append(line)
+            pictures.append(both)
     print_skipped(folder, skipped, len(records), "triples")
 
-    chosen = [chain for k, chain in enumerate(chains) if in_split(k, split)]
-    if not chosen:
-        raise UserError(f"{folder} has no usable {split} triple: it needs at least ten with "
-                        f"readable pictures")
+    # Of this split alone: a VAE that is trained on these pictures must not see those of the test.
+    pixels = []
+    chains = []
+    chosen = split_items(folder, name_groups(names), split, "triples")
+    for k in chosen:
+        first = len(pixels)
+        pixels += pictures[k]
+        chains.append(([first, first + 1], [instructions[k]]))
     # The words of both splits must be known: the test split's gap is measured during training.
-    language = [instruction for _, (instruction,) in chains]
-    return Edits(np.stack(pixels), chosen, language=language)
+    return Edits(np.stack(pixels), chains, language=instructions, lines=[lines[k] for k in chosen])
+
+
+def name_groups(names):
+    """For each (before, after) one name for all triples that share pictures with it, directly or
+    through others: 1.png to 2.png and 2.png to 3.png are in one group, and in one split."""
+    group_of = {}                                       # name of a picture: list of its group
+    for before, after in names:
+        one = group_of.setdefault(before, [before])
+        other = group_of.setdefault(after, [after])
+        if one is other:
+            continue
+        if len(one) < len(other):                       # the smaller moves into the larger
+            one, other = other, one
+        one += other
+        for name in other:
+            group_of[name] = one
+    groups = {id(group): group for group in group_of.values()}          # each once
+    first_name = {key: min(group) for key, group in groups.items()}
+    return [first_name[id(group_of[before])] for before, _ in names]
 
 
 def load_edits(folder=None, size=32, split="train", n=8000, seed=0, progress=True, **unused):
@@ -422,6 +451,7 @@ class EditDocuments:
     T           diffusion steps
     drop        share of edits without instruction, and without first picture
     questions   share that asks "what changed ?" instead (scenes only)
+    tokenizer   measures instructions; None: in words
     """
     pairs: Edits
     patches: int
@@ -430,18 +460,17 @@ class EditDocuments:
     T: int = 1000
     drop: float = 0.1
     questions: float = 0.25                             # Our choice: see docs/RESULTS.md
+    tokenizer: object = None
 
     def __post_init__(self):
         self.triples = self.pairs.triples()
 
     def longest(self):
         """Positions of the longest document."""
-        words = max(len(text.split()) for text in self.pairs.captions)
+        question = "what changed ? " if self.pairs.scenes and self.questions else ""
+        tokens = max(count_tokens(self.tokenizer, question + text) for text in self.pairs.captions)
         pictures = 2 * (self.patches + 2)               # each between BOI and EOI
-        longest = 2 + pictures + words                  # all between BOS and EOS
-        if self.pairs.scenes and self.questions:
-            longest += 3                                # what changed ?
-        return longest
+        return 2 + pictures + tokens                    # all between BOS and EOS
 
     def draw(self, rng):
         """One document, as `data.lay_out` takes it. rng: numpy Generator."""

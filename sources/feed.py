@@ -13,6 +13,8 @@ SHAPES      latents (N, c, h, w) float32 of all N pictures; a Batch as data.py h
             it
 READ NEXT   ../train.py        TEST  tests/test_train.py
 """
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Callable
 
@@ -92,22 +94,55 @@ class Feed:
         return []
 
     def describe(self):
-        """What config.json says of the data beside the options: nothing."""
-        return {}
+        """What config.json says of the data beside the options. A resumed run compares it: the
+        same data may lie in another folder now, and other data in this one."""
+        pairs = self.documents.pairs
+        words = " ".join(self.tokenizer.vocabulary[len(data.SPECIAL):])
+        if isinstance(self.tokenizer, data.Pieces):
+            words = digest(self.tokenizer.model)
+        return {"learned": {
+            "words": words,                             # first: of all changes it says most
+            "pictures": len(pairs.captions),
+            "captions": digest(json.dumps(pairs.captions).encode()),
+            "pixels": digest(np.ascontiguousarray(pairs.pixels)),
+        }}
+
+
+def digest(content):
+    """16 hex digits that name some bytes, or an array, by its content."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def probe(pairs, vae, n):
     """What the conditioning gap is measured on (metrics/gap.py), of the first n captioned pictures
     or edits: (captions, latents, latents of the pictures before; None if there are none).
     A VQ-VAE gives codes in place of latents."""
-    if vae.quantiser:
-        codes = vae_module.encode_all_codes(vae, pairs.pixels[:n], progress=False)
-        return pairs.captions[:n], codes, None
     if isinstance(pairs, edits.Edits):
         before, captions, after = map(list, zip(*pairs.triples()[:n]))
         latents = mean_latents(vae, pairs.pixels[after])
         return captions, latents, mean_latents(vae, pairs.pixels[before])
-    return pairs.captions[:n], mean_latents(vae, pairs.pixels[:n]), None
+
+    numbers = first_different(pairs.pixels, n)
+    captions = [pairs.captions[k] for k in numbers]
+    pixels = pairs.pixels[numbers]
+    if vae.quantiser:
+        return captions, vae_module.encode_all_codes(vae, pixels, progress=False), None
+    return captions, mean_latents(vae, pixels), None
+
+
+def first_different(pixels, n):
+    """The numbers of the first n pictures of (N, h, w, c) that are not the same as one before."""
+    # A picture may have five captions. Another one of its own would be no wrong caption.
+    seen = set()
+    numbers = []
+    for k, picture in enumerate(pixels):
+        content = picture.tobytes()
+        if content not in seen:
+            seen.add(content)
+            numbers.append(k)
+        if len(numbers) == n:
+            break
+    return numbers
 
 
 def mean_latents(vae, pixels):
@@ -141,8 +176,10 @@ def build_feed(config, test, diffusion, start, vae, train_vae, view, progress=Tr
     tokens = len(tokenizer) + vae_config.codes          # a Chameleon's codes are tokens, too
     shape = shape_of(config, tokens, latent, start)
     limits = noise_limits(config, diffusion)
-    documents = build_documents(config, source, shape.patches, limits)
+    documents = build_documents(config, source, shape.patches, limits, tokenizer)
     check_length(config, documents)
+    # The gap is measured on unseen captions: one that is too long would end the run, hours later.
+    check_length(config, build_documents(config, test, shape.patches, limits, tokenizer))
 
     # 2. Work. Pictures are encoded once: the VAE learns no more.
     if vae is None:
@@ -164,11 +201,12 @@ def new_vae_config(config, source):
     return vae_module.VAEConfig(image_channels=source.pixels.shape[3], codes=codes)
 
 
-def build_documents(config, source, patches, limits):
+def build_documents(config, source, patches, limits, tokenizer):
     """What draws the documents of a source. limits: `noise_limits`."""
     if config.data == "edits":
-        return edits.EditDocuments(source, patches, config.seq_len, **limits)
-    return data.Documents(source, patches, config.seq_len, text_share=config.text_share, **limits)
+        return edits.EditDocuments(source, patches, config.seq_len, tokenizer=tokenizer, **limits)
+    return data.Documents(source, patches, config.seq_len, text_share=config.text_share,
+                          tokenizer=tokenizer, **limits)
 
 
 def noise_limits(config, diffusion):
@@ -227,10 +265,22 @@ def check_vae(config, vae_config, source):
 
 
 def check_length(config, documents):
-    """Raise UserError if the longest document does not fit in a row."""
+    """Raise UserError if the longest document does not fit in a row. It names the line of the
+    longest caption, if the captions come from a file."""
     longest = documents.longest()
-    if longest > config.seq_len:
-        # A Chameleon has a code for every place: it has no patches to enlarge.
-        advice = "raise --seq-len" if config.model == "chameleon" else "raise --seq-len or --patch"
-        raise UserError(f"the longest document takes {longest} positions and does not fit in a "
-                        f"context of {config.seq_len}: {advice}")
+    if longest <= config.seq_len:
+        return
+    # A Chameleon has a code for every place: it has no patches to enlarge.
+    advice = "raise --seq-len" if config.model == "chameleon" else "raise --seq-len or --patch"
+    where = ""
+    pairs = documents.pairs
+    if pairs.lines:
+        lengths = [data.count_tokens(documents.tokenizer, text) for text in pairs.captions]
+        k = int(np.argmax(lengths))
+        room = config.seq_len - (longest - lengths[k])
+        too_many = sum(length > room for length in lengths)
+        where = f"{pairs.lines[k]}: a caption of {lengths[k]} tokens is too long"
+        where += f", as are {too_many - 1} others; " if too_many > 1 else "; "
+        advice = f"shorten it, or {advice}"
+    raise UserError(f"{where}the longest document takes {longest} positions and does not fit in a "
+                    f"context of {config.seq_len}: {advice}")

@@ -13,7 +13,9 @@ PAPER/HERE  same: pictures are cropped at the centre and resized to a square.
             disk first.
 READ NEXT   scenes.py, mnist.py, folder.py, choose.py        TEST  tests/test_sources.py
 """
+import hashlib
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Callable
 
 import numpy as np
@@ -35,6 +37,7 @@ class Pairs:
     words       set of every word that the source can utter; None: those of its captions
     labels      (N,) int, MNIST's classes, or None
     language    captions beyond these whose words must be known, too
+    lines       where each caption stands, file and line, for a sentence about it; empty: in no file
     judge       function (caption, picture (h, w, 3 or 1) uint8) -> whether the picture shows what
                 the caption says; evaluate.py counts with it. None: nobody can say
     """
@@ -45,6 +48,7 @@ class Pairs:
     words: set | None = None
     labels: np.ndarray | None = None
     language: list = field(default_factory=list)
+    lines: list = field(default_factory=list)
     judge: Callable | None = None
 
     def vocabulary(self):
@@ -64,18 +68,68 @@ def words_of(texts):
 
 # ------------------------------------------------------------------------ what all sources agree on
 def clean_caption(text, where):
-    """A caption as it is learned: lower case, one space between words. Raises UserError for an
-    empty one. where: its file and line, for the sentence."""
-    caption = " ".join(text.lower().split())
+    """A caption as it is learned and asked for: one space between words. Raises UserError for an
+    empty one, and for one that is no text. where: its file and line, for the sentence."""
+    # Capitals stay: lower case is the rule of one tokenizer only (data.Words).
+    caption = " ".join(text.split())
     if not caption:
         # It would teach to draw without words, which only a dropped caption may do.
         raise UserError(f"{where}: the caption is empty")
+    check_text(caption, where)
     return caption
 
 
-def in_split(k, split):
-    """Whether item k of a folder belongs to a split: every tenth is for the test."""
-    return (k % 10 == 9) == (split == "test")
+def check_text(text, where):
+    """Raise UserError for a string that JSON can hold, but that is no text. where: for the
+    sentence."""
+    if "\0" in text:                                    # every second byte of UTF-16 is one
+        raise UserError(f"{where} has a NUL character: is the file UTF-16? Save it as UTF-8")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:                          # "\ud800" alone
+        raise UserError(f"{where} has half a character, which is no text") from None
+
+
+def choose_test(names):
+    """Which pictures of a folder are its test split: the set of their names, about a tenth.
+    names: those of all pictures."""
+    # Our choice: by a hash of the name. A picture that is added, or a line that moves, must not
+    # bring a picture that was trained on into the test split. Nor may the split follow the order:
+    # with ten classes in turn, every tenth line is of one class.
+    hashes = {name: hash_name(name) for name in names}
+    chosen = {name for name, number in hashes.items() if number % 10 == 0}
+    if not chosen:
+        # A few pictures only: the one of the smallest hash. If a smaller one is added, the first
+        # goes over to training, which does no harm.
+        least = min(hashes.values())
+        chosen = {name for name, number in hashes.items() if number == least}
+    return chosen
+
+
+def hash_name(name):
+    """A number from the name of a file: the same on every machine, on any day."""
+    name = str(PurePosixPath(name))                     # "./cat.jpg" is "cat.jpg"
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def split_items(folder, names, split, what):
+    """The places in a folder's list that belong to a split, in a random order that is always the
+    same. Raises UserError if there are too few.
+
+    names       for each item the name of its picture: items of one picture stay together
+    split       "train" or "test"
+    what        the items are, in the plural, for the sentence"""
+    different = set(names)
+    if len(names) < 10 or len(different) < 2:
+        raise UserError(f"{folder} has {len(names)} usable {what} of {len(different)} different "
+                        f"pictures: it needs at least ten, and one picture for the test split")
+    in_test = choose_test(different)
+    chosen = [k for k, name in enumerate(names) if (name in in_test) == (split == "test")]
+    # Whoever takes the first few takes a sample: the conditioning gap does, and the VAE's scale.
+    # In a folder that is sorted, by caption or by brightness, the first few are alike.
+    order = np.random.default_rng([len(chosen), 18]).permutation(len(chosen))
+    return [chosen[k] for k in order]
 
 
 def print_skipped(folder, problems, n, what):

@@ -31,7 +31,8 @@ def plot_curves(log, path):
 
     log: list of dicts, the lines of log.jsonl."""
     diffuses = any(row["diffusion"] is not None for row in log)
-    with_gap = [row for row in log if "gap" in row]     # it is measured now and then
+    # It is measured now and then, and not at all where all captions are alike.
+    with_gap = [row for row in log if row.get("gap") is not None]
     panels = ["losses"]
     if diffuses:
         panels.append("noise")

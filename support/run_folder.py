@@ -13,7 +13,7 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from support.common import UserError
+from support.common import UserError, load_json
 
 
 # ------------------------------------------------------------------------- before any work is done
@@ -70,16 +70,35 @@ def read_config(out, config):
 
 
 def check_same_data(out, described):
-    """Raise UserError if the run in `out` has learned from shards with another tokenizer, VAE, or
-    layout. described: what the feed says of its data (`describe`)."""
-    before = json.loads((out / "config.json").read_text()).get("packed") or {}
-    now = described.get("packed", {})
-    changed = [name for name in before if now.get(name) != before[name]]
-    if changed:
-        first = changed[0]
-        raise UserError(f"{out} has learned from shards with another {' and '.join(changed)} "
-                        f"({before[first]}, now {now.get(first)}): put those back, or start a new "
-                        f"run with another --out")
+    """Raise UserError if the run in `out` has learned from other data: other captions or pictures,
+    or shards with another tokenizer, VAE, or layout. described: what the feed says of its data
+    (`describe`)."""
+    kept = load_json((out / "config.json").read_text())
+    for part, now in described.items():
+        before = kept.get(part)
+        if before is None and kept.get("data_dir"):
+            raise UserError(f"{out} was begun by an earlier version of this program, which split "
+                            f"folders into training and test otherwise: start a new run with "
+                            f"another --out")
+        changed = [name for name, value in (before or {}).items() if now.get(name) != value]
+        if changed:
+            first = changed[0]
+            example = difference(before[first], now.get(first))
+            raise UserError(f"{out} has learned from {kept.get('data')} with another "
+                            f"{' and '.join(changed)} ({example}): put those back, or start a new "
+                            f"run with another --out")
+
+
+def difference(before, now):
+    """What two values of the data's description differ in, in a few words."""
+    if isinstance(before, str) and isinstance(now, str):
+        words = set(before.split())
+        words_now = set(now.split())
+        if len(words) > 1 and words != words_now:       # a vocabulary
+            gone = sorted(words - words_now)
+            new = sorted(words_now - words)
+            return f"gone: {', '.join(gone[:5]) or 'none'}; new: {', '.join(new[:5]) or 'none'}"
+    return f"{before}, now {now}"
 
 
 # ----------------------------------------------------------------------------------------- the log
