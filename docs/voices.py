@@ -64,14 +64,17 @@ def passages(path):
 def collect():
     """The page as text."""
     lines = ["# What the code says of itself", "",
-             "Collected from the comments by `python -m docs.voices`; a test keeps it up to date.", ""]
-    everything = [(path, *passage) for path in source_files() for passage in passages(path)]
+             "Collected from the comments by `python -m docs.voices`; a test keeps it so.", ""]
+    everything = []
+    for path in source_files():
+        for voice, text, line in passages(path):
+            everything.append((path, voice, text, line))
     for voice, title in VOICES.items():
         lines += [f"## {title}", ""]
         for path, spoken, text, line in everything:
             if spoken == voice:
-                where = path.relative_to(HOME).with_suffix("").as_posix().replace("/", ".")
-                name = ".".join(part for part in (where, function_at(path, line)) if part)
+                module = path.relative_to(HOME).with_suffix("").as_posix().replace("/", ".")
+                name = f"{module}.{function_at(path, line)}".rstrip(".")
                 lines.append(f"- `{name}`: {text}")
         lines.append("")
     return "\n".join(lines)
