@@ -16,7 +16,7 @@ from attention_mask import or_mask
 from support.checkpoint import decode_latents, load_trained
 from support.common import ASSETS
 
-CAPTION = "a red circle left of a blue square"
+CAPTION = "a red circle"
 WORD, MARK, PATCH = "#34495e", "#95a5a6", "#e67e22"     # words; BOI and EOI; patches
 HERE = Path(__file__).parent
 
@@ -37,11 +37,13 @@ def denoise(caption, moments):
 
 def draw_sequence(axis, tokens, colours):
     """The sequence as a row of boxes; x from 0 to len(tokens)."""
-    for k, (token, colour) in enumerate(zip(tokens, colours)):
+    for k, (token, colour) in enumerate(zip(tokens, colours, strict=True)):
         axis.add_patch(Rectangle((k + 0.04, 0), 0.92, 1, color=colour))
         axis.text(k + 0.5, 0.5, token, ha="center", va="center", color="white", fontsize=8.5)
+    for left, right, said in ((0, 3, "say the next word"), (4, 8, "say their noise")):
+        axis.text((left + right) / 2, 1.25, said, ha="center", va="bottom", fontsize=8.5)
     axis.set_xlim(0, len(tokens))
-    axis.set_ylim(0, 1)
+    axis.set_ylim(0, 1.9)
     axis.axis("off")
 
 
@@ -58,7 +60,8 @@ def draw_mask(axis, tokens, image_id):
     axis.set_xticks([])
     axis.set_yticks([k + 0.5 for k in range(len(tokens))], tokens, fontsize=7.5)
     axis.tick_params(length=0)
-    axis.set_xlabel("who may look at whom: in order, and both ways inside a picture", fontsize=9)
+    axis.set_xlabel("a row looks at a column: dark, what came before; orange, the same picture",
+                    fontsize=9)
 
 
 def main():
@@ -70,17 +73,17 @@ def main():
 
     figure = Figure(figsize=(11, 3.3), dpi=110, layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.15])
-    row, mask = left.subplots(2, 1, height_ratios=[1, 7])
+    row, mask = left.subplots(2, 1, height_ratios=[1.7, 7])
     draw_sequence(row, tokens, colours)
     draw_mask(mask, tokens, image_id)
 
     moments = [0, 60, 120, 150, 180, 250]
     axes = right.subplots(2, 3)
-    for axis, (t, picture) in zip(axes.flat, denoise(CAPTION, moments)):
+    for axis, (t, picture) in zip(axes.flat, denoise(CAPTION, moments), strict=True):
         axis.imshow(picture, interpolation="nearest")
         axis.set_title(f"t = {t}", fontsize=9)
         axis.axis("off")
-    right.suptitle(f'"{CAPTION}", then BOI: words are predicted, patches are denoised', fontsize=9)
+    right.suptitle(f'"{CAPTION}", BOI, and then its patches, drawn by the VAE', fontsize=9)
     figure.savefig(HERE / "idea.png")
     print(f"wrote {HERE / 'idea.png'}")
 
