@@ -801,12 +801,15 @@ def draw_snr(snr, sizes):
     snr: (T + 1,), for latents of mean square 1; sizes: {name: mean square}."""
     axis = one_panel(9, 4)
     times = range(1, len(snr) - 1)          # without the ends, where it is infinite or 0
-    for (name, size), colour in zip(sizes.items(), (GREEN, RED)):
+    # Where each label stands: (side, x, y) from the point, off both curves.
+    places = (("right", -15, 0.3), ("left", 15, 2.0))
+    looks = zip(sizes.items(), (GREEN, RED), places)
+    for (name, size), colour, (side, dx, y) in looks:
         curve = (snr * size)[1:-1]
         axis.plot(times, curve, color=colour, label=name)
         even = int((curve >= 1).sum())      # the last t where the picture is as strong
         axis.plot(even, 1, "o", color=colour, markersize=10)
-        write(axis, even - 15, 0.3, f"t = {even}", ha="right", color=colour)
+        write(axis, even + dx, y, f"t = {even}", ha=side, color=colour)
     axis.axhline(1, color=GREY, linewidth=1)
     axis.set(xlabel="t", yscale="log", ylim=(1e-3, 1e3), title="signal-to-noise ratio")
     axis.legend()
