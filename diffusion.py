@@ -77,6 +77,7 @@ def straight(T, shift=1.0):
 
 # ------------------------------------------ what the network must say, and x0 from what it has said
 # All of these take and give (M, c, h, w); a and s are those of eq. 2, shaped to multiply them.
+# Neither target here needs a and s, but others do: v = a eps - s x0 is one.
 def eps_target(x0, eps, a, s):
     """The noise itself: the target of the paper's DDPM."""
     return eps                                          # Paper: eq. 3
@@ -143,7 +144,7 @@ class Diffusion:
         return a.to(x), s.to(x)
 
     def add_noise(self, x0, eps, t):
-        """xt of eq. 2, (M, c, h, w).
+        """xt of eq. 2, (M, c, h, w). Its sqrt(alpha_bar) is a, see `cosine`.
 
         x0    (M, c, h, w), clean latents: noise comes before patchification
         eps   (M, c, h, w), normal noise
@@ -192,17 +193,6 @@ def loss(target, out):
     return error.square().flatten(1).mean(1)            # (M,)
 
 
-def same_noise(diffusion, t):
-    """The last step of `diffusion` that is no noisier (s/a) than the paper's schedule is at t: an
-    int, and t itself for the paper's own schedule."""
-    # For the noise limit of App. B.2: "t <= 500" means a certain noise, and a shifted schedule has
-    # that noise at an earlier t.
-    paper = Diffusion(T=diffusion.T)
-    limit = paper.s[t] / paper.a[t]
-    no_noisier = diffusion.s / diffusion.a <= limit     # (T + 1,), True up to that step
-    return int(no_noisier.sum()) - 1
-
-
 # ---------------------------------------------------------------------- noise out: one reverse step
 def guide(conditional, unconditional, w):
     """Classifier-free guidance, (M, c, h, w): w = 0 ignores the caption, w = 1 is the plain model,
@@ -231,11 +221,11 @@ def ancestral_step(diffusion, xt, x0, t, u, noise):
     a_t, s_t = diffusion.at(t, xt)
     a_u, s_u = diffusion.at(u, xt)
     # Seen as one step of the chain, the jump from u to t multiplies by `keep` and adds noise of
-    # variance `beta`.
+    # variance `beta`. In DDPM, from u = t - 1, keep^2 is 1 - beta_t, and the rest is its eq. 7.
     # TRAP: the betas of the 1,000-step chain are wrong in a 250-step one.
-    noise_t = s_t ** 2
+    noise_t = s_t ** 2                                  # DDPM: 1 - alpha_bar_t
     noise_u = s_u ** 2
-    keep = a_t / a_u
+    keep = a_t / a_u                                    # DDPM: sqrt(alpha_bar_t / alpha_bar_u)
     beta = noise_t - keep ** 2 * noise_u
     # Bayes: the mean lies between what x_t says and what x0 says.
     from_xt = keep * noise_u / noise_t * xt
@@ -262,13 +252,13 @@ def dpm_step(diffusion, xt, x0, x0_before, t, u, t_before):
     a_t, s_t = diffusion.at(t, xt)
     a_u, s_u = diffusion.at(u, xt)
     # Like DDIM, but x0 is drawn on along a straight line through the last two estimates. The line
-    # is straight in lambda = ln(a/s). The first and the last step are DDIM's.
+    # is straight in ln(a/s), their lambda. The first and the last step are DDIM's.
     if x0_before is not None and u > 0:
-        def lam(k):
+        def log_ratio(k):
             return torch.log(diffusion.a[k] / diffusion.s[k])
 
         # The ratio is infinite where a[T] = 0: no correction then.
-        ratio = (lam(t) - lam(t_before)) / (lam(u) - lam(t))
+        ratio = (log_ratio(t) - log_ratio(t_before)) / (log_ratio(u) - log_ratio(t))
         change = x0 - x0_before
         x0 = x0 + change / (2 * ratio).to(x0)
     shrink = s_u / s_t
@@ -278,7 +268,7 @@ def dpm_step(diffusion, xt, x0, x0_before, t, u, t_before):
 # ------------------------------------------------------------------------- noise out: all the steps
 @torch.no_grad()
 def sample(network, xT, diffusion, steps=250, sampler="ddpm", generator=None, x0_max=None):
-    """Generator of (t, x_t, x0 estimate), from the noisiest to t = 0. The last x is the picture.
+    """Yields (t, x_t, x0 estimate), from the noisiest to t = 0. The last x is the picture.
     Transfusion §3 "Inference".     Usage: *trajectory, (_, x, _) = sample(...)
 
     network     function (x_t (M, c, h, w), t int) -> out (M, c, h, w), guidance included

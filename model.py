@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention_mask import BlockMask, attend, dense_mask, intervals, tile_mask
-from diffusion import loss
+from diffusion import loss as diffusion_loss
 from patchify import PATCHES
 
 # ------------------------------------------------------------------------------------------- sizes
@@ -76,10 +76,10 @@ class ModelConfig:
     encoder: str = "linear"                 # "linear" or "unet" (§4.3.3)
     unet: tuple = TOY_UNET                  # channels and blocks of the latter
     patch_position: bool = False            # add a learned vector per place in the picture
-    context: int = 128                      # T: the longest sequence
+    context: int = 128                      # the longest row, in positions
     bidirectional: bool = True              # False: causal inside a picture too (Table 3)
     stable: bool = False                    # Chameleon's blocks (§4.1 "Baseline", Table 2)
-    T: int = 1000                           # diffusion steps
+    T: int = 1000                           # diffusion steps, as in diffusion.py: not positions
 
     def __post_init__(self):
         self.latent = tuple(self.latent)    # a checkpoint gives lists
@@ -152,25 +152,25 @@ class Block(nn.Module):
             self.norm_q = nn.LayerNorm(K)
             self.norm_k = nn.LayerNorm(K)
 
-    def forward(self, x, rope, mask, cache=None, layer=None, pos=None):
+    def forward(self, x, rope, mask, cache=None, layer=None, slots=None):
         """x (B, T, D) -> (B, T, D).
 
-        rope         (cos, sin) of `rope_tables`
-        mask         (B, 1, T, keys) bool, or a BlockMask
-        cache        Cache to write keys and values to, and to read those of earlier positions from
-        layer, pos   where in the cache: the number of this block, and (B, T) int64"""
+        rope           (cos, sin) of `rope_tables`
+        mask           (B, 1, T, keys) bool, or a BlockMask
+        cache          Cache to write keys and values to, and to read all earlier ones from
+        layer, slots   where in the cache: the number of this block, and (B, T) int64"""
         if self.stable:
             # Paper: §4.1 "Baseline", post-normalization: what a layer *adds* has a fixed size.
-            y = self.attention(x, rope, mask, cache, layer, pos)        # (B, T, D)
+            y = self.attention(x, rope, mask, cache, layer, slots)      # (B, T, D)
             x = x + self.norm1(y)
             return x + self.norm2(self.swiglu(x))                       # (B, T, D)
 
         # Paper: §4.1, "the standard settings from Llama": what a layer *reads* has a fixed size.
-        y = self.attention(self.norm1(x), rope, mask, cache, layer, pos)
+        y = self.attention(self.norm1(x), rope, mask, cache, layer, slots)
         x = x + y                                                       # (B, T, D)
         return x + self.swiglu(self.norm2(x))                           # (B, T, D)
 
-    def attention(self, x, rope, mask, cache, layer, pos):
+    def attention(self, x, rope, mask, cache, layer, slots):
         """(B, T, D) -> (B, T, D): who may look at whom is in the mask. Arguments as `forward`."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.N, D // self.N)            # (B, T, 3, N, K)
@@ -184,8 +184,8 @@ class Block(nn.Module):
         k = rotate(k, *rope)
         # Decoding: these T positions also look at all those before them.
         if cache is not None:
-            k, v = cache.write(layer, pos, k, v)                        # each (B, N, S, K)
-            keys = mask.shape[-1]                                       # how many places are filled
+            k, v = cache.write(layer, slots, k, v)                      # each (B, N, S, K)
+            keys = mask.shape[-1]                                       # how many slots are filled
             k = k[:, :, :keys]
             v = v[:, :, :keys]                                          # (B, N, keys, K)
         y = attend(q, k, v, mask)                                       # (B, N, T, K)
@@ -199,15 +199,15 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of every layer, for S positions of B rows, as tensors k and v of shape
-    (layers, B, N, S, K).
+    """Keys and values of every layer, in S slots for each of B rows, as tensors k and v of shape
+    (layers, B, N, S, K). Position k of a document is in slot k.
 
     config   ModelConfig
-    B, S     rows, and positions per row
+    B, S     rows, and slots per row
     like     a tensor whose device and dtype they get"""
 
-    # Paper: §3 "Inference", "x_{t-1}, which then overwrites x_t in the sequence". A position may be
-    # written again: so the patches of x_{t-1} take the places of those of x_t.
+    # Paper: §3 "Inference", "x_{t-1}, which then overwrites x_t in the sequence". A slot may be
+    # written again: so the patches of x_{t-1} take the slots of those of x_t.
 
     def __init__(self, config, B, S, like):
         K = config.width // config.heads
@@ -215,20 +215,26 @@ class Cache:
         self.k = like.new_zeros(shape)
         self.v = like.new_zeros(shape)
 
-    def write(self, layer, pos, k, v):
-        """Put k, v (B, N, n, K) at positions pos (B, n) of a layer; return all keys and all values
-        of the layer, each (B, N, S, K)."""
-        row = torch.arange(len(pos), device=pos.device)[:, None]        # (B, 1), beside pos (B, n)
-        self.k[layer, row, :, pos] = k.transpose(1, 2)                  # (B, n, N, K)
-        self.v[layer, row, :, pos] = v.transpose(1, 2)                  # (B, n, N, K)
+    def write(self, layer, slots, k, v):
+        """Put k, v (B, N, n, K) into slots (B, n) of a layer; return all keys and all values of the
+        layer, each (B, N, S, K)."""
+        row = torch.arange(len(slots), device=slots.device)[:, None]    # (B, 1), beside (B, n)
+        self.k[layer, row, :, slots] = k.transpose(1, 2)                # (B, n, N, K)
+        self.v[layer, row, :, slots] = v.transpose(1, 2)                # (B, n, N, K)
         return self.k[layer], self.v[layer]
 
     def rows(self, index):
-        """A new cache with copies of the chosen rows. index: list of int; a row may come twice."""
+        """The chosen rows as a cache. index: a list of int copies them, and a row may come twice;
+        a slice shares this cache's memory, so that what is written there is written here."""
         chosen = object.__new__(Cache)                                  # not `Cache(...)`: no zeros
-        chosen.k = self.k[:, index].clone()
-        chosen.v = self.v[:, index].clone()
+        chosen.k = self.k[:, index]
+        chosen.v = self.v[:, index]
         return chosen
+
+    def overwrite(self, index, other):
+        """Put all rows of the cache `other` in place of the chosen ones. index: list of int."""
+        self.k[:, index] = other.k
+        self.v[:, index] = other.v
 
 
 # --------------------------------------------------------------------------------- the whole model
@@ -258,7 +264,8 @@ class Transfusion(nn.Module):
             self.blocks.append(Block(D, config.heads, config.multiple, config.stable))
 
         # 3. The way out for words.
-        # Paper: §4.1, Llama's embeddings are untied: the head has a matrix of its own.
+        # Paper: §4.1, "the standard settings from Llama". Llama's head has a matrix of its own: it
+        # is not tied to the embedding table.
         self.norm = nn.RMSNorm(D, eps=1e-5)
         self.head = nn.Linear(D, config.vocabulary, bias=False)
         self.init_weights()
@@ -278,8 +285,8 @@ class Transfusion(nn.Module):
             nn.init.normal_(block.gate_up.weight, std=std)
             nn.init.normal_(block.out.weight, std=smaller)
             nn.init.normal_(block.down.weight, std=smaller)
-        # 2. Words, places and patches enter the row about equally loud. Faint words beside loud
-        #    patches are heard late: docs/RESULTS.md "What it took".
+        # 2. Words, patches and their place in the picture enter the row about equally loud. Faint
+        #    words beside loud patches are heard late: docs/RESULTS.md "What it took".
         nn.init.normal_(self.embedding.weight, std=0.5)
         if self.place is not None:
             nn.init.normal_(self.place, std=0.5)
@@ -321,11 +328,11 @@ class Transfusion(nn.Module):
         Raises ValueError if the patch positions in the rows are not M x P."""
         vectors, kept = self.encode_pictures(xt, t)                     # (M, P, D)
         is_patch = image_id >= 0                                        # (B, T)
-        places = int(is_patch.sum())
+        n_patches = int(is_patch.sum())
         # `masked_scatter` would leave out what is too much, without a word.
-        if places != len(xt) * self.config.patches:
-            raise ValueError(f"the rows have {places} patch positions, but {len(xt)} pictures of "
-                             f"{self.config.patches} patches were given")
+        if n_patches != len(xt) * self.config.patches:
+            raise ValueError(f"the rows have {n_patches} patch positions, but {len(xt)} pictures "
+                             f"of {self.config.patches} patches were given")
         x = self.embedding(tokens)                                      # (B, T, D)
         # TRAP: the first True gets the first vector, and so on. So pictures must be numbered in the
         # order of the rows, as data.to_batch numbers them.
@@ -333,29 +340,29 @@ class Transfusion(nn.Module):
         x = x.masked_scatter(is_patch[..., None], flat)                 # (B, T, D)
         return x, kept
 
-    def places(self, pos, image_id):
+    def rope_positions(self, pos, image_id):
         """Where RoPE sees the positions, (B, n) int64: at their number in the document.
 
         pos        (B, n) int64, counted from the start of each document
         image_id   (B, n) int64, which picture a position is a patch of, -1 for text"""
-        # Our choice: patches stand one after another, in raster order, like words. A place in two
-        # dimensions would be made here, and in `rope_tables` (forks/rope_2d.diff).
+        # Our choice: patches stand one after another, in raster order, like words. So this gives
+        # back pos. RoPE in two dimensions is another line here, and other `rope_tables`.
         return pos
 
-    def trunk(self, x, places, mask, cache=None, pos=None):
+    def trunk(self, x, rope_pos, mask, cache=None, slots=None):
         """The transformer, (B, n, D) -> (B, n, D).
 
-        x        (B, n, D)
-        places   where RoPE sees each of the n: what `places` says
-        mask     (B, n, keys) bool, or a BlockMask
-        cache    Cache or None. With one, the mask speaks of the cache's positions, and
-        pos      (B, n) int64 says where in the cache the n new keys and values go"""
+        x          (B, n, D)
+        rope_pos   where RoPE sees each of the n: what `rope_positions` says
+        mask       (B, n, keys) bool, or a BlockMask
+        cache      Cache or None. With one, the mask speaks of the cache's slots, and
+        slots      (B, n) int64 says where in the cache the n new keys and values go"""
         K = self.config.width // self.config.heads
-        rope = rope_tables(places, K)                                   # each (B, 1, n, K)
+        rope = rope_tables(rope_pos, K)                                 # each (B, 1, n, K)
         if not isinstance(mask, BlockMask):
             mask = mask[:, None]                                        # (B, 1, n, keys): all heads
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache, layer, pos)                 # (B, n, D)
+            x = block(x, rope, mask, cache, layer, slots)               # (B, n, D)
         return x
 
     # ---------------------------------------------------------------------------------- training
@@ -388,7 +395,7 @@ class Transfusion(nn.Module):
         # Our choice: positions count from the start of the document. So a document gives the same
         # output wherever it stands in a row.
         pos = torch.arange(T, device=tokens.device) - lo                # (B, T)
-        h = self.trunk(x, self.places(pos, image_id), mask)             # (B, T, D)
+        h = self.trunk(x, self.rope_positions(pos, image_id), mask)     # (B, T, D)
 
         # 4. The two heads. Logits only where a word is predicted: V is large, and half of the
         #    positions are patches.
@@ -405,19 +412,20 @@ class Transfusion(nn.Module):
         tokens     (B, n) int64
         image_id   (B, n) int64, -1 for text
         latents    (M, c, h, w), the finished pictures
-        pos        (B, n) int64, places in the cache, counted from the start of the document
+        pos        (B, n) int64, counted from the start of the document; also the cache's slots
         cache      Cache
         t          their noise, an int"""
         # TRAP: a finished picture is clean. Read it at t = 0, not at a random t as in training.
         times = torch.full((len(latents),), t, device=pos.device)       # (M,)
         x, _ = self.embed(tokens, image_id, latents, times)             # (B, n, D)
-        # `intervals` counts places in this call: where a picture ends. `pos` knows where that is
-        # in the cache.
+        # `last`: which of these n tokens each may look up to, so of a patch its picture's last one.
+        # `gather` turns that into a slot of the cache.
         one_document = torch.zeros_like(image_id)
         _, last = intervals(image_id, one_document, self.config.bidirectional)
         hi = pos.gather(1, last)                                        # (B, n)
         mask = self.mask_of_cache(pos, hi)                              # (B, n, keys)
-        h = self.trunk(x, self.places(pos, image_id), mask, cache, pos)         # (B, n, D)
+        rope_pos = self.rope_positions(pos, image_id)
+        h = self.trunk(x, rope_pos, mask, cache, pos)                   # (B, n, D)
         return self.head(self.norm(h))                                  # (B, n, V)
 
     def denoise(self, xt, t, pos, cache):
@@ -426,7 +434,7 @@ class Transfusion(nn.Module):
 
         xt      (B, c, h, w), noisy latents
         t       (B,) int64, their noise
-        pos     (B, P) int64, places in the cache
+        pos     (B, P) int64, counted from the start of the document; also the cache's slots
         cache   Cache"""
         # Paper: §3 "Inference", "x_{t-1}, which then overwrites x_t". Keys and values go to pos,
         # over those of the step before.
@@ -437,13 +445,14 @@ class Transfusion(nn.Module):
         if self.config.bidirectional:
             hi = pos[:, -1:].expand_as(pos)                             # (B, P): the last patch
         mask = self.mask_of_cache(pos, hi)                              # (B, P, keys)
-        places = self.places(pos, torch.zeros_like(pos))                # all of one picture, 0
-        h = self.trunk(vectors, places, mask, cache, pos)               # (B, P, D)
+        one_picture = torch.zeros_like(pos)                             # (B, P): no other image_id
+        rope_pos = self.rope_positions(pos, one_picture)
+        h = self.trunk(vectors, rope_pos, mask, cache, pos)             # (B, P, D)
         return self.patch_encoder.decode(h, t, kept)                    # (B, c, h, w)
 
     def mask_of_cache(self, pos, hi):
         """(B, n, keys) bool: the n new positions look from the start of the cache, which holds one
-        document per row, to hi (B, n). keys: as many places as are filled."""
+        document per row, to hi (B, n). keys: as many slots as are filled."""
         lo = torch.zeros_like(pos)
         return dense_mask(lo, hi, keys=int(pos.max()) + 1)
 
@@ -474,7 +483,7 @@ def losses(model, batch, diffusion, stable=False):
 
     # eq. 3.
     target = diffusion.target(batch.latents, batch.eps, batch.t)        # (M, c, h, w)
-    per_picture = loss(target, out)                                     # (M,)
+    per_picture = diffusion_loss(target, out)                           # (M,)
     return lm_sum, int(batch.has_loss.sum()), per_picture
 
 

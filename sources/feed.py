@@ -23,7 +23,7 @@ import torch
 
 import data
 import vae as vae_module
-from diffusion import same_noise
+from diffusion import Diffusion
 from model import sized
 from sources import choose, edits
 from support.common import UserError
@@ -220,6 +220,15 @@ def noise_limits(config, diffusion):
     else:
         t_limit = same_noise(diffusion, limit)
     return {"drop": config.drop, "t_limit": t_limit}
+
+
+def same_noise(diffusion, t):
+    """The last step of `diffusion` that is no noisier (s/a) than the paper's schedule is at t: an
+    int, and t itself for the paper's own schedule."""
+    paper = Diffusion(T=diffusion.T)
+    limit = paper.s[t] / paper.a[t]
+    no_noisier = diffusion.s / diffusion.a <= limit     # (T + 1,), True up to that step
+    return int(no_noisier.sum()) - 1
 
 
 def shape_of(config, tokens, latent, start):

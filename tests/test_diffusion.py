@@ -17,9 +17,9 @@ from diffusion import (
     guide,
     loss,
     respace,
-    same_noise,
     sample,
 )
+from sources.feed import same_noise
 
 # What is tried with every row of KINDS is tried with a new one at once.
 OURS = ("ddpm", "flow")                                 # by hand: what these two rows say

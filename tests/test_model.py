@@ -139,7 +139,7 @@ def test_places_are_not_slots(model, monkeypatch):
 
     batch = make_batch([SHORT], T=10)                   # <bos> the square <boi> . . . . <eoi> <eos>
     _, plain = run(model, batch, batch.latents)
-    monkeypatch.setattr(model, "places", two_at_one_place)
+    monkeypatch.setattr(model, "rope_positions", two_at_one_place)
     _, wanted = run(model, batch, batch.latents)
     assert not torch.allclose(wanted, plain, atol=1e-3)                 # RoPE sees them
     pos, cache = torch.arange(10)[None], Cache(model.config, 1, 10, model.head.weight)
