@@ -23,7 +23,6 @@ PAPER/HERE  same: what is compared; tokens per step, and the text among them, ar
 READ NEXT   docs/RESULTS.md     TRY IT  python experiments.py      TEST  tests/test_experiments.py
 """
 import argparse
-import json
 import math
 import os
 import subprocess
@@ -37,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import Config, option_name, parse_arguments
-from support.common import UserError, run_command
+from support.common import UserError, load_json, run_command
 
 TRAIN = Path(__file__).parent / "train.py"
 
@@ -124,7 +123,7 @@ def train_row(root, options, seed):
     report = out / "report.json"
     if report.exists():                                 # finished, perhaps for another table
         check_options(out, argv_of(options, seed, out))
-        return json.loads(report.read_text())
+        return read_report(report)
 
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(TRAIN), *argv_of(options, seed, out)]
@@ -138,14 +137,38 @@ def train_row(root, options, seed):
     if done.returncode != 0 or not report.exists():
         raise UserError(f"a row failed or was stopped; {out}/output.txt says how, and the same "
                         f"command goes on from there")
-    return json.loads(report.read_text())
+    return read_report(report)
+
+
+def read_report(path):
+    """The dict of a report.json. Raises UserError if it is something else."""
+    try:
+        report = load_json(path.read_text())
+        # A Llama's report has fewer columns; those that it has must be numbers.
+        values = [report[name] for name, *_ in COLUMNS.values() if name in report]
+        whole = isinstance(report, dict) and all(map(is_number, values))
+    except (OSError, ValueError, TypeError, OverflowError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is broken: delete it, and the same command measures that run "
+                        f"again")
+    return report
+
+
+def is_number(value):
+    """Whether a value from a JSON file is a finite number."""
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def check_options(out, argv):
     """Raise UserError if the run in `out` had other options than `argv`: a table must not mix runs
     from before and after a change of its row."""
     wanted = asdict(parse_arguments(argv)[0])
-    kept = asdict(Config()) | json.loads((out / "config.json").read_text())
+    try:
+        kept = asdict(Config()) | load_json((out / "config.json").read_text())
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{out}/config.json is missing or broken: delete that folder, and the same "
+                        f"command runs this row again") from None
     changed = [name for name in wanted if kept[name] != wanted[name]]
     if changed:
         options = ", ".join(f"{option_name(name)} {kept[name]}" for name in changed)
@@ -194,6 +217,8 @@ def parity(rows):
     steps = [750, 1500, 3000]
     ratios = {}
     for heading in COLUMNS:
+        if not all(heading in cells for cells in rows.values()):
+            continue
         ours = [rows[f"Transfusion, {n} steps"][heading][0] for n in steps]
         goal = rows[f"Chameleon, {steps[-1]} steps"][heading][0]
         lower_is_better = heading == "text"

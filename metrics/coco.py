@@ -57,7 +57,7 @@ import sample
 from diffusion import SAMPLERS
 from scale import distributed
 from sources import scenes
-from sources.pairs import print_skipped
+from sources.pairs import clean_caption, print_skipped
 from support import checkpoint
 from support.checkpoint import encode_pixels, load_trained
 from support.common import (
@@ -229,10 +229,12 @@ def read_folder(folder, size, n, seed=0):
     skipped = []
     records = read_records(path, ("image", "caption"))
     for number, (name, text) in records:
-        if text.strip():
-            captions.setdefault(name, []).append(text.strip())
-        else:                                           # no answer could share a phrase with it
-            skipped.append(f"line {number} is empty")
+        try:
+            caption = clean_caption(text, f"{path} line {number}")
+        except UserError as problem:                    # no answer could share a phrase with it
+            skipped.append(str(problem))
+        else:
+            captions.setdefault(name, []).append(caption)
     if distributed.rank() == 0:
         print_skipped(folder, skipped, len(records), "captions")
 

@@ -44,7 +44,7 @@ import data
 import vae as vae_module
 from data import Pieces
 from scale.shards import KINDS, cut_row, fingerprint, read_header
-from scale.streams import collect_words, find_sources, items_of
+from scale.streams import collect_words, find_sources, items_of, stamp_of
 from sources import scenes
 from support import checkpoint
 from support.common import UserError, pick_device, run_command
@@ -227,7 +227,8 @@ def pack_kind(kind, sources, tokenizer, vae, settings, args):
 
     Each shard begins where the one before it ended, at [number of a source, items read of it]. A
     shard that is there and whole is passed over. One that is missing or broken is packed anew."""
-    recipe = {**settings, "sources": sources, "shard_rows": args.shard_rows,
+    stamps = {name: stamp_of(name, size) for name, size in sources.items()}
+    recipe = {**settings, "sources": stamps, "shard_rows": args.shard_rows,
               "another": args.another, "world": args.world}
     headers = []
     position = (0, 0)
@@ -255,7 +256,7 @@ def pack_kind(kind, sources, tokenizer, vae, settings, args):
                 break
 
             # 3. Write it, with the recipe as far as it was used: more sources may follow later.
-            used = dict(list(sources.items())[: position[0] + 1])
+            used = dict(list(stamps.items())[: position[0] + 1])
             writer.write(path, {
                 "settings": settings, "kind": kind, "next": position, "skipped": skipped,
                 "problems": problems, "recipe": {**recipe, "sources": used}})
@@ -296,16 +297,29 @@ def read_finished(path, recipe):
     except UserError:
         return None                         # it will be packed anew
     own = header["recipe"]
-    # Sources that follow those of this shard may be new.
-    sources = dict(list(recipe["sources"].items())[: len(own["sources"])])
-    now = {**recipe, "sources": sources}
-    different = [name for name, value in own.items() if now.get(name) != value]
+    different = [name for name in own if name != "sources" and recipe.get(name) != own[name]]
     if different:
         first = different[0]
         raise UserError(f"{path} was packed with another {' and '.join(different)} ({own[first]}, "
                         f"now {recipe.get(first)}): give the same options to go on, or name "
                         f"another --out")
+    check_sources(path, own["sources"], recipe["sources"])
     return header
+
+
+def check_sources(path, before, now):
+    """Raise UserError if a shard was packed from other sources than those of the command line, or
+    from the same files before they were changed. before, now: {name: streams.stamp_of it}."""
+    # Sources that follow those of this shard may be new. The same file may have another name now.
+    given = list(now.items())[: len(before)]
+    for k, (name, stamp) in enumerate(before.items()):
+        if isinstance(stamp, int):                      # an older shard remembers the size alone
+            stamp = [stamp, given[k][1][1]] if k < len(given) else None
+        if k == len(given) or given[k][1] != stamp:
+            name_now = given[k][0] if k < len(given) else "none"
+            change = f"{name} has changed since" if name == name_now else f"{name}, now {name_now}"
+            raise UserError(f"{path} was packed from other sources ({change}): put them back and "
+                            f"give them in the same order to go on, or name another --out")
 
 
 # -------------------------------------------------------------------------------- beside the shards
@@ -476,6 +490,7 @@ def main(argv=None):
     index = {"shards": shard_names(headers), "totals": total}
     write_whole(out / "index.json", json.dumps(index, indent=1).encode())
     print_totals(out, args.seq_len, total, headers, vae)
+    print_missing(headers)
     return total
 
 
@@ -518,6 +533,19 @@ def print_totals(out, T, total, headers, vae):
         problems = itertools.chain(*(header["problems"] for header in headers))
         first = "; ".join(itertools.islice(problems, 5))
         print(f"skipped {total['skipped']:,}: {first}")
+
+
+def print_missing(headers):
+    """Say what training will want beside these shards."""
+    rows = dict.fromkeys(KINDS, 0)
+    for header in headers:
+        rows[header["kind"]] += header["rows"]
+    if rows["pairs"] < 10:
+        print(f"these are {rows['pairs']} rows of pairs: train.py needs at least ten, for --model "
+              f"llama, too (the rivals are compared on one folder); pack text and --pairs together")
+    elif not rows["text"]:
+        print("these are pairs alone: text tokens and patches will not be 1 : 1, and --model llama "
+              "has nothing to read; pack pairs and --text together")
 
 
 if __name__ == "__main__":

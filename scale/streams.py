@@ -8,15 +8,16 @@ A PICTURE   a.jsonl | b.txt   --> (bytes so far, read), ...     read() -> ("a te
             folder | c.tar    --> (bytes so far, read), ...     read() -> ("a caption", pixels)
                                                                 pixels() -> (h, w, 3) uint8
 THE RULE    `read` and `pixels` raise UserError if this one item is no good. Packing counts it,
-            names it, and goes on.
+            names it, and goes on. A source as a whole is checked before anything is packed.
 READ NEXT   pack.py     TRY IT  python -m scale.streams     TEST  tests/test_shards.py
 """
+import codecs
 import functools
+import hashlib
 import io
 import itertools
-import json
+import os
 import tarfile
-import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -24,46 +25,87 @@ from tqdm import tqdm
 
 import data
 from sources import scenes
-from support.common import UserError, open_picture
+from sources.pairs import check_text, clean_caption
+from support.common import UserError, load_json, open_picture
 
 ENDINGS = {"text": (".txt", ".jsonl"), "pairs": (".tar",)}          # of a source's file
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")                       # in a tar; the first counts
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")                       # in a tar
+CAPTIONS = (".txt", ".json")                                        # in a tar; the first counts
 SCENES_AT_ONCE = 256                                                # they are drawn together
+MOST_BYTES = 2 ** 26                                                # of one line, or of one member
 
 
 # -------------------------------------------------------------------------------- one item per line
-def lines_of(path, keys, folder=None, size=None):
-    """The items of a file with one document per line. The arguments are those of `read_line`."""
+def texts_of(path):
+    """The items of a file with one text per line: a .txt, or a .jsonl with {"text": ...}."""
+    keys = ["text"] if path.suffix == ".jsonl" else []
+    for so_far, line, where in lines_of(path):
+        yield so_far, functools.partial(read_text, line, where, keys)
+
+
+def pairs_of(folder, size):
+    """The items of a folder of pictures with captions.jsonl."""
+    for so_far, line, where in lines_of(folder / "captions.jsonl"):
+        yield so_far, functools.partial(read_pair, line, where, folder, size)
+
+
+def lines_of(path):
+    """Yields (bytes read so far, line, where it is) for every line of a file that is not empty."""
     so_far = 0
     with open(path, "rb") as file:          # bytes, so that a bad line is one bad item
-        for number, line in enumerate(file, 1):
+        for number in itertools.count(1):
+            # A file without any line's end must not fill the memory: what is too long is passed
+            # over, and `parse_line` says so.
+            line = file.readline(MOST_BYTES + 1)
             so_far += len(line)
+            rest = line
+            while len(rest) > MOST_BYTES:
+                rest = file.readline(MOST_BYTES + 1)
+                so_far += len(rest)
+            if not line:
+                return
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if line.strip():
-                where = f"{path} line {number}"
-                yield so_far, functools.partial(read_line, line, where, keys, folder, size)
+                yield so_far, line, f"{path} line {number}"
 
 
-def read_line(line, where, keys, folder=None, size=None):
-    """The item of one line: (text, None), or (caption, function that reads its picture).
+def read_text(line, where, keys):
+    """(text, None) of a line. keys: [key of the text] of a JSON line; [] of a plain one."""
+    [text] = parse_line(line, where, keys)
+    text = text.strip()
+    check_text(text, where)
+    return text, None
 
-    line    bytes: a text, if there are no keys, else JSON
-    where   which line it is, for the sentence about a bad one
-    keys    [key of the text], or [key of the caption, key of the picture's name]
-    folder  of the pictures, which are read in (size, size). None: text alone"""
+
+def read_pair(line, where, folder, size):
+    """(caption, function that reads its picture) of a line of captions.jsonl."""
+    text, name = parse_line(line, where, ["caption", "image"])
+    # The picture is opened later, or never: collecting words and resuming pass over it.
+    return clean_caption(text, where), functools.partial(open_picture, folder / name, size)
+
+
+def parse_line(line, where, keys):
+    """The strings under the keys of a JSON line; [the line] if there are no keys.
+
+    line    bytes
+    where   which line it is, for the sentence about a bad one"""
+    if len(line) > MOST_BYTES:
+        raise UserError(f"{where} is longer than {MOST_BYTES:,} bytes")
     try:
-        if not keys:                        # a line of a .txt
-            return line.decode("utf-8").strip(), None
-        entry = json.loads(line)
-        text = entry[keys[0]].strip()
-        if folder is None:
-            return text, None
-        # The picture is opened later, or never: collecting words and resuming pass over it.
-        return text, functools.partial(open_picture, folder / entry[keys[1]], size)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        text = line.decode("utf-8")
+        if not keys:
+            return [text]
+        entry = load_json(text)
+        values = [entry[key] for key in keys]
+    except (ValueError, KeyError, TypeError):
+        values = [None]
+    if not all(isinstance(value, str) for value in values):
         wanted = "text in UTF-8"
         if keys:
             wanted = "{" + ", ".join(f'"{key}": ...' for key in keys) + "}"
-        raise UserError(f"{where} is not {wanted}: {line[:40]!r}") from None
+        raise UserError(f"{where} is not {wanted}: {line[:40]!r}")
+    return values
 
 
 # ---------------------------------------------------------------------- a tar, as webdataset has it
@@ -79,7 +121,8 @@ def members_of(path, size):
                 end = members[-1].offset_data + members[-1].size
                 where = f"{path}:{stem}"
                 yield end, functools.partial(read_members, tar, members, where, size)
-    except (tarfile.TarError, EOFError, zlib.error):
+    except Exception:
+        # There is no common class: tarfile's, those of gzip, bz2 and lzma, UnicodeError.
         raise UserError(f"{path} is truncated or not a tar: fetch it again, or leave it "
                         f"out") from None
 
@@ -91,35 +134,51 @@ def stem_of(member):
 
 
 def suffix_of(member):
-    """The ending of the name of a tar's member."""
-    return PurePosixPath(member.name).suffix
+    """The ending of the name of a tar's member, in small letters."""
+    return PurePosixPath(member.name).suffix.lower()
 
 
 def read_members(tar, members, where, size):
     """The item of a tar's members of one stem: a picture, and its caption in .txt, or in .json
     under "caption"."""
-    by_suffix = {suffix_of(member).lower(): member for member in members}
-    picture = first_of(by_suffix, PICTURES)
-    caption = first_of(by_suffix, (".txt", ".json"))
+    picture = choose_member(members, PICTURES, where, "pictures")
+    caption = None
+    for suffix in CAPTIONS:                 # a .json beside a .txt has what else is known
+        caption = caption or choose_member(members, [suffix], where, "captions")
     if not (picture and caption):
         raise UserError(f"{where} lacks a picture (.jpg, .png, .webp) or a caption (.txt, .json)")
-    keys = [] if ".txt" in by_suffix else ["caption"]
-    content = tar.extractfile(caption).read()
-    text, _ = read_line(content, where + suffix_of(caption), keys)
-    return text, functools.partial(read_member, tar, picture, where + suffix_of(picture), size)
+
+    place = where + suffix_of(caption)
+    keys = [] if suffix_of(caption) == ".txt" else ["caption"]
+    content = read_member(tar, caption, place).removeprefix(codecs.BOM_UTF8)
+    [text] = parse_line(content, place, keys)
+    pixels = functools.partial(read_picture, tar, picture, where + suffix_of(picture), size)
+    return clean_caption(text, place), pixels
 
 
-def first_of(table, keys):
-    """The value of the first of these keys that a dict has, or None."""
-    for key in keys:
-        if key in table:
-            return table[key]
-    return None
+def choose_member(members, suffixes, where, what):
+    """The one of a tar's members of one stem that has one of these endings, or None. The plain name
+    wins: k.png, not k.seg.png. Raises UserError if it is not clear which one is meant."""
+    fits = [member for member in members if suffix_of(member) in suffixes]
+    plain = [member for member in fits if PurePosixPath(member.name).name.count(".") == 1]
+    candidates = plain or fits
+    if len(candidates) > 1:
+        # TRAP: the last one would be a mask or a depth map as likely as the picture.
+        names = ", ".join(member.name for member in candidates)
+        raise UserError(f"{where} has several {what} ({names}): it is not clear which one is meant")
+    return candidates[0] if candidates else None
 
 
-def read_member(tar, member, where, size):
+def read_member(tar, member, where):
+    """The bytes of a tar's member. Raises UserError if they are too many."""
+    if member.size > MOST_BYTES:            # a few bytes of a sparse file can promise gigabytes
+        raise UserError(f"{where} has more than {MOST_BYTES:,} bytes")
+    return tar.extractfile(member).read()
+
+
+def read_picture(tar, member, where, size):
     """(size, size, 3) uint8 of a picture in a tar. Raises UserError if it cannot be read."""
-    file = io.BytesIO(tar.extractfile(member).read())
+    file = io.BytesIO(read_member(tar, member, where))
     try:
         return open_picture(file, size)
     except UserError as problem:
@@ -155,16 +214,72 @@ def read_scene(text, pixels=None):
 # -------------------------------------------------------------------------------------- all sources
 def find_sources(kind, names, n):
     """{source: its size} of the names on the command line, in order. Folders of text or of tars are
-    opened up. n: the size of the source "scenes". Raises UserError if there is no such source."""
+    opened up. n: the size of the source "scenes". Raises UserError if there is no such source, if
+    it is no text in UTF-8, or if it is named twice."""
     sources = {}
+    places = {}                             # {place on disk: name that the command line gives it}
     for name in names:
         if name == "scenes":
-            sources[name] = n
+            found = {name: n}
         elif is_text_or_tars(kind, Path(name)):
-            sources |= find_inside(kind, Path(name))
+            found = find_inside(kind, Path(name))
         else:
-            sources[name] = size_of(kind, name)
+            found = {name: size_of(kind, name)}
+        for source, size in found.items():
+            place = source if source == "scenes" else os.path.realpath(source)
+            if place in places:
+                raise UserError(f"--{kind} names {source} twice (also as {places[place]}): its "
+                                f"documents would count double")
+            places[place] = source
+            sources[source] = size
+            check_encoding(kind, source)
     return sources
+
+
+def check_encoding(kind, source):
+    """Raise UserError if a source of text is UTF-16, as Windows' editors may save it."""
+    path = Path(source)
+    if path.is_dir():
+        path = path / "captions.jsonl"
+    if source == "scenes" or path.suffix == ".tar":
+        return
+    with open(path, "rb") as file:
+        begin = file.read(2)
+    if begin in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise UserError(f"{path} is text in UTF-16: save it as UTF-8")
+
+
+def stamp_of(source, size):
+    """[size, stamp] of a source: what a shard remembers of it. Other content has another stamp, the
+    same file in another place has the same."""
+    # Our choice: sizes and times of the last change, not the content. To read terabytes takes
+    # hours, and packing must go on within seconds.
+    if source == "scenes":
+        return [size, ""]
+    path = Path(source)
+    files = [path]
+    if path.is_dir():
+        captions = path / "captions.jsonl"
+        files = [captions, *pictures_named(captions)]
+    stamp = hashlib.blake2b(digest_size=8)
+    for file in files:
+        if file.exists():
+            status = file.stat()
+            stamp.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+        else:
+            stamp.update(b"missing ")
+    return [size, stamp.hexdigest()]
+
+
+def pictures_named(captions):
+    """Yields the path of every picture that a captions.jsonl names."""
+    for _, line, where in lines_of(captions):
+        try:
+            [name] = parse_line(line, where, ["image"])
+        except UserError:                   # a bad line is counted and named when it is packed
+            continue
+        if "\0" not in name:                # no path has that
+            yield captions.parent / name
 
 
 def is_text_or_tars(kind, path):
@@ -203,11 +318,11 @@ def items_of(kind, source, args):
     path = Path(source)
     if source == "scenes":
         return scenes_of(kind, args.world, args.scenes, args.image_size)
+    if kind == "text":
+        return texts_of(path)
     if path.is_dir():
-        return lines_of(path / "captions.jsonl", ["caption", "image"], path, args.image_size)
-    if kind == "pairs":
-        return members_of(path, args.image_size)
-    return lines_of(path, ["text"] if path.suffix == ".jsonl" else [])
+        return pairs_of(path, args.image_size)
+    return members_of(path, args.image_size)
 
 
 def collect_words(sources, args):

@@ -15,7 +15,6 @@ SHAPES      pictures (M, h, w, 3 or 1) uint8 --encode_pixels--> latents (M, c, h
 READ NEXT   sample.py        TRY IT  python -m support.checkpoint
 TEST        tests/test_sample.py, tests/test_vae.py, tests/test_errors.py
 """
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ import vae as vae_module
 from data import SPECIAL, Pieces
 from diffusion import Diffusion
 from model import ModelConfig, Transfusion, count
-from support.common import ASSETS, UserError
+from support.common import ASSETS, UserError, load_json
 from vae import VAE, VAEConfig
 
 ANY_VAE = ("vae", "vqvae")                              # for `load_vae`: either kind
@@ -246,7 +245,7 @@ def load_tokenizer(kept):
 def read_words(path):
     """The list of words in a tokenizer.json. Raises UserError if there is none."""
     try:
-        return [str(word) for word in json.loads(path.read_text())]
+        return [str(word) for word in load_json(path.read_text())]
     except (ValueError, TypeError):
         raise UserError(f"{path} is not a list of words, as packing writes it") from None
 

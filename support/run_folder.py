@@ -63,7 +63,7 @@ def read_config(out, config):
     had their defaults. Raises UserError if config.json is missing or damaged."""
     default = asdict(type(config)())
     try:
-        return default | json.loads((out / "config.json").read_text())
+        return default | load_json((out / "config.json").read_text())
     except (OSError, ValueError, TypeError) as problem:
         raise UserError(f"{out}/config.json cannot be read ({problem}): is {out} the folder of a "
                         f"run?") from None

@@ -319,22 +319,44 @@ def test_folder_of_triples(tmp_path):
     words that only the test split says (its gap is measured during training)."""
     write_triples(tmp_path, 21)
     train, test = (edits.load_edits(tmp_path, 8, split) for split in ("train", "test"))
-    for found, numbers in ((train, [k for k in range(21) if k % 10 != 9]), (test, [9, 19])):
-        assert [text for _, text, _ in found.triples()] == [f"make it {k % 3}" for k in numbers]
-        for (a, _, b), k in zip(found.triples(), numbers):
+    numbers = []
+    for found in (train, test):
+        for (a, text, b), line in zip(found.triples(), found.lines, strict=True):
+            k = int(found.pixels[a].max()) // 10
             assert (found.pixels[a] == 10 * k).all() and (found.pixels[b] == 10 * k + 5).all()
-        assert found.pixels.shape[1:] == (8, 8, 3) and found.pixels.dtype == np.uint8 and found.scenes is None
-        assert found.vocabulary() == {"make", "it", "0", "1", "2"}
+            assert text == f"Make it {k % 3}" and line.endswith(f"edits.jsonl line {k + 1}")
+            numbers.append(k)
+        assert found.pixels.shape == (2 * len(found.captions), 8, 8, 3) and found.pixels.dtype == np.uint8      # no other's
+        assert found.scenes is None and found.vocabulary() == {"Make", "it", "0", "1", "2"}
+    assert sorted(numbers) == list(range(21)) and 1 <= len(test.captions) <= 6
     stream, rng = EditDocuments(train, patches=4, questions=0.9), np.random.default_rng(0)
     assert all(is_picture(stream.draw(rng)[-1]) for _ in range(50))     # a folder has no language to be asked in
 
 
 def test_a_word_of_the_test_split_is_known(tmp_path):
     """Catches a run that ends hours later, at its first conditioning gap, because triple ten has a word of its own."""
-    write_triples(tmp_path, 9, [json.dumps({"before": "0a.png", "instruction": "blur everything", "after": "0b.png"})])
+    write_triples(tmp_path, 12)
+    own = edits.load_triples(tmp_path, 8, "test").lines[0].split()[-1]
+    lines = (tmp_path / "edits.jsonl").read_text().split("\n")
+    lines[int(own) - 1] = json.dumps({**json.loads(lines[int(own) - 1]), "instruction": "blur everything"})
+    (tmp_path / "edits.jsonl").write_text("\n".join(lines))
     train, test = (edits.load_triples(tmp_path, 8, split) for split in ("train", "test"))
-    assert test.captions == ["blur everything"]
+    assert "blur everything" in test.captions and "blur everything" not in train.captions
     assert {"blur", "everything"} <= train.vocabulary() == test.vocabulary()
+
+
+def test_triples_that_share_pictures_are_in_one_split(tmp_path):
+    """Catches a test picture that was trained on as another triple's before, or after, or in a chain of them."""
+    names = [("1", "2"), ("3", "4"), ("2", "5"), ("6", "4"), ("5", "6"), ("7", "8"), ("7", "9"), ("x", "y")]
+    assert edits.name_groups(names) == ["1", "1", "1", "1", "1", "7", "7", "x"]
+    assert edits.name_groups(names[::-1]) == ["x", "7", "7", "1", "1", "1", "1", "1"]
+    for k in range(40):
+        Image.new("RGB", (8, 8), (k, 0, 0)).save(tmp_path / f"{k}.png")
+    chains = [{"before": f"{k}.png", "instruction": "go on", "after": f"{k + 1}.png"} for k in range(39) if k % 4 != 3]
+    (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, chains)))
+    train, test = (edits.load_triples(tmp_path, 8, split) for split in ("train", "test"))
+    shades = [{int(picture.max()) // 4 for picture in found.pixels} for found in (train, test)]     # the chain of each picture
+    assert shades[0] | shades[1] == set(range(10)) and not shades[0] & shades[1] and shades[1]
 
 
 def test_missing_and_broken_pictures_are_counted_named_and_skipped(tmp_path, capsys):
@@ -345,16 +367,16 @@ def test_missing_and_broken_pictures_are_counted_named_and_skipped(tmp_path, cap
     whole = (tmp_path / "0a.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     found, said = edits.load_triples(tmp_path, 8), capsys.readouterr().out
-    assert len(found.captions) == 11 and "bad" not in found.captions and "skipped 4 of 16" in said
+    assert len(found.language) == 12 and "bad" not in found.language and "skipped 4 of 16" in said
     assert all(name in said for name in ("absent.png", "gone.png", "text.png", "cut.png"))
-    assert [(found.pixels[b] - found.pixels[a] == 5).all() for a, _, b in found.triples()] == [True] * 11
+    assert all((found.pixels[b] - found.pixels[a] == 5).all() for a, _, b in found.triples())
 
 
 def test_empty_instructions_are_counted_named_and_skipped(tmp_path, capsys):
     """Catches an edit that is learned without words as if it had some: the rule is that of captions."""
     write_triples(tmp_path, 12, [json.dumps({"before": "0a.png", "instruction": " ", "after": "0b.png"})])
     found, said = edits.load_triples(tmp_path, 8), capsys.readouterr().out
-    assert len(found.captions) == 11 and "" not in found.captions
+    assert len(found.language) == 12 and "" not in found.language
     assert "skipped 1 of 13 triples" in said and "edits.jsonl line 13: the caption is empty" in said
 
 

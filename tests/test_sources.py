@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+import vae as vae_module
 from config import Config
-from sources import choose, folder, mnist, scenes
+from sources import choose, feed, folder, mnist, scenes
 from sources.pairs import Pairs
 from support import common
 from support.common import UserError, crop_and_resize, open_picture
@@ -363,15 +364,85 @@ def write_folder(folder, n=12, extra=()):
 
 
 def test_folder_of_pictures(tmp_path):
-    """Catches captions beside other pictures, a test split inside the training split, capital letters and double spaces."""
+    """Catches captions beside other pictures or lines, a test split inside the training split, and double spaces."""
     write_folder(tmp_path, 21)
     train, test = (choose.load_pairs("folder", tmp_path, 16, split) for split in ("train", "test"))
-    assert train.pixels.shape == (19, 16, 16, 3) and test.pixels.shape == (2, 16, 16, 3)
-    for pairs, numbers in ((train, [k for k in range(21) if k % 10 != 9]), (test, [9, 19])):
-        assert pairs.captions == [f"picture number {k % 3}" for k in numbers]
-        for k, picture in zip(numbers, pairs.pixels):
+    numbers = []
+    for pairs in (train, test):
+        assert pairs.pixels.shape == (len(pairs.captions), 16, 16, 3)
+        for caption, picture, line in zip(pairs.captions, pairs.pixels, pairs.lines, strict=True):
+            k = round(picture[..., 0].mean() / 10)
             assert np.abs(picture.reshape(-1, 3).mean(0) - [10 * k, 255 - 10 * k, 128]).max() < 4
-    assert train.vocabulary() == {"picture", "number", "0", "1", "2"}
+            assert caption == f"Picture number {k % 3}" and line.endswith(f"captions.jsonl line {k + 1}")
+            numbers.append(k)
+    assert sorted(numbers) == list(range(21)) and 1 <= len(test.captions) <= 6
+    assert train.vocabulary() == test.vocabulary() == {"Picture", "number", "0", "1", "2"}
+
+
+def splits_of(folder):
+    """{name of a picture: the splits that have it} of a folder whose captions are the pictures' names."""
+    splits = {}
+    for split in ("train", "test"):
+        for caption in choose.load_pairs("folder", folder, 8, split).captions:
+            splits.setdefault(caption.split()[0], set()).add(split)
+    return splits
+
+
+def write_named(folder, names, each=1):
+    """A folder whose captions are the pictures' names, each said `each` times."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        Image.new("RGB", (8, 8), "red").save(folder / name)
+    lines = [json.dumps({"image": name, "caption": f"{name} {k}"}) for name in names for k in range(each)]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+
+
+def test_all_captions_of_a_picture_are_in_one_split(tmp_path):
+    """Catches test pictures that were trained on: with five lines for each, every tenth line took them all."""
+    write_named(tmp_path, [f"{k}.png" for k in range(16)], each=5)
+    splits = splits_of(tmp_path)
+    assert len(splits) == 16 and all(len(found) == 1 for found in splits.values())
+    assert {"train"} in splits.values() and {"test"} in splits.values()
+
+
+def test_a_picture_that_is_added_moves_no_other_into_the_test_split(tmp_path):
+    """Catches a split by place in the list: one line on top, and a resumed run is measured on what it has learned."""
+    names = [f"{k}.png" for k in range(12)]
+    write_named(tmp_path, names)
+    before = splits_of(tmp_path)
+    for new in ("new.png", "a/../x.png", "z.png", "00.png", "cat 7.png"):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        names.insert(0, new)
+        write_named(tmp_path, names)
+        now = splits_of(tmp_path)
+        assert not [name for name in before if before[name] == {"train"} and now[name] == {"test"}]
+        before = now
+
+
+def test_a_tenth_is_the_test_split_whatever_the_order_of_classes(tmp_path):
+    """Catches ten classes in turn: every tenth line is one class, which was never trained."""
+    write_named(tmp_path, [f"{'abcdefghij'[k % 10]}{k}.png" for k in range(400)])
+    splits = splits_of(tmp_path)
+    tested = [name[0] for name, found in splits.items() if found == {"test"}]
+    assert 20 <= len(tested) <= 60 and len(set(tested)) >= 8
+
+
+def test_a_sorted_folder_comes_in_a_random_order_that_is_always_the_same(tmp_path):
+    """Catches a probe, or a VAE's scale, of the first few of a folder that is sorted by caption: they are all alike."""
+    write_named(tmp_path, [f"{'ab'[k >= 100]}{k}.png" for k in range(200)])
+    one, two = (choose.load_pairs("folder", tmp_path, 8) for _ in range(2))
+    assert one.captions == two.captions != sorted(one.captions)
+    assert 20 <= sum(caption.startswith("a") for caption in one.captions[:64]) <= 44
+
+
+def test_the_probe_has_each_picture_once(tmp_path):
+    """Catches a "wrong" caption that is another one of the very picture: the gap would say that captions are ignored."""
+    vae = vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2)).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    pairs = Pairs("folder", [f"{k} {n}" for n in range(3) for k in range(4)], np.concatenate([pixels] * 3))
+    captions, latents, _ = feed.probe(pairs, vae, 100)
+    assert captions == ["0 0", "1 0", "2 0", "3 0"] and len(latents) == 4
+    assert feed.probe(pairs, vae, 2)[0] == ["0 0", "1 0"]
 
 
 def test_bad_pictures_are_counted_named_and_skipped(tmp_path, capsys):
@@ -384,7 +455,8 @@ def test_bad_pictures_are_counted_named_and_skipped(tmp_path, capsys):
     (tmp_path / "folder.png").mkdir()
     pairs = folder.load_folder(tmp_path, 16)
     said = capsys.readouterr().out
-    assert len(pairs.captions) == len(pairs.pixels) == 11 and "bad" not in pairs.captions
+    assert len(pairs.captions) == len(pairs.pixels) == len(pairs.lines) > 5 and "bad" not in pairs.captions
+    assert len(pairs.captions) + len(folder.load_folder(tmp_path, 16, "test").captions) == 12
     assert "skipped 4 of 16" in said and all(name in said for name in ("text.png", "cut.png", "absent.png", "folder.png"))
 
 
@@ -411,7 +483,7 @@ def test_lines_end_at_a_newline_alone(tmp_path, mark):
     """Catches splitlines(), which cuts in the middle of a caption; JSON allows these marks in a string, the last two escaped."""
     caption = json.dumps(mark)[1:-1] if mark < " " else mark
     write_folder(tmp_path, 10, ['{"image": "0.png", "caption": "a cat' + caption + 'on a mat"}'])
-    assert folder.load_folder(tmp_path, 16).captions[-1] == "a cat on a mat"
+    assert "a cat on a mat" in folder.load_folder(tmp_path, 16).language
 
 
 def test_a_bom_and_the_line_ends_of_windows(tmp_path):
@@ -419,22 +491,25 @@ def test_a_bom_and_the_line_ends_of_windows(tmp_path):
     write_folder(tmp_path, 10)
     lines = (tmp_path / "captions.jsonl").read_text().replace("\n", "\r\n")
     (tmp_path / "captions.jsonl").write_text("\ufeff" + lines, encoding="utf-8", newline="")
-    assert folder.load_folder(tmp_path, 16).captions == [f"picture number {k % 3}" for k in range(9)]
+    assert folder.load_folder(tmp_path, 16).language == [f"Picture number {k % 3}" for k in range(10)]
 
 
-@pytest.mark.parametrize("caption", ["", "  ", "\n", "\u3000"], ids=ascii)
-def test_empty_captions_are_counted_named_and_skipped(tmp_path, capsys, caption):
-    """Catches a picture that is trained on without words as if it had some."""
+@pytest.mark.parametrize("caption, problem", [
+    ("", "line 13: the caption is empty"), ("  ", "line 13: the caption is empty"), ("\n", "line 13: the caption is empty"),
+    ("\u3000", "line 13: the caption is empty"), ("a\0cat", "line 13 has a NUL character"), ("a \ud83d", "line 13 has half a character")],
+    ids=ascii)
+def test_captions_that_say_nothing_are_counted_named_and_skipped(tmp_path, capsys, caption, problem):
+    """Catches a picture that is trained on without words as if it had some, and characters that cannot be printed or encoded."""
     write_folder(tmp_path, 12, [json.dumps({"image": "0.png", "caption": caption})])
     pairs = folder.load_folder(tmp_path, 16)
-    assert len(pairs.captions) == len(pairs.pixels) == 11 and "" not in pairs.captions
-    assert "skipped 1 of 13 pictures" in (said := capsys.readouterr().out) and "line 13: the caption is empty" in said
+    assert len(pairs.language) == 12 and caption not in pairs.language
+    assert "skipped 1 of 13 pictures" in (said := capsys.readouterr().out) and problem in said
 
 
 def test_captions_in_other_scripts(tmp_path):
     """Catches a reader that takes the machine's own encoding (on Windows not UTF-8), and bytes that are no text at all."""
     write_folder(tmp_path, 10, [json.dumps({"image": "0.png", "caption": "ein Kätzchen 猫"}, ensure_ascii=False)])
-    assert "ein kätzchen 猫" in folder.load_folder(tmp_path, 16).captions
+    assert "ein Kätzchen 猫" in folder.load_folder(tmp_path, 16).language
     (tmp_path / "captions.jsonl").write_bytes(b"\xff\xfe\x00\x01\n")
     with pytest.raises(UserError, match="captions.jsonl"):
         folder.load_folder(tmp_path, 16)
@@ -447,8 +522,12 @@ def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="--data folder needs --data-dir"):
         choose.load_pairs("folder")
     write_folder(tmp_path, 9)
-    with pytest.raises(UserError, match="at least ten"):
-        folder.load_folder(tmp_path, 16, "test")
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match="9 usable pictures with captions of 9 different pictures: it needs at least ten"):
+            folder.load_folder(tmp_path, 16, split)
+    write_named(tmp_path / "one", ["only.png"], each=20)
+    with pytest.raises(UserError, match="20 usable .* of 1 different"):
+        folder.load_folder(tmp_path / "one", 16)
 
 
 # -------------------------------------------------------------------------------------------------- a source by its name
