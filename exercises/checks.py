@@ -24,7 +24,7 @@ from attention_mask import intervals
 from data import lay_out
 from diffusion import ancestral_step, cosine_alpha_bar, guide
 from exercises import codes, guidance, layout, loss, mask, patches, schedule, step, writing
-from exercises.trial import judge
+from exercises.trial import judge, name_of
 from model import losses
 from patchify import patchify
 
@@ -56,6 +56,10 @@ class Exercise:
         """The function's name, which is the exercise's."""
         return self.reference.__name__
 
+    def property_names(self):
+        """What each property says of itself, in the order in which they are looked at."""
+        return [name_of(has) for has in self.properties]
+
 
 TABLE = (
     Exercise(1, intervals, 20, 2, '§3 "Transfusion Attention", Fig. 4',
@@ -63,8 +67,8 @@ TABLE = (
              "where does a picture end? No loop is needed.",
              mask.try_intervals, mask.PROPERTIES),
     Exercise(2, patchify, 15, 1, '§3 "Latent Image Representation", Fig. 3',
-             "Cut a latent picture into squares of p x p, and make each a vector. Pictures need "
-             "not be square.",
+             "Cut a latent picture into squares of p x p, and make each a vector: channel, then "
+             "row, then column. Pictures need not be square.",
              patches.try_patchify, patches.PROPERTIES),
     Exercise(3, cosine_alpha_bar, 20, 2, "§2.2; Nichol & Dhariwal 2021, eq. 17",
              "The noise schedule, with f(t) = cos^2((t/T + offset) / (1 + offset) * pi/2) and "
@@ -78,8 +82,9 @@ TABLE = (
              "Classifier-free guidance: one line.",
              guidance.try_guide, guidance.PROPERTIES),
     Exercise(6, losses, 30, 3, "§2, eq. 1 and eq. 3",
-             "Both losses of a batch, with one forward of the network. `stable` is for a rival: "
-             "leave it alone.",
+             "Both losses of a batch, with one forward: logits, out = model(tokens, image_id, "
+             "doc_id, has_loss, xt, t). The logits, (n, V), are those of the positions with "
+             "has_loss. `stable` is for a rival: leave it alone.",
              loss.try_losses, loss.PROPERTIES),
     Exercise(7, codes.quantise, 30, 4, "App. C; van den Oord et al. 2017, eq. 3",
              "A picture becomes codes: find the nearest, and lead the gradients past the rounding.",

@@ -106,6 +106,10 @@ def check_shapes(vectors, codes, loss):
         raise Advice("The codes are transposed: (M, h, w), rows first.")
     if codes.shape == (M * H * W,):
         raise Advice(f"The codes are still one long row: make them (M, h, w), {(M, H, W)}.")
+    if codes.shape == (M, H * W):
+        raise Advice("The codes of a picture stand in one row: make them a grid, (M, h, w).")
+    if codes.shape[-1:] == (CODES,):
+        raise Advice("The codes are one-hot: return their numbers, (M, h, w), from 0 on.")
     need_shape(codes, (M, H, W), "The codes")
     if vectors.shape == (M, H, W, Z):
         raise Advice("The vectors have z last: bring it back, (M, z, h, w).")
@@ -213,7 +217,8 @@ def decoder_gets_codes(seen):
                 "them as (M, h, w, z), then permute.")
     if near(vectors, right - e, atol=1e-5) or near(vectors, e - right, atol=1e-5):
         return "The decoder gets the difference of e and its codes, not the codes."
-    return "The vectors are not the codes that were chosen: vectors[m, :, y, x] = codebook[code]."
+    return ("The vectors are not the codes that were chosen: vectors[m, :, y, x] = codebook[code], "
+            "one code and no mixture of several.")
 
 
 def straight_through(seen):
@@ -242,7 +247,8 @@ def both_terms(seen):
         return "The loss has no gradient at all: too much is detached."
     if (to_codebook == 0).all():
         return ("The codebook term is missing: nothing moves the codes to the vectors that chose "
-                "them, mean |sg(e) - c|^2. Or is sg on both sides?")
+                "them, mean |sg(e) - c|^2. Is sg on both sides, or is c taken after the "
+                "straight-through line, which lets no gradient through?")
     if (to_e == 0).all():
         return ("The commitment is missing: nothing keeps the encoder near its codes, "
                 "beta mean |e - sg(c)|^2.")
@@ -258,7 +264,13 @@ def beta_on_the_encoder(seen):
         ((1 + BETA) / BETA, 1 + BETA,
          "Nothing is detached in the loss, so each term moves both. sg(e) in the first, sg(c) in "
          "the second: .detach()."),
+        ((1 + BETA) / BETA, 1,
+         "The codebook term moves the encoder, too: sg(e), .detach(), is missing there."),
+        (1, 1 + BETA,
+         "The commitment moves the codebook, too: sg(c), .detach(), is missing there."),
         (1 / BETA, 1, "beta is not used: the encoder's term has weight 1."),
+        (-1, 1, "The commitment is subtracted, and must be added."),
+        (M, M, "The pictures' losses are added: the mean is over the pictures, too."),
         (1, BETA, "beta is on both terms: only the commitment has it."),
         (Z * M * H * W, Z * M * H * W,
          "The loss is a sum. Take the mean over all elements, or it grows with the picture."),
@@ -271,6 +283,10 @@ def beta_on_the_encoder(seen):
     for e, codebook, advice in known:
         if seen.loss_pulls(e, codebook):
             return advice
+    e = seen.e.detach()
+    distance = (e - seen.right[0].detach()).norm(dim=1).mean()
+    if near(seen.loss.detach(), (1 + BETA) * distance):
+        return "These are distances, |e - c|. The loss has their squares, as a mean over elements."
     if seen.gradient_is("loss", "codebook"):
         return ("The codebook term is right, the commitment is not: beta mean |e - sg(c)|^2, with "
                 "beta = 0.25.")

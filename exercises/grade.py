@@ -30,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the modules l
 import torch
 
 from exercises.checks import EXERCISES, verdict
-from exercises.trial import NotWritten, Verdict, shorten
+from exercises.trial import NotWritten, TooLong, Verdict, place, shorten, time_limit
 
-LIMIT = 10.0                                            # seconds for a check
+LIMIT = 10.0                                            # seconds for a check, its import included
+IMPORT_LIMIT = 8.0                                      # so that a slow import is called one
 REWARD_LIMIT = 30.0                                     # and for a picture
 MEMORY = 4 * 2 ** 30                                    # bytes that an answer may ask for
 NOTHING_TO_GRADE = 100                                  # exit status; more than there are exercises
@@ -43,7 +44,10 @@ def try_function(path, name, connection):
     """Import a submission and send the Verdict on one of its functions, as JSON."""
     be_quiet()
     try:
-        said = verdict(name, load_function(path, name))
+        answer = load_function(path, name)
+        said = verdict(name, answer)
+        if said.status == "right" and answer is EXERCISES[name].reference:
+            said.advice = "Right. (It is the module's own function, imported.)"
     except NotWritten:
         said = Verdict("not written", f"Not written yet: the file has no function `{name}`.")
     except BrokenFile as problem:
@@ -85,15 +89,19 @@ def load_function(path, name):
     module = importlib.util.module_from_spec(spec)
     sys.modules["student"] = module                     # dataclasses and pickle look there
     try:
-        spec.loader.exec_module(module)
+        with time_limit(IMPORT_LIMIT):
+            spec.loader.exec_module(module)
     except SyntaxError as problem:
         line = f" in line {problem.lineno}" if problem.lineno else ""
         raise BrokenFile(f"it is not Python{line}: {shorten(problem.msg)}") from None
     except SystemExit:
-        raise BrokenFile("it ends the program (exit) while it is imported") from None
-    except BaseException as problem:
+        raise BrokenFile("it ends the program (exit)") from None
+    except TooLong:
+        raise BrokenFile("it does not come to its end: is there a loop outside of the "
+                         "functions?") from None
+    except Exception as problem:
         kind = type(problem).__name__
-        raise BrokenFile(f"{kind} while it is imported: {shorten(problem)}") from None
+        raise BrokenFile(f"{kind}: {shorten(problem)}{place(problem, str(path))}") from None
     if not hasattr(module, name):
         raise NotWritten
     return getattr(module, name)

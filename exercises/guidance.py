@@ -2,7 +2,7 @@
 guidance.py: the check of `guide`                                        (diffusion.py, exercise 5)
 
 THE IDEA    Guidance is linear in its two inputs, so two numbers say all about it: what it
-            multiplies each of them with. They are read off at w = 0, 1 and 3.
+            multiplies each of them with. They are read off at w = 0, 1, 1.5 and 3.
 A PICTURE        uncond ------- cond ------------------------ w = 3
                  w = 0          w = 1                         three times as far, the same way
 THE RULE    w          0       1       3
@@ -15,17 +15,20 @@ from dataclasses import dataclass
 
 import torch
 
-from diffusion import guide
 from exercises.trial import near, need_shape, need_tensor
 
-WEIGHTS = (0.0, 1.0, 3.0)
+WEIGHTS = (0.0, 1.0, 1.5, 3.0)
 
 
 @dataclass
 class Seen:
-    """What the answer multiplies its two inputs with, at each weight: (3, 2) float64."""
+    """What the answer multiplies its two inputs with, at each weight.
+
+    factors     (weights, 2) float64
+    rest        (weights,) float64: how much of the result is no sum of the two, each times a number
+    """
     factors: torch.Tensor
-    trial: object
+    rest: torch.Tensor
 
     def are(self, rows):
         """Whether the factors are these: a list of (of cond, of uncond), one for each weight."""
@@ -33,21 +36,36 @@ class Seen:
 
 
 def try_guide(trial):
-    """The answer, tried at three weights."""
-    # Two pictures of one pixel. In the first one only cond is 1, in the second only uncond.
-    cond, uncond = torch.eye(2, dtype=torch.float64).view(2, 2, 1, 1, 1)
-    rows = []
+    """The answer, tried at each of WEIGHTS, on two random pictures."""
+    generator = torch.Generator().manual_seed(0)
+    cond, uncond = 3 * torch.randn(2, 2, 3, 4, 5, generator=generator, dtype=torch.float64)
+    inputs = torch.stack([cond.flatten(), uncond.flatten()], dim=1)     # (n, 2)
+    factors = []
+    rest = []
     for w in WEIGHTS:
         result = need_tensor(trial(cond, uncond, w), f"The result at w = {w:g}", like="float")
         need_shape(result, cond.shape)
-        rows.append(result.double().flatten())
-    return Seen(torch.stack(rows), trial)
+        flat = result.double().flatten()[:, None]                       # (n, 1)
+        found = torch.linalg.lstsq(inputs, flat).solution               # (2, 1)
+        factors.append(found.flatten())
+        rest.append((flat - inputs @ found).abs().max())
+    factors = torch.stack(factors).round(decimals=6) + 0.0             # + 0: no "-0"
+    return Seen(factors, torch.stack(rest))
 
 
 # --------------------------------------------------------------------------------------- properties
+def elementwise(seen):
+    """Each element by itself: a sum of the two, each times a number"""
+    if (seen.rest > 1e-4).any():
+        w = WEIGHTS[int(seen.rest.argmax())]
+        return (f"The result at w = {w:g} is no sum of the two answers, each times one number: is "
+                "something clipped, averaged over elements, or chosen by a condition? Large "
+                f"numbers may stay; the sampler clips x0.")
+
+
 def uses_the_weight(seen):
     """w is used"""
-    if seen.are([seen.factors[0].tolist()] * 3):
+    if seen.are([seen.factors[0].tolist()] * len(WEIGHTS)):
         cond, uncond = seen.factors[0].tolist()
         if near(seen.factors[0], torch.tensor([0.5, 0.5])):
             return ("This is the average of the two, whatever w is: guidance goes beyond the "
@@ -65,67 +83,62 @@ def both_inputs(seen):
         return "The conditional answer is not used: then no caption is heard."
 
 
-def three_weights(seen):
+# What an answer returns at w, as (factor of cond, factor of uncond), and what that means.
+KNOWN = (
+    (lambda w: (1 + w, -w),
+     "One too many: at w = 0 you already have the conditional answer. Some papers count so, with "
+     "cond + w (cond - uncond); here w = 1 is the plain model: start at the unconditional answer."),
+    (lambda w: (w - 1, 2 - w),
+     "One too few: at w = 1 you return the unconditional answer. Is it w, not w - 1?"),
+    (lambda w: (1 - w, w),
+     "The two are swapped: at w = 1 you return the unconditional answer, and a larger w draws "
+     "everything but what was asked for."),
+    (lambda w: (w, 1),
+     "The unconditional answer is not subtracted: w belongs to the difference, cond - uncond."),
+    (lambda w: (1, w),
+     "w multiplies the unconditional answer, and nothing is subtracted: w belongs to the "
+     "difference, cond - uncond."),
+    (lambda w: (w, -w),
+     "This is w times the difference alone: it must be added to the unconditional answer."),
+    (lambda w: (-w, 1 + w),
+     "The difference has the wrong sign: away from the caption, as you have it, w = 3 draws what "
+     "was not asked for. It is cond - uncond."),
+    (lambda w: (2 - w, w - 1),
+     "Right at w = 1, but a larger w goes back towards the unconditional answer: it must go away "
+     "from it."),
+    (lambda w: (w, -1),
+     "w multiplies the conditional answer only: it belongs to the whole difference, and the "
+     "unconditional answer comes in front."),
+    (lambda w: (1, -w),
+     "w multiplies the unconditional answer only: it belongs to the whole difference."),
+    (lambda w: (min(w, 1), 1 - min(w, 1)),
+     "Right for w = 0 and 1, but w is cut off at 1. Guidance goes on: at w = 3 it goes three times "
+     "as far."),
+    (lambda w: (int(w), 1 - int(w)), "w is made an int: at w = 1.5 you return what belongs to 1."),
+    (lambda w: (w / (1 + w), 1 / (1 + w)),
+     "The result is divided by 1 + w, so it never goes beyond the conditional answer."),
+    (lambda w: (w ** 2, 1 - w ** 2), "w is squared: it multiplies the difference as it is."),
+    (lambda w: (w, 2 - w), "The unconditional answer is added once too often."),
+)
+
+
+def right_weights(seen):
     """w = 0 ignores the caption, w = 1 is the plain model, w = 3 exaggerates"""
-    if seen.are([(0, 1), (1, 0), (3, -2)]):
+    if seen.are([(w, 1 - w) for w in WEIGHTS]):
         return None
-    known = (
-        ([(1, 0), (2, -1), (4, -3)],
-         "One too many: at w = 0 you already have the conditional answer. Some papers count so, "
-         "with cond + w (cond - uncond); here w = 1 is the plain model: start at the unconditional "
-         "answer."),
-        ([(1, 0), (0, 1), (-2, 3)],
-         "The two are swapped: at w = 1 you return the unconditional answer, and a larger w draws "
-         "everything but what was asked for."),
-        ([(0, 1), (1, 1), (3, 1)],
-         "The unconditional answer is not subtracted: w belongs to the difference, cond - uncond."),
-        ([(0, 0), (1, -1), (3, -3)],
-         "This is w times the difference alone: it must be added to the unconditional answer."),
-        ([(0, 1), (-1, 2), (-3, 4)],
-         "The difference has the wrong sign: away from the caption, as you have it, w = 3 draws "
-         "what was not asked for. It is cond - uncond."),
-        ([(0, -1), (1, -1), (3, -1)],
-         "w multiplies the conditional answer only: it belongs to the whole difference, and the "
-         "unconditional answer comes in front."),
-        ([(1, 0), (1, -1), (1, -3)],
-         "w multiplies the unconditional answer only: it belongs to the whole difference."),
-        ([(1, 0), (0, -1), (-2, -3)],
-         "The weights of the two are (1 - w) and -w: exchange them, and mind the sign."),
-        ([(0, 1), (1, 0), (1, 0)],
-         "Right for w = 0 and 1, but w is cut off at 1. Guidance goes on: at w = 3 it goes three "
-         "times as far."),
-        ([(0, 1), (0.5, 0.5), (0.75, 0.25)],
-         "The result is divided by 1 + w, so it never goes beyond the conditional answer."),
-        ([(0, 1), (1, 0), (9, -8)],
-         "w is squared: it multiplies the difference as it is."),
-        ([(0, 2), (1, 1), (3, -1)],
-         "The unconditional answer is added once too often."),
-    )
-    for rows, advice in known:
-        if seen.are(rows):
+    for rule, advice in KNOWN:
+        if seen.are([rule(w) for w in WEIGHTS]):
             return advice
-    if seen.are([(-1, 2), (0, 1), (2, -1)]):
-        return "One too few: at w = 1 you return the unconditional answer. Is it w, not w - 1?"
     parts = []
     for w, (cond, uncond) in zip(WEIGHTS, seen.factors.tolist()):
         parts.append(f"w = {w:g}: {cond:g} x cond + {uncond:g} x uncond")
-    return ("Not yet. You have " + "; ".join(parts) + ". It must be w x cond + (1 - w) x uncond.")
+    seen_so_far = "You have " + "; ".join(parts) + "."
+    sums = seen.factors.sum(1)
+    if near(sums, torch.ones_like(sums)):
+        return ("You go along the right line, but not as far as you should: at w, w times the way "
+                "from the unconditional answer to the conditional one. " + seen_so_far)
+    return ("The two factors must add up to 1, w x cond + (1 - w) x uncond: is the result scaled, "
+            "or a bracket missing? " + seen_so_far)
 
 
-def plain_numbers(seen):
-    """Nothing is clipped, scaled or averaged"""
-    generator = torch.Generator().manual_seed(0)
-    cond, uncond = 3 * torch.randn(2, 2, 3, 4, 5, generator=generator)
-    for w in (3.0, 5):
-        result = need_tensor(seen.trial(cond, uncond, w), like="float")
-        need_shape(result, cond.shape)
-        right = guide(cond, uncond, w)
-        if near(result, right, atol=1e-4):
-            continue
-        if result.abs().max() < right.abs().max():
-            return ("Right for small numbers, but large ones are cut off or scaled down. Guidance "
-                    "leaves them; the sampler clips x0.")
-        return "Right for single numbers, wrong for pictures: each element goes by itself."
-
-
-PROPERTIES = (uses_the_weight, both_inputs, three_weights, plain_numbers)
+PROPERTIES = (elementwise, uses_the_weight, both_inputs, right_weights)

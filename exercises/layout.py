@@ -99,7 +99,7 @@ def number(value, field):
     if isinstance(value, str):
         raise Advice(f"`{field}` has the string {value!r} in it: words must be encoded, "
                      f"tokenizer.encode.")
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list) and field == "tokens":
         raise Advice(f"`{field}` has a list in it: extend it by the parts' ids, do not append the "
                      f"list.")
     try:
@@ -204,7 +204,7 @@ def right_has_loss(seen):
     # 1. Two mistakes about all of them.
     if [not mark for mark in found] == right:
         return f"It is the other way round: True where a position predicts. {where}"
-    if found[1:] == right[:-1]:
+    if found == [False, *right[:-1]]:
         return ("You mark the tokens that are predicted. Mark those that predict: position q has "
                 f"the loss of token q + 1. {where}")
 

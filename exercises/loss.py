@@ -68,6 +68,9 @@ class FakeModel:
         for name, value in told.items():
             if not isinstance(value, torch.Tensor):
                 raise Advice(f"The network is told something as `{name}` that is no tensor.")
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise Advice("The network's arguments come in another order: model(tokens, image_id, "
+                         "doc_id, has_loss, xt, t).")
         if tokens.shape != self.logits.shape[:2]:
             raise Advice(f"The network must see the whole rows, {tuple(self.logits.shape[:2])}, "
                          f"not {tuple(tokens.shape)}: shift the targets, not its input.")
@@ -122,6 +125,8 @@ def try_kind(trial, kind):
                      f"logits and the noise: that is the point of one transformer.")
     need_tensor(lm, "The LM loss", like="float")
     need_tensor(each, "The diffusion loss", like="float")
+    if lm.shape == (len(batch.images),) and each.ndim == 0:
+        raise Advice("The first and the last result are exchanged: (lm, words, per_picture).")
     if lm.numel() != 1:
         raise Advice(f"The LM loss must be one number, the sum over all words, but it has shape "
                      f"{tuple(lm.shape)}.")
@@ -338,11 +343,11 @@ def target_is_right(seen):
 
 
 def pulls_to(one, target):
-    """Whether the diffusion loss is a squared error to this target, with any factor."""
-    error = (one.model.out - target).detach()
-    gradient = one.picture_gradient
-    factor = (gradient * error).sum() / error.square().sum()
-    return near(gradient, factor * error, atol=1e-5)
+    """Whether each picture's loss is a squared error to this target, with any factor."""
+    error = (one.model.out - target).detach().flatten(1)                # (M, n)
+    gradient = one.picture_gradient.flatten(1)                          # (M, n)
+    factor = (gradient * error).sum(1) / error.square().sum(1)          # (M,)
+    return near(gradient, factor[:, None] * error, atol=1e-5)
 
 
 def mean_per_picture(seen):
@@ -363,9 +368,16 @@ def mean_per_picture(seen):
         return "lambda is in it already: eq. 4 multiplies by it."
     if near(each, each[:1].expand_as(each)):
         return "All pictures get the same number, the mean of all: each has its own."
+    a, s = one.diffusion.at(one.batch.t, each)
+    if near(each, right * (s / a) ** 2, rtol=1e-2):
+        return ("You compare estimates of x0. That weighs each picture by (s/a)^2 of its t; eq. 3 "
+                "compares what the network says, the noise, with the noise.")
     if near(each.sort().values, right.sort().values):
         return "The losses stand in another order than the pictures."
-    return (f"The losses per picture are {numbers(each)} and should be {numbers(right)}.")
+    ratio = each / right
+    if not near(ratio, ratio[:1].expand_as(ratio), rtol=1e-3):
+        return (f"Each picture's loss is weighted, by {numbers(ratio)}: eq. 3 weighs all t alike.")
+    return f"The losses per picture are {numbers(each)} and should be {numbers(right)}."
 
 
 def numbers(each):

@@ -5,8 +5,8 @@ THE IDEA    Try the answer on rows that have one of everything: two documents, p
             a picture at the start and one at the end, a picture of one patch, padding. The right
             interval of each position is known. So a wrong one is first named by its kind: which
             positions are wrong, and what do they have in common?
-A PICTURE   . text   0 1 2 patches of pictures 0, 1, 2   | a new document
-            ..000..|.111222.|..333
+A PICTURE   . text   0 1 2 patches of pictures 0, 1, 2   | a new document   : padding
+            ..000.|1.223333.|4.555
 PROPERTIES  in the order in which they are looked at: see PROPERTIES, below
 READ NEXT   ../attention_mask.py        TEST  ../tests/test_exercises.py
 """
@@ -19,8 +19,8 @@ from exercises.trial import Advice, need_several, need_shape, need_tensor
 
 # The last document of a row may be padding, which is text with a number of its own.
 ROWS = (
-    "..000..|.111222.|..333",
-    "44..|.5.6666..|7788|:::",
+    "..000.|1.223333.|4.555",
+    "66..|.7.8888..|99aa|:::",
     "....................",
 )
 PADDING = 17                                            # where ":::" starts, in row 1
@@ -34,7 +34,7 @@ def read_layout(rows):
         pictures = []
         documents = []
         for number, document in enumerate(row.split("|")):
-            pictures += [int(cell) if cell.isdigit() else -1 for cell in document]
+            pictures += [int(cell, 36) if cell.isalnum() else -1 for cell in document]
             documents += [number] * len(document)
         image_id.append(pictures)
         doc_id.append(documents)
@@ -144,6 +144,14 @@ def or_not_and(seen):
                 "the picture, such as its caption: lo is the start of the document.")
 
 
+def pictures_of_any_size(seen):
+    """Pictures may have any number of patches"""
+    lengths = (seen.hi - seen.first + 1)[seen.is_patch].unique().tolist()
+    if len(lengths) == 1 and lengths[0] > 1:
+        return (f"All pictures are taken for {lengths[0]} patches long. They may differ: a picture "
+                f"ends where its id changes.")
+
+
 def sees_itself(seen):
     """lo <= q <= hi"""
     text = ~seen.is_patch
@@ -160,9 +168,11 @@ def sees_itself(seen):
     if from_0 and torch.equal(seen.hi, seen.right_hi - seen.right_lo):
         return ("You count from the start of each document. Count from the start of the row: "
                 "`lo` and `hi` are places in it. " + seen.place(blind))
-    if not blind[0].any():
-        return ("The first row is right to look at, the others are not: each row has its own "
-                "layout. " + seen.place(blind))
+    if torch.equal(seen.hi, seen.right_hi - seen.right_lo + 1):
+        return ("hi is how many positions q sees. It must be the last one of them, a place in the "
+                "row.")
+    if (seen.hi == seen.first)[seen.is_patch].all():
+        return "hi of a patch is the first patch of its picture, and must be the last one."
     return ("Here a position may not look at itself, so some softmax may be over nothing: "
             "lo <= q <= hi must hold everywhere. " + seen.place(blind))
 
@@ -175,11 +185,16 @@ def each_row_its_own(seen):
     if same and not wrong[0].any():
         return ("Every row gets the intervals of row 0. Each row has its own layout: work along "
                 "dim 1 of all rows. " + seen.place(wrong))
-    if not wrong[0].any() and (wrong[1:].any(1)).all():
-        T = seen.pos.shape[1]
-        if (seen.lo[1:] >= T).any() or (seen.hi[1:] >= T).any():
-            return ("From row 1 on your positions go beyond T: you count over the whole batch. "
-                    "Each row starts at 0 again. " + seen.place(wrong))
+    if wrong[0].any():
+        return None
+    T = seen.pos.shape[1]
+    if (seen.lo[1:] >= T).any() or (seen.hi[1:] >= T).any():
+        return ("From row 1 on your positions go beyond T: you count over the whole batch. Each "
+                "row starts at 0 again. " + seen.place(wrong))
+    # Row 0 has all that may be difficult, but padding.
+    if (wrong & (seen.start != PADDING)).any():
+        return ("Row 0 is right, and a later row is not, though nothing in it is more difficult: "
+                "does something look at row 0 only? " + seen.place(wrong))
 
 
 def restarts(seen):
@@ -263,6 +278,8 @@ def whole_picture(seen):
     short = seen.is_patch & (seen.hi < seen.right_hi)
     if not short.any():
         return None
+    if torch.equal(seen.causal_hi, seen.right_hi):
+        return "`bidirectional` is upside down: True lets the patches of a picture see each other."
     if (seen.hi == seen.pos)[seen.is_patch].all():
         return ("Causal inside pictures, too: a patch must see the later patches of its own "
                 "picture. hi is the picture's last patch. " + seen.place(short))
@@ -299,13 +316,15 @@ def as_the_module(seen):
 def refuses_other_shapes(seen):
     """ValueError if the shapes differ"""
     image_id, doc_id = read_layout(ROWS)
-    if not seen.trial.refuses(image_id, doc_id[:1]):
-        return ("All right but for one thing: for doc_id of shape (1, T) beside image_id (3, T) it "
-                "must raise ValueError. Otherwise it broadcasts, and row 0 speaks for all.")
+    raised = seen.trial.raised(image_id, doc_id[:1])
+    if raised != "ValueError":
+        return ("All right but for one thing: for doc_id of shape (1, T) beside image_id (3, T) "
+                f"it raises {raised}, and must raise ValueError. Otherwise it broadcasts, and row "
+                f"0 speaks for all.")
 
 
 PROPERTIES = (
     in_this_order, looks_and_is_looked_at, allowed_and_blocked, or_not_and, each_row_its_own,
-    sees_itself, restarts, hi_is_included, text_does_not_look_ahead, own_picture_only,
-    whole_picture, flag, as_the_module, refuses_other_shapes,
+    pictures_of_any_size, sees_itself, restarts, hi_is_included, text_does_not_look_ahead,
+    own_picture_only, whole_picture, flag, as_the_module, refuses_other_shapes,
 )

@@ -79,6 +79,11 @@ def check_shape(out):
                          "numbers.",
         (M, N, P, P, C): "Each patch is still a small picture: make it one vector of c*p*p "
                          "numbers.",
+        (N, LENGTH): "There are the patches of one picture only: M is missing.",
+        (N, M, LENGTH): "The patches come before the pictures: M is the first dimension "
+                        "(torch.stack(..., dim=1)).",
+        (M, N * LENGTH): "All the patches of a picture have become one vector: P is a dimension of "
+                         "its own (stack, not cat).",
         (M, C, N, P * P): "The channels are a dimension of their own. A patch has all channels of "
                           "its place: one vector of c*p*p numbers.",
         (M, H * W, C): "Each pixel has become a vector of its own: p is not used.",
@@ -184,10 +189,11 @@ def as_the_module(seen):
 def refuses_odd_sides(seen):
     """ValueError if p does not divide h and w"""
     for h, w in ((4, 5), (5, 4)):
-        if not seen.trial.refuses(torch.zeros(1, 1, h, w), 2):
+        raised = seen.trial.raised(torch.zeros(1, 1, h, w), 2)
+        if raised != "ValueError":
             return (f"All right but for one thing: a picture of {h} x {w} cannot be cut into 2 x 2 "
-                    f"patches. Raise ValueError if p does not divide both sides; otherwise pixels "
-                    f"are lost without a word.")
+                    f"patches, and your function raises {raised}. Raise ValueError if p does not "
+                    f"divide both sides; otherwise pixels are lost without a word.")
 
 
 PROPERTIES = (own_picture, not_a_plain_reshape, one_patch_per_vector, raster_order, order_within,

@@ -203,7 +203,7 @@ def with_quantise(answer):
     pixels = []
     for caption in CAPTIONS:
         pixels.append(scenes.render(scenes.draw_scene(scenes.read_caption(caption), rng)))
-    e = vae.squeeze(to_float(np.stack(pixels)))
+    e = vae.run_encoder(to_float(np.stack(pixels)))
     vectors, _, _ = answer(e, vae.quantiser.codebook.detach(), 0.25)
     return to_pixels(vae.decoder(vectors))
 

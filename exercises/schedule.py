@@ -91,6 +91,9 @@ def falls(seen):
     rises = (table.diff() > 1e-12).nonzero().flatten()
     if len(rises):
         t = int(rises[0])
+        if t <= 1:
+            return ("It rises from the start, and must fall: a sine for the cosine, f(t-1)/f(t) "
+                    "for f(t)/f(t-1), or a sum (cumsum) for a product?")
         if t < 990:
             return (f"It rises again from t = {t} on: the angle goes beyond pi/2. cos^2 must reach "
                     f"0 at t = T, not before.")
@@ -107,6 +110,14 @@ def cosine_squared(seen):
     table = seen.table
     if near(table[:-1], seen.right[:-1], atol=1e-6):
         return None
+    if (table[:-1] == 1).all():
+        return "It stays at 1 until the end: is t // T, a whole number, taken for t / T?"
+    if table[1] < 0.01:
+        if table[1] < 0.0005:
+            return ("Almost nothing is left after one step: alpha_bar is the product of 1 - beta, "
+                    "not of beta.")
+        return ("Almost nothing is left after one step: each beta is at *most* beta_max "
+                "(clamp(max=...)), not at least.")
     floor = table.min().item()
     if floor > 1e-6 and near(table, seen.right.clamp(min=floor), atol=1e-5):
         return (f"The clip is in the wrong place: it is on alpha_bar, which ends at {floor:.1g}. "
@@ -119,6 +130,14 @@ def cosine_squared(seen):
         return "This is the square of it: cos^4, where cos^2 is wanted."
     if near(table, cosine_alpha_bar(1000, offset=0.0), atol=1e-5):
         return "The offset is not used: t/T starts at 0.008, or the first betas are almost 0."
+    if near(table, cosine_alpha_bar(1001)[:-1]):
+        return "t is divided by T + 1. There are T + 1 entries, but t/T goes from 0 to 1."
+    if near(table, torch.cumprod(seen.right, 0), atol=0.02):
+        return ("f itself is multiplied up: beta_t is 1 - f(t)/f(t-1), and the division is "
+                "missing.")
+    if table[-1] > 0.2:
+        return (f"It ends at {table[-1]:.3f}, but at t = T nothing of the picture may be left: the "
+                f"angle must be pi/2 there. Is pi/2 inside the cosine, and are the brackets right?")
     if near(table, 1 - t / 1000, atol=0.01):
         return "This is a straight line, 1 - t/T. Wanted is cos^2 of an angle that grows with t."
     betas = torch.cat([torch.zeros(1), torch.linspace(1e-4, 0.02, 1000)]).double()

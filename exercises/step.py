@@ -11,6 +11,7 @@ A PICTURE   from t = 500 to u = 400              xt        x0      noise
 PROPERTIES  in the order in which they are looked at: see PROPERTIES, below
 READ NEXT   ../diffusion.py        TEST  ../tests/test_exercises.py
 """
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -27,24 +28,20 @@ NAMES = {"ddpm": "DDPM", "flow": "flow"}
 
 @dataclass
 class Seen:
-    """The three factors at every jump: {(kind, jump): (3,) float64}.
+    """The three factors of DDPM at every jump: {jump: (3,) float64}.
 
     seen, right   the answer's and the module's
-    diffusions    {kind: Diffusion}
+    diffusion     DDPM
     trial         to ask more
     """
     seen: dict
     right: dict
-    diffusions: dict
+    diffusion: Diffusion
     trial: object
 
-    def fits(self, kind, jump):
+    def fits(self, jump):
         """Whether the three factors are right there."""
-        return near(self.seen[kind, jump], self.right[kind, jump])
-
-    def wrong(self, kind):
-        """The jumps at which they are not."""
-        return [jump for jump in JUMPS if not self.fits(kind, jump)]
+        return near(self.seen[jump], self.right[jump])
 
 
 def factors(step, diffusion, t, u):
@@ -53,25 +50,38 @@ def factors(step, diffusion, t, u):
     xt, x0, noise = torch.eye(3, dtype=torch.float64).view(3, 3, 1, 1, 1)
     result = need_tensor(step(diffusion, xt, x0, t, u, noise), like="float")
     if result.shape != xt.shape:
-        raise Advice(f"The result must have the shape of xt, {tuple(xt.shape)}, but it has "
+        raise Advice(f"The result must have the shape of xt, {tuple(xt.shape)}, not "
                      f"{tuple(result.shape)}: did you sum over something?")
     return result.double().flatten()
 
 
+def all_factors(step, kind):
+    """The factors of a step at every jump: {jump: (3,) float64}. Raises Advice."""
+    diffusion = Diffusion(kind)
+    found = {}
+    for t, u in JUMPS:
+        try:
+            found[t, u] = factors(step, diffusion, t, u)
+        except Advice as problem:
+            raise Advice(explain_failure(str(problem), kind, t, u)) from None
+    return found
+
+
+@functools.cache
+def right_factors(kind):
+    """The module's factors at every jump."""
+    return all_factors(ancestral_step, kind)
+
+
 def try_step(trial):
-    """The answer, tried at six jumps with both processes."""
-    diffusions = {"ddpm": Diffusion("ddpm"), "flow": Diffusion("flow")}
-    seen = {}
-    right = {}
-    for kind, diffusion in diffusions.items():
-        for t, u in JUMPS:
-            right[kind, (t, u)] = factors(ancestral_step, diffusion, t, u)
-            try:
-                seen[kind, (t, u)] = factors(trial, diffusion, t, u)
-            except Advice as problem:
-                check_direction(trial, diffusion)
-                raise Advice(explain_failure(str(problem), kind, t, u)) from None
-    return Seen(seen, right, diffusions, trial)
+    """The answer, tried at six jumps with DDPM. Flow is tried once that is right."""
+    diffusion = Diffusion("ddpm")
+    try:
+        seen = all_factors(trial, "ddpm")
+    except Advice:
+        check_direction(trial, diffusion)
+        raise
+    return Seen(seen, right_factors("ddpm"), diffusion, trial)
 
 
 def check_direction(trial, diffusion):
@@ -101,8 +111,8 @@ def explain_failure(problem, kind, t, u):
 # --------------------------------------------------------------------------------------- properties
 def moves(seen):
     """The step moves from t to u"""
-    xt, x0, _ = seen.seen["ddpm", MIDDLE].tolist()
-    everywhere = torch.stack([seen.seen["ddpm", jump] for jump in JUMPS])
+    xt, x0, _ = seen.seen[MIDDLE].tolist()
+    everywhere = torch.stack([seen.seen[jump] for jump in JUMPS])       # (6, 3)
     if near(everywhere, torch.tensor([1.0, 0.0, 0.0]).expand(6, 3)):
         return "You return xt as it is: the step must go to u, where there is less noise."
     if near(everywhere, torch.tensor([0.0, 1.0, 0.0]).expand(6, 3)):
@@ -117,62 +127,73 @@ def moves(seen):
 
 def noise_is_added(seen):
     """Noise is added, the noise that is given"""
-    if any(seen.seen[key][2] != 0 for key in seen.seen):
+    if any(factors[2] != 0 for factors in seen.seen.values()):
         return None
-    diffusion = seen.diffusions["ddpm"]
-    a = diffusion.a[500]
-    s = diffusion.s[500]
+    a = seen.diffusion.a[500]
+    s = seen.diffusion.s[500]
     # DDIM mixes x0 again with the very noise that xt has: eps = (xt - a x0) / s.
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    for_xt = ddim_step(diffusion, 0 * one, one / s, 400).item()
-    for_x0 = ddim_step(diffusion, one, -one * a / s, 400).item()
-    if near(seen.seen["ddpm", MIDDLE][:2], torch.tensor([for_xt, for_x0])):
+    for_xt = ddim_step(seen.diffusion, 0 * one, one / s, 400).item()
+    for_x0 = ddim_step(seen.diffusion, one, -one * a / s, 400).item()
+    if near(seen.seen[MIDDLE][:2], torch.tensor([for_xt, for_x0])):
         return ("This is DDIM: it adds no noise and keeps that of xt. The ancestral step draws "
                 "from q(x_u | x_t, x0), with fresh noise.")
     return ("No noise is added anywhere. q(x_u | x_t, x0) has a variance, and a draw from it needs "
             "`noise` times its root.")
 
 
+def from_t_to_u(seen):
+    """From t to u, not from u to t"""
+    if not seen.fits(MIDDLE):
+        check_direction(seen.trial, seen.diffusion)
+
+
 def step_of_one_or_jump(seen):
     """beta is that of the jump, not of one step"""
-    one_step_is_right = seen.fits("ddpm", (300, 299)) and seen.fits("ddpm", (1, 0))
-    if one_step_is_right and not seen.fits("ddpm", MIDDLE):
+    if seen.fits(MIDDLE):
+        return None
+    if seen.fits((300, 299)) and seen.fits((1, 0)):
         return ("Right for a step of one, wrong for a jump: your beta belongs to the 1000-step "
                 "chain. In a chain of 250 the variance from u to t must be computed from a and s "
-                "at u and t. " + numbers(seen, "ddpm"))
+                "at u and t. " + numbers(seen.seen, "ddpm"))
+    if seen.fits((500, 496)) and seen.fits((4, 0)):
+        return ("Right for a step of four, wrong for other jumps: u is not used, or the 4 of a "
+                "chain of 250 is written in. " + numbers(seen.seen, "ddpm"))
 
 
 def last_step_is_clean(seen):
     """No noise on the last step"""
-    for kind in seen.diffusions:
-        added = [abs(seen.seen[kind, jump][2].item()) > 1e-6 for jump in LAST_STEPS]
-        if added == [True, False]:
-            return ("Noise is added on a last step that is a jump, from t = 4 to 0. The last step "
-                    "is where u is 0, not where t is 1.")
-        if any(added):
-            return ("Noise is added on the last step. At u = 0 the picture is finished: the "
-                    "noise's factor must be 0 there, and it is if the variance is that of "
-                    "q(x_u | x_t, x0), beta * s_u^2 / s_t^2.")
+    jump, one = [abs(seen.seen[last][2].item()) for last in LAST_STEPS]
+    if max(jump, one) < 1e-6:
+        return None
+    if one < 1e-6:
+        return ("Noise is added on a last step that is a jump, from t = 4 to 0. The last step is "
+                "where u is 0, not where t is 1.")
+    if max(jump, one) < 0.006 and near(torch.tensor(jump), torch.tensor(one)):
+        return (f"A little noise is left on the last step, {one:.4f} of it: the variance must be 0 "
+                f"there. Is it clamped to something above 0?")
+    return ("Noise is added on the last step. At u = 0 the picture is finished: the noise's factor "
+            "must be 0 there, and it is if the variance is that of q(x_u | x_t, x0), "
+            "beta * s_u^2 / s_t^2.")
 
 
 def off_by_one(seen):
     """Entry t of the tables is step t"""
-    diffusion = seen.diffusions["ddpm"]
     for shift in (-1, 1):
-        other = factors(ancestral_step, diffusion, 500 + shift, 400 + shift)
-        if not seen.fits("ddpm", MIDDLE) and near(seen.seen["ddpm", MIDDLE], other):
+        other = factors(ancestral_step, seen.diffusion, 500 + shift, 400 + shift)
+        if not seen.fits(MIDDLE) and near(seen.seen[MIDDLE], other):
             return ("Off by one: these are the factors of the neighbouring t. The tables have T + "
                     "1 entries, and entry 0 is the clean picture.")
 
 
 def noise_factor(seen):
     """The noise's factor is the root of the variance of q(x_u | x_t, x0)"""
-    found = seen.seen["ddpm", MIDDLE]
-    right = seen.right["ddpm", MIDDLE]
+    found = seen.seen[MIDDLE]
+    right = seen.right[MIDDLE]
     if near(found[2], right[2]) or not near(found[:2], right[:2]):
         return None                                     # a wrong mean is named first, below
-    s_t = seen.diffusions["ddpm"].s[500]
-    s_u = seen.diffusions["ddpm"].s[400]
+    s_t = seen.diffusion.s[500]
+    s_u = seen.diffusion.s[400]
     if near(found[2], right[2] ** 2):
         return "The mean is right. The noise is multiplied by the variance: take its square root."
     if near(found[2], right[2] * s_t / s_u):
@@ -186,39 +207,55 @@ def noise_factor(seen):
     if found[2] == 0:
         return "The mean is right. No noise is added here; only the last step, u = 0, has none."
     return ("The mean is right. The noise's factor is not: it is the root of beta * s_u^2 / s_t^2. "
-            + numbers(seen, "ddpm"))
+            + numbers(seen.seen, "ddpm"))
 
 
 def mean(seen):
     """The mean: what x_t says and what x0 says, each with its weight"""
-    found = seen.seen["ddpm", MIDDLE]
-    right = seen.right["ddpm", MIDDLE]
+    found = seen.seen[MIDDLE]
+    right = seen.right[MIDDLE]
     if near(found[:2], right[:2]):
         return None
-    diffusion = seen.diffusions["ddpm"]
-    a_u = diffusion.a[400]
-    s_u = diffusion.s[400]
-    s_t = diffusion.s[500]
-    keep = diffusion.a[500] / a_u
-    if near(found[:2], right[:2].flip(0)):
-        return "The factors of xt and x0 have changed places. Near t = 0 the step must believe x0."
-    if near(found[0], right[0]) and near(found[1], right[1] / a_u):
-        return ("xt is right, but x0 lacks its factor a_u: x_u has only that much of the clean "
-                "picture in it. " + numbers(seen, "ddpm"))
-    if near(found[1], right[1]) and near(found[0], right[0] / keep):
-        return ("x0 is right, but xt lacks the factor a_t / a_u: that much of x_u is left in x_t. "
-                + numbers(seen, "ddpm"))
-    if near(found[1], right[1]) and near(found[0], right[0] / keep ** 2):
-        return ("x0 is right, but xt has the factor a_t / a_u upside down. "
-                + numbers(seen, "ddpm"))
-    without_keep = s_t ** 2 - s_u ** 2
-    if near(found[1], a_u * without_keep / s_t ** 2):
-        return ("beta is not s_t^2 - s_u^2: on the way from u to t the noise that is there already "
-                "shrinks by (a_t / a_u)^2. " + numbers(seen, "ddpm"))
-    squares = diffusion_of_squares(diffusion)
+    a_u = seen.diffusion.a[400]
+    s_u = seen.diffusion.s[400]
+    s_t = seen.diffusion.s[500]
+    keep = seen.diffusion.a[500] / a_u
+    for_xt, for_x0 = right[:2]
+    # The factors that the usual mistakes have instead: of xt, of x0.
+    known = (
+        (for_x0, for_xt,
+         "The factors of xt and x0 have changed places. Near t = 0 the step must believe x0."),
+        (for_xt / s_u ** 2 * right_beta(seen), a_u * s_u ** 2 / s_t ** 2,
+         "The two weights have changed places: s_u^2 / s_t^2 belongs to xt, beta / s_t^2 to x0."),
+        (for_xt, for_x0 / a_u,
+         "xt is right, but x0 lacks its factor a_u: x_u has only that much of the clean picture."),
+        (for_xt, for_x0 * keep,
+         "xt is right, but x0 has the factor a_t: at u there is a_u of the clean picture."),
+        (for_xt / keep, for_x0,
+         "x0 is right, but xt lacks the factor a_t / a_u: that much of x_u is left in x_t."),
+        (for_xt / keep ** 2, for_x0, "x0 is right, but xt has the factor a_t / a_u upside down."),
+        (for_xt * keep, for_x0, "x0 is right, but xt has the factor a_t / a_u twice."),
+        (for_xt, a_u * (s_t ** 2 - s_u ** 2) / s_t ** 2,
+         "beta is not s_t^2 - s_u^2: on the way from u to t the noise that is there already "
+         "shrinks by (a_t / a_u)^2."),
+        (for_xt, a_u * (s_t ** 2 - keep * s_u ** 2) / s_t ** 2,
+         "xt is right. In beta = s_t^2 - (a_t / a_u)^2 s_u^2 the square of a_t / a_u is missing."),
+        (for_xt / keep ** 2, a_u * (s_t ** 2 - s_u ** 2 / keep ** 2) / s_t ** 2,
+         "a_t / a_u is upside down: x_t has that much of x_u, which is less than all."),
+    )
+    for of_xt, of_x0, advice in known:
+        if near(found[:2], torch.stack([of_xt, of_x0])):
+            return f"{advice} {numbers(seen.seen, 'ddpm')}"
+    squares = diffusion_of_squares(seen.diffusion)
     if near(found, factors(ancestral_step, squares, 500, 400), rtol=1e-3):
         return ("`diffusion.at` gives a and s, factors of the picture and of the noise. Variances "
-                "are their squares. " + numbers(seen, "ddpm"))
+                "are their squares. " + numbers(seen.seen, "ddpm"))
+
+
+def right_beta(seen):
+    """The variance that the chain adds from u = 400 to t = 500."""
+    keep = seen.diffusion.a[500] / seen.diffusion.a[400]
+    return seen.diffusion.s[500] ** 2 - keep ** 2 * seen.diffusion.s[400] ** 2
 
 
 def diffusion_of_squares(diffusion):
@@ -228,38 +265,36 @@ def diffusion_of_squares(diffusion):
     return other
 
 
-def from_t_to_u(seen):
-    """From t to u, not from u to t"""
-    if not seen.fits("ddpm", MIDDLE):
-        check_direction(seen.trial, seen.diffusions["ddpm"])
-
-
 def every_jump(seen):
     """Right for DDPM, at every jump"""
-    wrong = seen.wrong("ddpm")
-    if not wrong:
-        return None
-    if MIDDLE in wrong:
-        return "Not yet. " + numbers(seen, "ddpm")
-    t, u = wrong[0]
-    return (f"Right from t = 500 to 400, wrong from t = {t} to {u}. "
-            + numbers(seen, "ddpm", wrong[0]))
+    if not seen.fits(MIDDLE):
+        return "Not yet. " + numbers(seen.seen, "ddpm")
+    for jump in JUMPS:
+        if not seen.fits(jump):
+            t, u = jump
+            return (f"Right from t = 500 to 400, wrong from t = {t} to {u}. "
+                    + numbers(seen.seen, "ddpm", jump))
 
 
 def flow_too(seen):
     """Right for flow, where a^2 + s^2 is not 1"""
-    wrong = seen.wrong("flow")
-    if wrong:
-        return ("Right for DDPM, wrong for flow. There a + s = 1, and a^2 + s^2 is not: a beta of "
-                "1 - (a_t/a_u)^2, or 1 - a^2 for s^2, holds for DDPM only. The noise of x_t is "
-                "s_t^2 in all. " + numbers(seen, "flow", wrong[0]))
+    try:
+        found = all_factors(seen.trial, "flow")
+    except Advice as problem:
+        return f"Right for DDPM, wrong for flow. {problem}"
+    for jump in JUMPS:
+        if not near(found[jump], right_factors("flow")[jump]):
+            return ("Right for DDPM, wrong for flow. There a + s = 1, and a^2 + s^2 is not: a beta "
+                    "of 1 - (a_t/a_u)^2, or 1 - a^2 for s^2, holds for DDPM only. The noise of x_t "
+                    "is s_t^2 in all. " + numbers(found, "flow", jump))
 
 
 def elementwise(seen):
     """Every element of every picture, in float32"""
     generator = torch.Generator().manual_seed(0)
     xt, x0, noise = torch.randn(3, 2, 3, 4, 5, generator=generator)
-    for kind, diffusion in seen.diffusions.items():
+    for kind in NAMES:
+        diffusion = Diffusion(kind)
         result = need_tensor(seen.trial(diffusion, xt, x0, 700, 690, noise), like="float")
         need_shape(result, xt.shape)
         if not near(result, ancestral_step(diffusion, xt, x0, 700, 690, noise), atol=1e-4):
@@ -267,11 +302,10 @@ def elementwise(seen):
                     f"clipped, or averaged over elements?")
 
 
-def numbers(seen, kind, jump=MIDDLE):
+def numbers(found, kind, jump=MIDDLE):
     """The three factors of a jump, and which of them are right."""
     parts = []
-    names = ("xt", "x0", "noise")
-    for name, a, b in zip(names, seen.seen[kind, jump], seen.right[kind, jump]):
+    for name, a, b in zip(("xt", "x0", "noise"), found[jump], right_factors(kind)[jump]):
         if near(a, b):
             parts.append(f"{name} x {a:.4f} (right)")
         else:

@@ -93,16 +93,14 @@ class Trial:
                              f"`append`, a method that ends in `_`, `x[...] = ...`).")
         return result
 
-    def refuses(self, *inputs):
-        """Whether the answer raises ValueError for these inputs, as its docstring says."""
+    def raised(self, *inputs):
+        """The name of the exception that the answer raises for these inputs, or "nothing"."""
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 self.answer(*inputs)
-        except ValueError:
-            return True
-        except Exception:
-            return False
-        return False
+        except Exception as problem:
+            return "ValueError" if isinstance(problem, ValueError) else type(problem).__name__
+        return "nothing"
 
     def check_parameters(self, inputs):
         """Raise Advice if the answer cannot be called with these inputs."""
@@ -122,18 +120,8 @@ class Trial:
         if isinstance(problem, RecursionError):
             return "Your function calls itself without end (RecursionError)."
         what = f"{kind}: {shorten(problem)}" if str(problem) else kind
-        return f"Your function raises {what}{self.place(problem)}"
-
-    def place(self, problem):
-        """Where in the student's code an exception was raised: the deepest line of it."""
         code = getattr(self.answer, "__code__", None)
-        if code is None:
-            return "."
-        for frame in reversed(traceback.extract_tb(problem.__traceback__)):
-            if frame.filename == code.co_filename:
-                line = f": {frame.line}" if frame.line else ""
-                return f" (line {frame.lineno}{line})"
-        return "."
+        return f"Your function raises {what}{place(problem, code and code.co_filename)}."
 
 
 class Chance:
@@ -235,6 +223,15 @@ def kind_of(value):
     return f"{article} {kind}"
 
 
+def place(problem, filename):
+    """Where in a student's file an exception was raised, " (line 3: return x + y)", or "". Of all
+    its lines on the way, the deepest."""
+    for frame in reversed(traceback.extract_tb(problem.__traceback__)):
+        if frame.filename == filename:
+            return f" (line {frame.lineno}: {shorten(frame.line, 60)})"
+    return ""
+
+
 def shorten(problem, width=140):
     """The first words of a message, on one line."""
     return textwrap.shorten(str(problem), width, placeholder=" ...")
@@ -266,7 +263,7 @@ def need_tensor(value, name="The result", like=""):
 def need_shape(value, shape, name="The result"):
     """Raise Advice if a tensor has another shape."""
     if value.shape != torch.Size(shape):
-        raise Advice(f"{name} must have shape {tuple(shape)}, but it has {tuple(value.shape)}.")
+        raise Advice(f"{name} must have shape {tuple(shape)}, not {tuple(value.shape)}.")
 
 
 def need_several(value, names):
@@ -277,7 +274,8 @@ def need_several(value, names):
     if not isinstance(value, (tuple, list)):
         raise Advice(f"Return {len(names)} things, {wanted}; you return {kind_of(value)}.")
     if len(value) != len(names):
-        raise Advice(f"Return {len(names)} things, {wanted}; you return {len(value)}.")
+        raise Advice(f"Return {len(names)} things, {wanted}; you return {kind_of(value)} of "
+                     f"{len(value)}.")
     return tuple(value)
 
 
@@ -302,6 +300,11 @@ class Verdict:
     printed: str = ""
 
 
+def name_of(has):
+    """The name of a property: the first line of its docstring."""
+    return has.__doc__.strip().splitlines()[0]
+
+
 def judge(answer, reference, try_out, properties):
     """The Verdict on an answer. Raises nothing but KeyboardInterrupt.
 
@@ -317,7 +320,7 @@ def judge(answer, reference, try_out, properties):
             trial = Trial(answer, reference)
             seen = try_out(trial)
             for has in properties:
-                failed = has.__doc__.strip().splitlines()[0]
+                failed = name_of(has)
                 advice = has(seen)
                 if advice:
                     break

@@ -10,6 +10,7 @@ A PICTURE   tokens   <bos> a red | circle   <boi>    ~~~~        ~~::       [##]
 PROPERTIES  in the order in which they are looked at: see PROPERTIES, below
 READ NEXT   ../sample.py        TEST  ../tests/test_exercises.py
 """
+import functools
 import itertools
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from exercises.trial import Advice, kind_of, near, need_several
 WORDS = data.Words("a red blue circle cross".split())
 A, RED, BLUE, CIRCLE, CROSS = (WORDS.ids[word] for word in "a red blue circle cross".split())
 STEPS = 4
+SEED = 7
 PATIENCE = 100                                          # questions, before a loop is called endless
 
 
@@ -89,7 +91,9 @@ class Script:
         following = [*self.times, 0][self.times.index(t) + 1]
         out = self.network(x[None])
         x0, eps = self.diffusion.x0_and_eps(x[None], out, t)
-        return ddim_step(self.diffusion, x0, eps, following)[0]
+        answer = ddim_step(self.diffusion, x0, eps, following)[0]
+        self.log[-1].answer = answer.clone()
+        return answer
 
     # ------------------------------------------------------------------------------ how it works
     def says(self, place):
@@ -101,7 +105,7 @@ class Script:
     @staticmethod
     def network(x):
         """What it takes for the noise in x (1, c, h, w). Any function would do."""
-        return torch.tanh(x)
+        return torch.tanh(x + 0.1)
 
     def remember(self, mode, tokens, pictures, t):
         """Log a question. Raises Advice if it makes no sense, or if there are too many."""
@@ -137,11 +141,13 @@ class Script:
 
 @dataclass
 class Question:
-    """One thing that the script was asked. mode: "word" or "noise"."""
+    """One thing that the script was asked. mode: "word" or "noise"; answer: the picture, one step
+    cleaner."""
     mode: str
     tokens: list
     pictures: list
     t: int
+    answer: torch.Tensor = None
 
 
 @dataclass
@@ -155,44 +161,56 @@ class Case:
     right_pictures: list
 
 
+PROMPT = (BOS, A, RED)
+# A picture after `circle`: BOI at place 4, patches from 5 on, then EOI. Then AFTER tokens stand.
+AFTER = 5 + Script.patches + 1
+PICTURE = {3: CIRCLE, 4: BOI}
+TWO_PICTURES = {**PICTURE, AFTER: A, AFTER + 1: CROSS, AFTER + 2: BOI}
+SCRIPTS = {                                             # script, max_words, max_pictures, context
+    "words alone": ({3: CIRCLE, 4: EOS, 5: BLUE}, 64, 1, 40),
+    "words and a picture": (PICTURE, 64, 1, 40),
+    "words, a picture, words": ({**PICTURE, AFTER: A, AFTER + 1: CROSS}, 64, 1, 40),
+    "two pictures": (TWO_PICTURES, 64, 2, 40),
+    "two pictures, with max_pictures=1": (TWO_PICTURES, 64, 1, 40),
+    "a picture, with max_pictures=0": (PICTURE, 64, 0, 40),
+    "two words, with max_words=1": ({3: BLUE, 4: CIRCLE}, 1, 1, 40),
+    "words without end, with max_words=5": (A, 5, 1, 40),
+    "a picture among words, with max_words=2": (
+        {**PICTURE, AFTER: CROSS, AFTER + 1: RED}, 2, 1, 40),
+    "a picture, with max_words=0": (PICTURE, 0, 1, 40),
+    "words without end, in a context of 9": (A, 64, 1, 9),
+    "a picture that fits exactly": (PICTURE, 64, 1, AFTER),
+    "a picture without room for EOI": (PICTURE, 64, 1, AFTER - 1),
+    "pictures without end": (BOI, 64, 2, 40),
+}
+
+
+def play(function, name):
+    """(the Script, what a function like `write` makes of it). name: one of SCRIPTS."""
+    script, max_words, max_pictures, context = SCRIPTS[name]
+    script = Script(script, context)
+    generator = torch.Generator().manual_seed(SEED)
+    try:
+        return script, function(script, list(PROMPT), generator, max_words, max_pictures)
+    except Advice as problem:
+        raise Advice(explain(str(problem), script, name)) from None
+
+
+@functools.cache
+def right_document(name):
+    """(tokens, pictures): what the module makes of a script."""
+    _, document = play(write, name)
+    return document
+
+
 def try_write(trial):
-    """The answer, tried with scripts of growing difficulty: {name: Case}, up to the first wrong."""
-    prompt = [BOS, A, RED]
-    P = Script.patches
-    # A picture after `circle`: BOI at place 4, patches from 5 on, EOI at 5 + P.
-    picture = {3: CIRCLE, 4: BOI}
-    after = 6 + P                                       # tokens so far, once EOI is there
-    again = {**picture, after: A, after + 1: CROSS, after + 2: BOI}
-    scripts = {                                         # name: script, limits, context
-        "words alone": ({3: CIRCLE, 4: EOS, 5: BLUE}, 64, 1, 40),
-        "words and a picture": (picture, 64, 1, 40),
-        "words, a picture, words": ({**picture, after: A, after + 1: CROSS}, 64, 1, 40),
-        "two pictures": (again, 64, 2, 40),
-        "two pictures, with max_pictures=1": (again, 64, 1, 40),
-        "a picture, with max_pictures=0": (picture, 64, 0, 40),
-        "two words, with max_words=1": ({3: BLUE, 4: CIRCLE}, 1, 1, 40),
-        "words without end, with max_words=5": (A, 5, 1, 40),
-        "a picture among words, with max_words=2": (
-            {**picture, after: CROSS, after + 1: RED}, 2, 1, 40),
-        "a picture, with max_words=0": (picture, 0, 1, 40),
-        "words without end, in a context of 9": (A, 64, 1, 9),
-        "a picture that fits exactly": (picture, 64, 1, 5 + P + 1),
-        "a picture without room for EOI": (picture, 64, 1, 5 + P),
-        "pictures without end": ({k: BOI for k in range(99)}, 64, 2, 40),
-    }
+    """The answer, tried with SCRIPTS: {name: Case}, up to the first that comes out wrong."""
     cases = {}
-    for name, (script, max_words, max_pictures, context) in scripts.items():
-        script = Script(script, context)
-        limits = (max_words, max_pictures)
-        try:
-            result = trial(script, list(prompt), torch.Generator().manual_seed(7), *limits)
-        except Advice as problem:
-            raise Advice(explain(str(problem), script, name)) from None
-        tokens, pictures = need_document(result)
-        module = Script(script.script, context)
-        right = write(module, list(prompt), torch.Generator().manual_seed(7), *limits)
-        cases[name] = Case(name, script, tokens, pictures, *right)
-        if not is_right(cases[name]):
+    for name in SCRIPTS:
+        script, result = play(trial, name)
+        case = Case(name, script, *need_document(result), *right_document(name))
+        cases[name] = case
+        if not is_right(case):
             break
     return cases
 
@@ -232,7 +250,9 @@ def is_right(case):
         return False
     if len(case.pictures) != len(case.right_pictures):
         return False
-    if any(odd_question(asked) for asked in case.script.log) or odd_steps(case.script):
+    if any(odd_question(asked) for asked in case.script.log):
+        return False
+    if odd_steps(case.script) or asked_again(case.script):
         return False
     return all(near(a, b, atol=1e-4) for a, b in zip(case.pictures, case.right_pictures))
 
@@ -282,9 +302,14 @@ def odd_steps(script):
             return (f"A picture is denoised at every t of model.times, {script.times}; you ask for "
                     f"{times}.")
         for before, asked in itertools.pairwise(steps):
-            if torch.equal(before.pictures[-1], asked.pictures[-1]):
+            x = asked.pictures[-1]
+            if before.answer is None or near(x, before.answer, atol=1e-4):
+                continue
+            if torch.equal(x, before.pictures[-1]):
                 return ("Every step sees the same picture: put what denoise returns in the place "
                         "of the last picture, for the next step to see.")
+            return ("A step does not see what the step before it returned: noise is drawn once for "
+                    "each picture, not for each step.")
     return None
 
 
@@ -327,11 +352,30 @@ def goes_on(cases):
                 "limit.")
 
 
+def asked_again(script):
+    """Advice if an answer of the script was thrown away, or None."""
+    words = [asked.tokens for asked in script.log if asked.mode == "word"]
+    for before, tokens in itertools.pairwise(words):
+        if before == tokens:
+            return ("What the model has said is thrown away, and the same question asked again. "
+                    "Each token stands in the document, and a BOI of a picture too many ends it.")
+    return None
+
+
+def keeps_what_is_said(cases):
+    """What the model says is kept"""
+    return asked_again(last_of(cases).script)
+
+
 def boi_and_eos_stand(cases):
     """BOI and EOS are part of the document"""
     case = last_of(cases)
     if case.tokens == case.right_tokens:
         return None
+    if without_last_boi(case.right_tokens) == without_last_boi(case.tokens[:-1]):
+        if case.tokens[-1] == EOS:
+            return ("EOS is appended though the model has not said it: a document that ends at a "
+                    "limit stays open.")
     for token, name in ((EOS, "EOS"), (BOI, "BOI")):
         if [other for other in case.right_tokens if other != token] == case.tokens:
             return f"{name} is missing: the model has said it, so it is appended like a word."
@@ -341,7 +385,7 @@ def draws_when_asked(cases):
     """BOI draws a picture, and nothing else does"""
     case = last_of(cases)
     never = not any(asked.mode == "noise" for asked in case.script.log)
-    if never and case.right_pictures:
+    if never and case.right_pictures and "fits exactly" not in case.name:
         return "No picture is drawn: when the model says BOI, switch to diffusion mode."
     if len(case.pictures) > len(case.right_pictures):
         if "without room" in case.name:
@@ -358,7 +402,7 @@ def fresh_noise(cases):
     for asked in case.script.log:
         if asked.mode == "noise" and asked.t == case.script.times[0]:
             starts.setdefault(len(asked.pictures), asked.pictures[-1])
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(SEED)
     right = [torch.randn(Script.latent, generator=generator) for _ in starts]
     noise = list(starts.values())
     if len(noise) > 1 and torch.equal(noise[0], noise[1]):
@@ -369,7 +413,7 @@ def fresh_noise(cases):
             if (found == 0).all():
                 return "The picture starts from zeros. It starts from pure noise."
             return ("The noise is not the next torch.randn(model.latent, generator=generator): is "
-                    "something else drawn from the generator, or scaled?")
+                    "it another generator, or is something else drawn from this one?")
 
 
 def finished_picture(cases):
@@ -429,5 +473,5 @@ def spell(tokens):
     return " ".join(names)
 
 
-PROPERTIES = (asks_well, one_eoi, draws_when_asked, goes_on, boi_and_eos_stand, fresh_noise,
-              finished_picture, limits)
+PROPERTIES = (asks_well, one_eoi, draws_when_asked, keeps_what_is_said, goes_on,
+              boi_and_eos_stand, fresh_noise, limits, finished_picture)

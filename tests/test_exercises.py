@@ -1,17 +1,28 @@
 """The checks of the exercises are checked: right answers pass, wrong ones get advice that fits."""
+import ast
+import inspect
+import json
 import math
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import nbformat
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
+from nbclient import NotebookClient
 
 import attention_mask
 import data
 import diffusion
-import model as model_module
 import patchify as patchify_module
 from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH
-from exercises import checks, codes, writing
+from exercises import checks, grade, rewards, stubs, trial
 from exercises.checks import EXERCISES, verdict
 
 # Wrong answers: {exercise: {what is wrong: (answer, words that its advice must have)}}.
@@ -286,6 +297,47 @@ def _(image_id, doc_id, bidirectional=True):
     return (lo, hi) if bidirectional else (torch.zeros_like(lo), pos)
 
 
+@from_module("hi is the first patch", "first patch")
+def _(lo, hi, image_id, doc_id, bidirectional):
+    B, T = lo.shape
+    for b in range(B):
+        for q in range(T):
+            if bidirectional and image_id[b, q] >= 0:
+                hi[b, q] = (image_id[b] == image_id[b, q]).nonzero().min()
+    return lo, hi
+
+
+@from_module("all pictures have three patches", "3 patches long")
+def _(lo, hi, image_id, doc_id, bidirectional):
+    B, T = lo.shape
+    for b in range(B):
+        for q in range(T):
+            if bidirectional and image_id[b, q] >= 0:
+                hi[b, q] = (image_id[b] == image_id[b, q]).nonzero().min() + 2
+    return lo, hi
+
+
+@from_module("a length", "how many positions")
+def _(lo, hi, *_):
+    return lo, hi - lo + 1
+
+
+@from_module("lists", "tensor", "list")
+def _(lo, hi, *_):
+    return lo.tolist(), hi.tolist()
+
+
+@wrong("intervals", "the flag is upside down", "upside down")
+def _(image_id, doc_id, bidirectional=True):
+    return attention_mask.intervals(image_id, doc_id, not bidirectional)
+
+
+@wrong("intervals", "documents of row 0", "row 0")
+def _(image_id, doc_id, bidirectional=True):
+    lo, hi = attention_mask.intervals(image_id, doc_id, bidirectional)
+    return torch.stack([(doc_id[0] == d).int().argmax() for d in doc_id.flatten()]).view_as(lo), hi
+
+
 del WRONG["intervals"]["broadcasts"]                    # it is right
 
 
@@ -314,8 +366,6 @@ def _(x, p):
 
 def arranged(what, pattern, *words):
     """A wrong answer to patchify: an arrangement, as einops writes it."""
-    from einops import rearrange
-
     def answer(x, p):
         checked(x, p)
         return rearrange(x, pattern, p=p, q=p)
@@ -412,6 +462,52 @@ def _(x, p):
 @wrong("patchify", "pictures mixed", "another")
 def _(x, p):
     return patchify_module.patchify(x, p).transpose(0, 1).reshape(x.shape[0], -1, x.shape[1] * p * p)
+
+
+def squares(x, p):
+    """The patches of all pictures, (M, c*p*p) each, in raster order."""
+    M, c, h, w = checked(x, p)
+    return [x[:, :, y: y + p, k: k + p].reshape(M, -1) for y in range(0, h, p) for k in range(0, w, p)]
+
+
+@wrong("patchify", "a list", "list")
+def _(x, p):
+    return squares(x, p)
+
+
+@wrong("patchify", "stacked in front", "dim=1")
+def _(x, p):
+    return torch.stack(squares(x, p))
+
+
+@wrong("patchify", "cat for stack", "stack, not cat")
+def _(x, p):
+    return torch.cat(squares(x, p), 1)
+
+
+@wrong("patchify", "one picture only", "M is missing")
+def _(x, p):
+    return torch.stack(squares(x, p), 1)[0]
+
+
+@wrong("patchify", "assert", "AssertionError")
+def _(x, p):
+    assert x.shape[2] % p == 0 and x.shape[3] % p == 0
+    return F.unfold(x, p, stride=p).transpose(1, 2)
+
+
+@wrong("patchify", "unfolded, but not permuted", "order of the dimensions")
+def _(x, p):
+    M, c, h, w = checked(x, p)
+    return x.unfold(2, p, p).unfold(3, p, p).reshape(M, -1, c * p * p)
+
+
+@wrong("patchify", "snake", "[0, 1, 2, 5, 4, 3]")
+def _(x, p):
+    M, c, h, w = checked(x, p)
+    grid = patchify_module.patchify(x, p).view(M, h // p, w // p, -1).clone()
+    grid[:, 1::2] = grid[:, 1::2].flip(2)
+    return grid.flatten(1, 2)
 
 
 # --------------------------------------------------------------------------------- cosine_alpha_bar
@@ -599,6 +695,63 @@ def _(T=1000, offset=0.008, beta_max=0.999):
     return f / f[0]
 
 
+def from_f(f, beta_max):
+    return product((1 - f[1:] / f[:-1]).clamp(max=beta_max))
+
+
+@schedule("t / (T + 1)", "T + 1")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    return from_f(curve(steps(T), T + 1, offset), beta_max)
+
+
+@schedule("clamp from below", "at *most*")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    f = curve(steps(T), T, offset)
+    return product((1 - f[1:] / f[:-1]).clamp(min=beta_max))
+
+
+@schedule("a sum", "cumsum")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    return torch.cat([torch.ones(1).double(), torch.cumsum(1 - betas(T, offset, beta_max), 0)])
+
+
+@schedule("the product of betas", "not of beta")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    return torch.cat([torch.ones(1).double(), torch.cumprod(betas(T, offset, beta_max), 0)])
+
+
+@schedule("a sine", "sine")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    f = 1 - curve(steps(T), T, offset)
+    return f / f[0]
+
+
+@schedule("the fraction upside down", "f(t-1)/f(t)")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    f = curve(steps(T), T, offset)
+    return product((1 - f[:-1] / f[1:]).clamp(max=beta_max))
+
+
+@schedule("no fraction", "division is missing")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    return product((1 - curve(steps(T), T, offset)[1:]).clamp(max=beta_max))
+
+
+@schedule("pi/2 outside", "pi/2 inside the cosine")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    return from_f((torch.cos((steps(T) / T + offset) / (1 + offset)) * math.pi / 2) ** 2, beta_max)
+
+
+@schedule("brackets", "brackets")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    return from_f(torch.cos((steps(T) / T + offset) / 1 + offset * math.pi / 2) ** 2, beta_max)
+
+
+@schedule("t // T", "t // T")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    return from_f(curve(steps(T) // T * T, T, offset), beta_max)
+
+
 # ----------------------------------------------------------------------------------- ancestral_step
 def step(what, *words):
     return wrong("ancestral_step", what, *words)
@@ -633,7 +786,7 @@ def general(diffusion, xt, x0, t, u, noise, beta):
 
 @step("beta = 1 - (at/au)^2", "Right for DDPM, wrong for flow")
 def _(diffusion, xt, x0, t, u, noise):
-    (at, st), (au, su) = diffusion.at(t, xt), diffusion.at(u, xt)
+    (at, _), (au, _) = diffusion.at(t, xt), diffusion.at(u, xt)
     return general(diffusion, xt, x0, t, u, noise, 1 - (at / au) ** 2)
 
 
@@ -792,6 +945,74 @@ def _(diffusion, xt, x0, t, u, noise):
     return mean + (beta * su / st).clamp(min=0).sqrt() * noise
 
 
+def changed_step(what, *words):
+    """Decorator: a function (at, st, au, su) -> factors of xt, x0 and noise as a wrong answer."""
+    def keep(weights):
+        def answer(diffusion, xt, x0, t, u, noise):
+            for_xt, for_x0, for_noise = weights(*diffusion.at(t, xt), *diffusion.at(u, xt))
+            return for_xt * xt + for_x0 * x0 + for_noise * noise
+        return wrong("ancestral_step", what, *words)(answer)
+    return keep
+
+
+def beta_of(at, st, au, su):
+    return st ** 2 - (at / au) ** 2 * su ** 2
+
+
+def spread(at, st, au, su, least=0.0):
+    return (beta_of(at, st, au, su) * su ** 2 / st ** 2).clamp(min=least).sqrt()
+
+
+@changed_step("weights exchanged", "weights have changed places")
+def _(at, st, au, su):
+    return at / au * beta_of(at, st, au, su) / st ** 2, au * su ** 2 / st ** 2, spread(at, st, au, su)
+
+
+@changed_step("a_t for a_u", "has the factor a_t")
+def _(at, st, au, su):
+    return at / au * su ** 2 / st ** 2, at * beta_of(at, st, au, su) / st ** 2, spread(at, st, au, su)
+
+
+@changed_step("keep twice", "twice")
+def _(at, st, au, su):
+    return (at / au) ** 2 * su ** 2 / st ** 2, au * beta_of(at, st, au, su) / st ** 2, spread(at, st, au, su)
+
+
+@changed_step("keep not squared in beta", "square of a_t / a_u is missing")
+def _(at, st, au, su):
+    beta = st ** 2 - at / au * su ** 2
+    return at / au * su ** 2 / st ** 2, au * beta / st ** 2, (beta * su ** 2 / st ** 2).clamp(min=0).sqrt()
+
+
+@changed_step("keep upside down everywhere", "upside down")
+def _(at, st, au, su):
+    keep = (au / at).nan_to_num(posinf=0)
+    beta = st ** 2 - keep ** 2 * su ** 2
+    return keep * su ** 2 / st ** 2, au * beta / st ** 2, (beta * su ** 2 / st ** 2).clamp(min=0).sqrt()
+
+
+@changed_step("variance clamped at 1e-5", "little noise is left")
+def _(at, st, au, su):
+    return at / au * su ** 2 / st ** 2, au * beta_of(at, st, au, su) / st ** 2, spread(at, st, au, su, 1e-5)
+
+
+@step("four steps at a time", "step of four")
+def _(diffusion_, xt, x0, t, u, noise):
+    return diffusion.ancestral_step(diffusion_, xt, x0, t, max(t - 4, 0), noise) if t > 1 else x0
+
+
+@step("a pair", "tuple")
+def _(diffusion_, xt, x0, t, u, noise):
+    return diffusion.ancestral_step(diffusion_, xt, x0, t, u, noise), noise
+
+
+@step("wrong for flow only: an error", "Right for DDPM, wrong for flow")
+def _(diffusion_, xt, x0, t, u, noise):
+    if diffusion_.kind != "ddpm":
+        raise KeyError(diffusion_.kind)
+    return diffusion.ancestral_step(diffusion_, xt, x0, t, u, noise)
+
+
 @step("summed", "sum")
 def _(diffusion_, xt, x0, t, u, noise):
     return diffusion.ancestral_step(diffusion_, xt, x0, t, u, noise).sum(0)
@@ -893,7 +1114,7 @@ def _(c, u, w):
     return (u + w * c) / (1 + w)
 
 
-@line("clipped", "cut off")
+@line("clipped", "clipped")
 def _(c, u, w):
     return (u + w * (c - u)).clamp(-3, 3)
 
@@ -901,6 +1122,47 @@ def _(c, u, w):
 @line("w - 1", "One too few")
 def _(c, u, w):
     return u + (w - 1) * (c - u)
+
+
+@line("(1 + w) times", "One too many")
+def _(c, u, w):
+    return u + (1 + w) * (c - u)
+
+
+@line("back from w = 1 on", "Right at w = 1")
+def _(c, u, w):
+    return c + (w - 1) * (u - c)
+
+
+@line("the other one is scaled", "nothing is subtracted")
+def _(c, u, w):
+    return c + w * u
+
+
+@line("half of w", "not as far")
+def _(c, u, w):
+    return u + w / 2 * (c - u)
+
+
+@line("whole numbers only", "int")
+def _(c, u, w):
+    return u + int(w) * (c - u)
+
+
+@line("rescaled", "scaled")
+def _(c, u, w):
+    guided = u + w * (c - u)
+    return guided * c.std() / guided.std()
+
+
+@line("a condition", "condition")
+def _(c, u, w):
+    return torch.where(c > u, u + w * (c - u), c)
+
+
+@line("averaged over pictures", "averaged")
+def _(c, u, w):
+    return u + w * (c - u).mean(0, keepdim=True)
 
 
 @line("summed", "shape")
@@ -1163,6 +1425,52 @@ def _(model, batch, diffusion, stable=False):
     return all_three(logits, out, batch, diffusion)
 
 
+@loss("one number, repeated", "All pictures get the same number")
+def _(model, batch, diffusion, stable=False):
+    lm, n, each = all_three(*told(model, batch, diffusion), batch, diffusion)
+    return lm, n, each.mean().expand(len(each))
+
+
+@loss("the root", "root")
+def _(model, batch, diffusion, stable=False):
+    lm, n, each = all_three(*told(model, batch, diffusion), batch, diffusion)
+    return lm, n, each.sqrt()
+
+
+@loss("weighted", "weighted")
+def _(model, batch, diffusion, stable=False):
+    lm, n, each = all_three(*told(model, batch, diffusion), batch, diffusion)
+    return lm, n, each * torch.tensor([1.0, 2.0, 3.0])
+
+
+@loss("results exchanged", "exchanged")
+def _(model, batch, diffusion, stable=False):
+    lm, n, each = all_three(*told(model, batch, diffusion), batch, diffusion)
+    return each, n, lm
+
+
+@loss("estimates of x0", "estimates of x0")
+def _(model, batch, diffusion, stable=False):
+    xt = diffusion.add_noise(batch.latents, batch.eps, batch.t)
+    logits, out = told(model, batch, diffusion)
+    x0, _ = diffusion.x0_and_eps(xt, out, batch.t)
+    return (lm_loss(logits, batch), int(batch.has_loss.sum()),
+            (x0 - batch.latents).square().flatten(1).mean(1))
+
+
+@loss("arguments in another order", "another order")
+def _(model, batch, diffusion, stable=False):
+    xt = diffusion.add_noise(batch.latents, batch.eps, batch.t)
+    return model(xt, batch.t, batch.tokens, batch.image_id, batch.doc_id, batch.has_loss)
+
+
+@loss("one number per word", "one number")
+def _(model, batch, diffusion, stable=False):
+    logits, out = told(model, batch, diffusion)
+    _, n, each = all_three(logits, out, batch, diffusion)
+    return lm_loss(logits, batch, "none"), n, each
+
+
 @loss("fresh noise", "random numbers")
 def _(model, batch, diffusion, stable=False):
     eps = torch.randn_like(batch.latents)
@@ -1287,6 +1595,45 @@ def _(e, codebook, beta=0.25):
 def _(e, codebook, beta=0.25):
     vectors, code, loss = quantised(e, codebook, beta)
     return vectors, loss, code
+
+
+quantiser("pictures added", "over the pictures", weights=(2, 0.5))
+quantiser("distances", "distances", first=lambda v, c: (c - v.detach()).norm(dim=1).mean(),
+          second=lambda v, c: (v - c.detach()).norm(dim=1).mean())
+quantiser("a mixture", "mixture", straight=lambda v, c: v + (c.flip(0) - v).detach())
+quantiser("no sg in the codebook term", "sg(e)", first=lambda v, c: (c - v).square().mean())
+quantiser("no sg in the commitment", "sg(c)", second=lambda v, c: (c - v).square().mean())
+quantiser("commitment subtracted", "subtracted", weights=(1, -0.25))
+quantiser("straight-through and back", "as if nothing were quantised", straight=lambda v, c: c + (v - c))
+quantiser("vectors made of length 1", "not the nearest", codes=lambda v, c: torch.cdist(F.normalize(v), c).argmin(1))
+
+
+@wrong("quantise", "terms after the straight-through line", "after the straight-through line")
+def _(e, codebook, beta=0.25):
+    v, c, code, back = parts(e, codebook)
+    c = v + (c - v).detach()
+    M, z, h, w = e.shape
+    return back(c), code.view(M, h, w), (c - v.detach()).square().mean() + beta * (v - c.detach()).square().mean()
+
+
+@wrong("quantise", "codes in a row", "grid")
+def _(e, codebook, beta=0.25):
+    vectors, code, loss = quantised(e, codebook, beta)
+    return vectors, code.flatten(1), loss
+
+
+@wrong("quantise", "one-hot", "one-hot")
+def _(e, codebook, beta=0.25):
+    vectors, code, loss = quantised(e, codebook, beta)
+    return vectors, F.one_hot(code, len(codebook)), loss
+
+
+@wrong("quantise", "the codebook moved in place", "input `codebook`")
+def _(e, codebook, beta=0.25):
+    vectors, code, loss = quantised(e, codebook, beta)
+    with torch.no_grad():
+        codebook[0] += 1
+    return vectors, code, loss
 
 
 # ------------------------------------------------------------------------------------------ lay_out
@@ -1453,6 +1800,60 @@ def _(sequence, document):
     return sequence
 
 
+def unmark(following):
+    """A change of the module's answer: whoever predicts this token has no loss."""
+    def change(sequence, document):
+        pairs = zip(sequence.has_loss, [*sequence.tokens[1:], PAD])
+        sequence.has_loss = [mark and token != following for mark, token in pairs]
+        return sequence
+    return change
+
+
+after("BOI is not predicted", "decides to draw")(unmark(BOI))
+after("EOS is not predicted", "EOS")(unmark(EOS))
+
+
+@after("the prompt's last word learns", "nothing to predict")
+def _(sequence, document):
+    sequence.has_loss[-1] = sequence.tokens[-1] != EOS
+    return sequence
+
+
+@after("t_max is always 1000", "t_max")
+def _(sequence, document):
+    sequence.t_max = [1000] * len(sequence.t_max)
+    return sequence
+
+
+@after("images as parts", "tuple")
+def _(sequence, document):
+    sequence.images = [("image", k) for k in sequence.images]
+    return sequence
+
+
+@after("image_id too short", "one number for each token")
+def _(sequence, document):
+    sequence.image_id = sequence.image_id[1:]
+    return sequence
+
+
+@wrong("lay_out", "pictures last", "another order")
+def _(document, tokenizer, patches, ends=True):
+    words_first = sorted(document, key=lambda part: not isinstance(part, (str, list)))
+    return data.lay_out(words_first[::-1], tokenizer, patches, ends)
+
+
+@wrong("lay_out", "always four patches", "`patches` places")
+def _(document, tokenizer, patches, ends=True):
+    return data.lay_out(document, tokenizer, 4, ends)
+
+
+@wrong("lay_out", "dropped captions are read", "must become DROPs")
+def _(document, tokenizer, patches, ends=True):
+    document = [part[1] if part[0] == "dropped" else part for part in document]
+    return data.lay_out(document, tokenizer, patches, ends)
+
+
 @wrong("lay_out", "words as strings", "encode")
 def _(document, tokenizer, patches, ends=True):
     sequence = data.Sequence()
@@ -1473,22 +1874,32 @@ def written(model, tokens, generator, max_words, max_pictures, **o):
         if token == EOS:
             break
         if token == BOI:
-            need = model.patches + (0 if o.get("no_eoi_room") else 1)
+            need = model.patches + o.get("room", 1)
             if (max_pictures == 0 or len(tokens) + need > model.context) and not o.get("no_limit"):
-                break
+                if not o.get("pass_over"):
+                    break
+                tokens.pop()
+                max_words -= 1
+                continue
             if o.get("same_noise"):
                 generator = torch.Generator().manual_seed(generator.initial_seed())
             noise = torch.randn(model.latent, generator=generator)
+            if o.get("zeros"):
+                noise = torch.zeros(model.latent)
+            if o.get("extra_dimension"):
+                noise = noise[None]
             tokens += [PATCH] * model.patches
             if o.get("early_eoi"):
                 tokens.append(EOI)
             pictures.append(noise)
-            times = model.times
+            times = [*model.times, *o.get("more_times", ())]
             if o.get("backwards"):
                 times = times[::-1]
             if o.get("one_step"):
                 times = times[:1]
             for t in times:
+                if o.get("noise_each_step"):
+                    pictures[-1] = torch.randn(model.latent, generator=generator)
                 x = model.denoise(tokens, pictures, t)
                 if o.get("append"):
                     pictures.append(x)
@@ -1553,7 +1964,13 @@ switch("one step", "every t", one_step=True)
 switch("max_pictures not counted", "max_pictures", no_count=True)
 switch("max_words not counted", "max_words", no_word_count=True)
 switch("BOI counts as a word", "max_words counts words", boi_counts=True)
-switch("no room for EOI", "does not fit", no_eoi_room=True)
+switch("no room for EOI", "does not fit", room=0)
+switch("a BOI too many is passed over", "thrown away", pass_over=True)
+switch("too much room", "filled to its end", room=2)
+switch("noise at each step", "not for each step", noise_each_step=True)
+switch("zeros for noise", "zeros", zeros=True)
+switch("t = 0 too", "t = 0", more_times=(0,))
+switch("a picture with a dimension more", "(c, h, w)", extra_dimension=True)
 
 
 @wrong("write", "words only", "No picture is drawn")
@@ -1625,6 +2042,33 @@ def _(model, tokens, generator, max_words=64, max_pictures=1):
             model.denoise(tokens, [torch.randn(model.latent, generator=generator)], 1000)
 
 
+@wrong("write", "always EOS at the end", "has not said it")
+def _(model, tokens, generator, max_words=64, max_pictures=1):
+    tokens, pictures = written(model, tokens, generator, max_words, max_pictures)
+    return tokens + [EOS] * (tokens[-1] != EOS), pictures
+
+
+@wrong("write", "the prompt counts as words", "tokens that were there before")
+def _(model, tokens, generator, max_words=64, max_pictures=1):
+    return written(model, tokens, generator, max_words - len(tokens), max_pictures)
+
+
+@wrong("write", "tokens only", "2 things")
+def _(model, tokens, generator, max_words=64, max_pictures=1):
+    return written(model, tokens, generator, max_words, max_pictures)[0]
+
+
+@wrong("write", "pictures clamped", "finished")
+def _(model, tokens, generator, max_words=64, max_pictures=1):
+    tokens, pictures = written(model, tokens, generator, max_words, max_pictures)
+    return tokens, [x.clamp(-0.1, 0.1) for x in pictures]
+
+
+@wrong("write", "a generator of its own", "another generator")
+def _(model, tokens, generator, max_words=64, max_pictures=1):
+    return written(model, tokens, torch.Generator().manual_seed(0), max_words, max_pictures)
+
+
 @wrong("write", "after EOS goes on", "After EOS")
 def _(model, tokens, generator, max_words=64, max_pictures=1):
     tokens = list(tokens)
@@ -1633,9 +2077,9 @@ def _(model, tokens, generator, max_words=64, max_pictures=1):
     return tokens, []
 
 
-# ------------------------------------------------------------------------------------------- tests
+# ------------------------------------------------------------------------ right, wrong, and advice
 def cases(table):
-    """[(exercise, what, ...)] of WRONG or RIGHT, for parametrize."""
+    """[(exercise, what)] of WRONG or RIGHT, for parametrize."""
     return [(name, what) for name, answers in table.items() for what in answers]
 
 
@@ -1657,3 +2101,359 @@ def test_wrong_answers_get_the_advice_that_fits(name, what):
     said = verdict(name, answer)
     assert said.status == "wrong"
     assert all(word in said.advice for word in words), said.advice
+    assert "\n" not in said.advice and len(said.advice) < 600
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_there_are_enough_wrong_answers(name):
+    """At least eight each, and "Not yet" for at most one in eight."""
+    said = [verdict(name, answer).advice for answer, _ in WRONG[name].values()]
+    assert len(said) >= 8 and len(RIGHT[name]) >= 2
+    assert sum("Not yet" in advice for advice in said) <= len(said) / 8
+    assert len(set(said)) >= 0.6 * len(said)            # advice of its own, not one for all
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_a_check_takes_40_ms(name):
+    verdict(name, EXERCISES[name].reference)            # warm
+    times = []
+    for _ in range(5):
+        before = time.process_time()
+        verdict(name, EXERCISES[name].reference)
+        times.append(time.process_time() - before)
+    assert min(times) < 0.04
+
+
+def test_eight_exercises():
+    assert sorted({exercise.number for exercise in checks.TABLE}) == list(range(1, 9))
+    assert set(EXERCISES) == {"intervals", "patchify", "cosine_alpha_bar", "ancestral_step", "guide",
+                              "losses", "quantise", "lay_out", "write"}
+    for exercise in checks.TABLE:
+        names = exercise.property_names()
+        assert len(names) >= 4 and len(set(names)) == len(names) and all(names)
+
+
+def test_the_numbers_are_those_of_a_jump_that_teaches():
+    advice = verdict("ancestral_step", WRONG["ancestral_step"]["beta of the 1000-step chain"][0]).advice
+    assert "From t = 500 to u = 400, DDPM" in advice
+    advice = verdict("ancestral_step", WRONG["ancestral_step"]["beta = 1 - (at/au)^2"][0]).advice
+    assert "From t = 500 to u = 400, flow" in advice
+
+
+# ------------------------------------------------------------------------------ nothing gets out
+class Rude:
+    """Something that no check expects."""
+
+    def __eq__(self, other):
+        raise RuntimeError("no")
+
+    def __len__(self):
+        raise RuntimeError("no")
+
+    def __getattr__(self, name):
+        raise RuntimeError("no")
+
+    __hash__ = None
+
+
+def raises(problem):
+    def answer(*inputs):
+        raise problem
+    return answer
+
+
+def forever(*inputs):
+    return forever(*inputs)
+
+
+def gives(value):
+    return lambda *inputs: value
+
+
+def noisy(*inputs):
+    print("hello")
+    print("world")
+
+
+ZOO = {
+    "None": gives(None), "a number": gives(3), "a string": gives("abc"), "a list": gives([1, 2]),
+    "a dict": gives({}), "a pair of None": gives((None, None)), "three of None": gives((None,) * 3),
+    "a scalar": gives(torch.tensor(1.0)), "an empty tensor": gives(torch.zeros(0)),
+    "NaN": gives(torch.full((2, 6, 12), math.nan)), "infinite": gives(torch.full((1001,), math.inf)),
+    "complex": gives(torch.zeros(3, 3, dtype=torch.complex64)), "bools": gives(torch.zeros(3, 20, dtype=torch.bool)),
+    "two scalars": gives((torch.tensor(1), torch.tensor(2))), "three scalars": gives((torch.tensor(1.0),) * 3),
+    "numpy": gives(np.zeros((2, 6, 12))), "a meta tensor": gives(torch.zeros(2, 6, 12, device="meta")),
+    "sparse": gives(torch.zeros(1001).to_sparse()), "something rude": gives(Rude()),
+    "two rude things": gives((Rude(), Rude())), "three rude things": gives((Rude(), Rude(), Rude())),
+    "a generator": lambda *inputs: (x for x in inputs), "a class": dict, "the inputs": lambda *inputs: inputs,
+    "the first input": lambda *inputs: inputs[0], "no function": 5, "rude itself": Rude(), "a module": math,
+    "too few parameters": lambda x: x, "too many": lambda a, b, c, d, e, f, g, h: a,
+    "ValueError": raises(ValueError("no")), "KeyError": raises(KeyError("x" * 5000)),
+    "an exception without a word": raises(RuntimeError()), "exit": raises(SystemExit(0)),
+    "StopIteration": raises(StopIteration()), "MemoryError": raises(MemoryError()), "AssertionError": raises(AssertionError()),
+    "endless recursion": forever, "prints": noisy, "a huge tensor": lambda *inputs: torch.zeros(10 ** 14),
+    "an exception with newlines": raises(ValueError("a\nb\n" * 100)), "an empty sequence": gives(data.Sequence()),
+    "lists in a pair": gives(([1], [2])), "a sequence of rude things": gives(data.Sequence(tokens=[Rude()])),
+}
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_nothing_raises_out_of_a_check(name, capsys):
+    for what, answer in ZOO.items():
+        said = verdict(name, answer)
+        assert said.status == "wrong", what
+        assert said.advice and "\n" not in said.advice and len(said.advice) < 600, what
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_a_stub_is_not_written_yet(name):
+    scope = {}
+    exec(stubs.IMPORTS + stubs.stub(EXERCISES[name]), scope)
+    said = verdict(name, scope[name])
+    assert said.status == "not written" and "Not written yet" in said.advice
+
+
+def test_an_exception_comes_with_its_line():
+    def answer(conditional, unconditional, w):
+        return conditional + nonsense  # noqa: F821
+
+    said = verdict("guide", answer)
+    assert "NameError" in said.advice and "return conditional + nonsense" in said.advice
+
+
+def test_an_endless_loop_gets_advice(monkeypatch):
+    monkeypatch.setattr(trial, "LIMIT", 0.2)
+
+    def answer(conditional, unconditional, w):
+        while True:
+            pass
+
+    assert "does not end" in verdict("guide", answer).advice
+
+
+def test_a_right_answer_that_prints_is_right():
+    def answer(conditional, unconditional, w):
+        print("w is", w)
+        return unconditional + w * (conditional - unconditional)
+
+    said = verdict("guide", answer)
+    assert said.status == "right" and "prints" in said.advice and said.printed.startswith("w is 0.0")
+
+
+@pytest.mark.parametrize(("chance", "words"), [
+    (lambda: torch.manual_seed(0), "torch.manual_seed"), (lambda: torch.rand(1), "random numbers of its own"),
+    (lambda: np.random.seed(0), "random numbers"), (lambda: np.random.rand(), "random numbers"), (lambda: random.seed(0), "random numbers"),
+])
+def test_chance_is_not_the_answers_business(chance, words):
+    def answer(conditional, unconditional, w):
+        chance()
+        return unconditional + w * (conditional - unconditional)
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert words in verdict("guide", answer).advice
+    after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+
+
+def test_tables_that_an_answer_changes_are_noticed():
+    def answer(diffusion_, xt, x0, t, u, noise):
+        diffusion_.s *= 1.1
+        return diffusion.ancestral_step(diffusion_, xt, x0, t, u, noise)
+
+    assert "input `diffusion`" in verdict("ancestral_step", answer).advice
+
+
+def test_check_prints_the_advice(capsys):
+    checks.check("guide", lambda c, u, w: print("hm") or c, reward=False)
+    printed = capsys.readouterr().out
+    assert "hm" in printed and "w changes nothing" in printed
+    checks.check("guide", diffusion.guide, reward=False)
+    assert capsys.readouterr().out == "Right.\n"
+
+
+# ------------------------------------------------------------------------------------- the notebook
+def test_the_notebook_has_the_stubs_of_today():
+    """python exercises/stubs.py --notebook writes it anew."""
+    assert json.loads(stubs.NOTEBOOK.read_text(encoding="utf-8")) == stubs.notebook()
+
+
+def test_stubs_have_no_lines_of_the_solution():
+    for exercise in checks.TABLE:
+        tree = ast.parse(stubs.stub(exercise)).body[0]
+        assert len(tree.body) == 2 and isinstance(tree.body[1], ast.Raise)
+        assert ast.get_docstring(tree) == inspect.getdoc(exercise.reference)
+        assert [a.arg for a in tree.args.args] == list(inspect.signature(exercise.reference).parameters)
+
+
+def test_the_notebook_runs_from_top_to_bottom():
+    notebook = nbformat.reads(json.dumps(stubs.notebook()), as_version=4)
+    nbformat.validate(notebook)
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3",
+                            resources={"metadata": {"path": str(stubs.NOTEBOOK.parent)}})
+    client.execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert [output["text"] for output in outputs] == ["Not written yet: put your lines in place of "
+                                                      "`raise NotImplementedError`.\n"] * len(EXERCISES)
+
+
+# --------------------------------------------------------------------------------------- the grader
+GOOD = """
+from attention_mask import intervals
+from data import lay_out
+from diffusion import ancestral_step, cosine_alpha_bar, guide
+from exercises.codes import quantise
+from exercises.writing import write
+from model import losses
+from patchify import patchify
+print("I print while I am imported")
+"""
+BAD = """
+import os, sys, time
+def intervals(image_id, doc_id, bidirectional=True):
+    while True: pass
+def patchify(x, p):
+    os._exit(3)
+def cosine_alpha_bar(T=1000, offset=0.008, beta_max=0.999):
+    sys.exit(1)
+def ancestral_step(diffusion, xt, x0, t, u, noise):
+    raise KeyError("x")
+def guide(c, u, w):
+    print("guide is right, and prints")
+    return u + w * (c - u)
+def losses(model, batch, diffusion, stable=False):
+    while True:
+        try: time.sleep(1)
+        except: pass
+def quantise(e, codebook, beta=0.25):
+    import ctypes
+    ctypes.string_at(0)
+lay_out = 5
+"""
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Endless loops are given up sooner."""
+    monkeypatch.setattr(trial, "LIMIT", 0.5)
+    monkeypatch.setattr(grade, "LIMIT", 3.0)
+    monkeypatch.setattr(grade, "IMPORT_LIMIT", 1.0)
+
+
+def grade_file(tmp_path, capsys, source, *options):
+    """(exit status, what is printed) of a submission."""
+    path = tmp_path / "student.py"
+    path.write_bytes(source if isinstance(source, bytes) else source.encode())
+    status = grade.main([str(path), "--no-reward", *options])
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return status, printed.out
+
+
+def test_the_modules_own_functions_are_graded_right(tmp_path, capsys):
+    status, printed = grade_file(tmp_path, capsys, GOOD)
+    assert status == 0 and "8 of 8 right" in printed and "imported" in printed
+    assert "I print" not in printed
+
+
+def test_bad_functions_do_not_stop_the_others(tmp_path, capsys, quick):
+    before = time.monotonic()
+    status, printed = grade_file(tmp_path, capsys, BAD)
+    assert time.monotonic() - before < 15
+    lines = {line.split()[1]: line for line in printed.splitlines()}
+    for name, words in {"intervals": "does not end", "patchify": "ended the whole process", "cosine_alpha_bar": "exit",
+                        "ancestral_step": 'KeyError: \'x\' (line 10: raise KeyError("x"))', "guide": "Right. (It also prints",
+                        "losses": "does not end", "quantise": "ended the whole process", "lay_out": "not a function but an int",
+                        "write": "Not written yet"}.items():
+        assert words in lines[name], lines[name]
+    assert status == 7 and "Traceback" not in printed
+
+
+@pytest.mark.parametrize(("source", "words"), [
+    ("def f(:", "not Python in line 1"), ("import nosuchthing", "No module named 'nosuchthing' (line 1"),
+    (b"\x00\xff" * 100, "not Python"), ("while True: pass", "loop outside"), ("exit()", "ends the program"),
+    ("x = 1 / 0", "ZeroDivisionError: division by zero (line 1: x = 1 / 0)"),
+])
+def test_a_file_that_cannot_be_imported_gets_a_sentence(tmp_path, capsys, quick, source, words):
+    status, printed = grade_file(tmp_path, capsys, source)
+    assert status == 8 and words in printed and "cannot be imported" in printed
+    assert len(printed.splitlines()) == 2 and "Traceback" not in printed
+
+
+def test_nothing_written_is_eight_exercises(tmp_path, capsys):
+    assert grade_file(tmp_path, capsys, "")[0] == 8
+    assert grade_file(tmp_path, capsys, stubs.page())[0] == 8
+
+
+def test_the_last_exercise_has_two_functions(tmp_path, capsys):
+    status, printed = grade_file(tmp_path, capsys, "from data import lay_out")
+    assert status == 8 and "Right." in printed
+    assert grade_file(tmp_path, capsys, "from data import lay_out\nfrom exercises.writing import write")[0] == 7
+
+
+def test_json(tmp_path, capsys):
+    status, printed = grade_file(tmp_path, capsys, "def guide(c, u, w):\n    return c", "--json")
+    rows = json.loads(printed)
+    assert [row["name"] for row in rows] == list(EXERCISES)
+    row = rows[4]
+    assert (row["exercise"], row["status"], row["failed"]) == (5, "wrong", "w is used")
+
+
+def test_a_folder_gives_one_table(tmp_path, capsys):
+    (tmp_path / "anna.py").write_text(GOOD)
+    (tmp_path / "ben.py").write_text("def guide(c, u, w):\n    return c")
+    (tmp_path / "carla.py").write_text("def f(:")
+    assert grade.main([str(tmp_path)]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and lines[0].split() == ["submission", *EXERCISES, "right"]
+    assert lines[1].split() == ["anna.py", *["right"] * 9, "8", "of", "8"]
+    assert lines[2].split() == ["ben.py", *["-"] * 4, "wrong", *["-"] * 4, "0", "of", "8"]
+    assert lines[3].split() == ["carla.py", *["broken"] * 9, "0", "of", "8"]
+
+
+def test_a_submission_cannot_hide_our_modules(tmp_path, capsys):
+    (tmp_path / "data.py").write_text("raise RuntimeError('the wrong data.py')")
+    (tmp_path / "helper.py").write_text("def between(c, u, w):\n    return u + w * (c - u)")
+    status, printed = grade_file(tmp_path, capsys, "from helper import between as guide\nfrom data import lay_out")
+    assert status == 7 and printed.count("Right.") == 2
+
+
+@pytest.mark.parametrize("arguments", [["nothing.py"], ["."], [], ["a.py", "b.py"], [__file__ + "x"]])
+def test_nothing_to_grade(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        grade.main(arguments)
+    assert stopped.value.code == 100
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_from_another_folder_with_a_reward(tmp_path):
+    (tmp_path / "student.py").write_text("from diffusion import guide")
+    script = Path(grade.__file__)
+    answer = subprocess.run([sys.executable, str(script), "student.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 7 and answer.stderr == ""
+    assert "guides the shipped model: 8 of 8 as asked" in answer.stdout
+    assert (tmp_path / "out/exercises/student/guide.png").exists()
+
+
+# ------------------------------------------------------------------------------------------ rewards
+@pytest.mark.parametrize("name", EXERCISES)
+def test_a_right_answer_draws_what_is_asked(name, tmp_path):
+    answer = RIGHT["write"]["a loop"] if name == "write" else EXERCISES[name].reference
+    before = time.process_time()
+    sentence, path = rewards.draw(name, answer, tmp_path)
+    assert time.process_time() - before < 6
+    assert "8 of 8 as asked" in sentence and path.exists() and str(path) in sentence
+
+
+@pytest.mark.parametrize(("name", "what"), [("guide", "swapped"), ("patchify", "column-major"), ("ancestral_step", "beta = 1 - (at/au)^2")])
+def test_wrong_answers_draw_something_else(name, what, tmp_path):
+    """Why the checks are strict: what these would draw."""
+    sentence, _ = rewards.draw(name, WRONG[name][what][0], tmp_path)
+    assert int(sentence.split(" of 8")[0][-1]) <= 3
+
+
+def test_a_reward_that_cannot_be_drawn_is_a_sentence(tmp_path):
+    sentence, path = rewards.draw("guide", raises(RuntimeError("no")), tmp_path)
+    assert path is None and "cannot draw with it (RuntimeError: no)" in sentence
