@@ -25,17 +25,8 @@ THE RULE    look(q, k) = same document AND ( k <= q  OR  same picture )         
             training and for decoding with a cache.
 TWO MASKS   dense_mask: a bool per pair (q, k), for PyTorch's ordinary attention. On CPU, and for
             decoding.
-            tile_mask: for FlexAttention, the fused kernel of training on a GPU. It cuts the T x T
-            pairs into tiles of 128 x 128:
-
-                  o . . .        .  no pair may look: the tile is skipped
-                  # o . .        #  all pairs may look: no mask is computed
-                  # # o o        o  some may: the kernel asks  lo <= k <= hi  for each pair
-                  # # # o
-
-            It skips about half of the tiles of a causal row, and more of a packed row. A picture
-            that goes on into the next tile turns one "." into an "o".
-            Both are made from the same (lo, hi), and a test holds one against the other.
+            tile_mask: for FlexAttention, the fused kernel of training on a GPU. It skips what
+            nobody may look at. Both are made from the same (lo, hi), and tests compare them.
 SHAPES      B rows, T positions, N heads, K head width.
             image_id (B, T) int64: which picture a position is a patch of, -1 for text.
             doc_id (B, T) int64: which document. A mask is (B, T, T) bool, True = may look.
@@ -113,11 +104,13 @@ def intervals(image_id, doc_id, bidirectional=True):
     if not bidirectional:
         return lo, pos.clone()
 
-    # 3. hi of a patch: mark where pictures end, which is before something else begins. Two pictures
-    #    may touch, so look for another id, not for text. The first position begins something, and
-    #    the roll brings it round: the last position is an end.
+    # 3. hi of a patch: where its picture ends. Two pictures may touch, so another id ends one, too.
+    #        image_id   -1   0   0  -1
+    #        begins      T   T   F   T        a document, a picture or text begins here
+    #        ends        T   F   T   T        something begins at the next position, or the row ends
+    #        hi          0   2   2   3
     begins = starts | changes(image_id)                                 # (B, T)
-    ends = begins.roll(-1, dims=1)                                      # (B, T)
+    ends = begins.roll(-1, dims=1)                                      # (B, T), last: begins[0]
     # The next end from q on is q's own. It is the smallest one to the right, so look from there.
     from_right = torch.where(ends, pos, T).flip(1)                      # (B, T)
     next_end = from_right.cummin(dim=1).values.flip(1)                  # (B, T)
@@ -156,6 +149,15 @@ def dense_mask(lo, hi, keys=None):
 def tile_mask(lo, hi):
     """The interval form for FlexAttention, a BlockMask of shape (B, any heads, T, T).
 
+    It cuts the T x T pairs into tiles of 128 x 128:
+
+        o . . .        .  no pair may look: the tile is skipped
+        # o . .        #  all pairs may look: no mask is computed
+        # # o o        o  some may: the kernel asks  lo <= k <= hi  for each pair
+        # # # o
+
+    About half of the tiles of a causal row are skipped, and more of a packed row. A picture that
+    goes on into the next tile turns one "." into an "o".
     Make it once per micro-batch, for all layers. lo, hi: (B, T) int64.
     Raises ValueError unless T is a multiple of 128."""
     B, T = lo.shape
@@ -175,8 +177,9 @@ def tile_mask(lo, hi):
     high = hi.view(B, -1, TILE, 1)                                      # (B, T/128, 128, 1)
     meets = (low <= last) & (first <= high)                             # (B, T/128, 128, T/128)
     covers = (low <= first) & (last <= high)                            # (B, T/128, 128, T/128)
-    some = meets.any(dim=2)                 # any q of the tile           (B, T/128, T/128)
-    full = covers.all(dim=2)                # every q of the tile         (B, T/128, T/128)
+    some = meets.any(dim=2)                 # any q of it: o or #         (B, T/128, T/128)
+    full = covers.all(dim=2)                # every q of it: #            (B, T/128, T/128)
+    partial = some & ~full                  # o                           (B, T/128, T/128)
 
     # TRAP: `look` may close over tensors of one shape only. A number that changes with the layout,
     # such as how many pictures there are, would compile the kernel anew for every batch.
@@ -188,7 +191,6 @@ def tile_mask(lo, hi):
         up_to_hi = k <= hi[b, q]
         return from_lo & up_to_hi
 
-    partial = some & ~full
     return BlockMask.from_kv_blocks(*list_tiles(partial), *list_tiles(full),
                                     BLOCK_SIZE=TILE, mask_mod=look)
 

@@ -20,16 +20,16 @@ A PICTURE   linear: latent (c, 4, 4), p = 2, P = 4 vectors                predic
               t -> down[1], 4 x 4  - - - - - - skips - - - - - ->  up[1], 4 x 4  <- t
                      | into                                         ^ norm, back
                    16 vectors  ------->  transformer  ------->  16 vectors
-THE RULE    linear   encode: Linear( patch + time(t) )           decode: Linear( RMSNorm(h) )
-            U-Net    encode: Down(xt, t) -> vectors, skips       decode: Up(vectors, t, skips)
+THE RULE    linear   encode: Linear( patch + time(t) )        decode: Linear( RMSNorm(vector) )
+            U-Net    encode: Down(xt, t) -> vectors, skips    decode: Up(vectors, t, skips)
 SHAPES      M pictures, latents (M, c, h, w), patch side p, P = (h/p)(w/p) patches, D width of the
             transformer, vectors (M, P, D); t (M,) int64. C channels of the U-Net.
 PAPER/HERE  same: both encoders; the time added to the patch *before* the linear layer; U-Net blocks
             with self-attention inside, and with plain LayerNorm where a diffusion U-Net has AdaLN;
             patch sides 1, 2, 4, 8.
-            our choice: the numbers of the U-Net. 640 channels and twelve blocks each way, shared by
-            the sizes that the patch side asks for (2x2: six and six; 8x8: three each). They have
-            the paper's 0.27B parameters at every patch side and every width.
+            our choice: the numbers of the U-Net. 640 channels and twelve blocks each way, spread
+            evenly over log2(p) + 1 sizes: p = 2 has 2 sizes of 6 blocks, p = 8 has 4 of 3. They
+            have the paper's 0.27B parameters at every patch side and every width.
             our choice: skips, and time inside each block. The paper does not say. LMFusion, by some
             of its authors, writes Down(xt, t) and Up(h, t, h_in).
 READ NEXT   model.py
@@ -115,7 +115,8 @@ class LinearPatches(nn.Module):
         self.out = nn.Linear(D, numbers)
 
     def encode(self, xt, t):
-        """Noisy latents (M, c, h, w) at t (M,) -> (vectors (M, P, D), what `decode` needs: h)."""
+        """Noisy latents (M, c, h, w) at t (M,) -> (vectors (M, P, D), what is kept for `decode`:
+        h, the height)."""
         # TRAP: the noise is in xt before it is cut. Noise on patches is another process.
         patches = patchify(xt, self.p)                                  # (M, P, c*p*p)
         # Paper: §3, footnote. "We add an embedding of the timestep t to every patch vector before
@@ -124,19 +125,20 @@ class LinearPatches(nn.Module):
         patches = patches + self.time(t)[:, None]                       # (M, P, c*p*p)
         return self.into(patches), xt.shape[2]                          # (M, P, D)
 
-    def decode(self, h, t, height):
-        """Vectors h (M, P, D) -> what the network says, (M, c, height, w)."""
-        # h knows the time already: all patches were told. So t is not asked here.
-        patches = self.out(self.norm(h))                                # (M, P, c*p*p)
-        return unpatchify(patches, self.p, height)                      # (M, c, h, w)
+    def decode(self, vectors, t, kept):
+        """Vectors (M, P, D), and what `encode` kept -> what the network says, (M, c, h, w)."""
+        # The vectors know the time already: all patches were told. So t is not asked here.
+        patches = self.out(self.norm(vectors))                          # (M, P, c*p*p)
+        return unpatchify(patches, self.p, h=kept)                      # (M, c, h, w)
 
 
 # ------------------------------------------------------------------------------------ U-Net patches
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of each pixel of (M, C, h, w)."""
 
-    # Paper: §3, footnote. Plain layer norm in place of the U-Net's AdaLN, which t would scale. So
-    # here t is added inside the block.
+    # Paper: §3, footnote. Plain layer norm in place of the U-Net's AdaLN.
+    # Our choice: AdaLN would let t scale what the norm gives. A plain norm does not, so t is added
+    # between the convolutions.
 
     def forward(self, x):
         pixels = x.permute(0, 2, 3, 1)                                  # (M, h, w, C)
@@ -216,10 +218,10 @@ class UNetPatches(nn.Module):
         def blocks_of(k, c_in):
             """The blocks at size k: 0 is the full size. Only the smallest size has attention: it
             has few pixels, so there it is cheap."""
-            blocks = []
+            column = nn.ModuleList()
             for _ in range(per_size):
-                blocks.append(UNetBlock(c_in, C, C, attention=k == halvings))
-            return nn.ModuleList(blocks)
+                column.append(UNetBlock(c_in, C, C, attention=k == halvings))
+            return column
 
         embedding = TimeEmbedding(C, T=T)
         self.time = nn.Sequential(embedding, nn.SiLU())
@@ -249,7 +251,8 @@ class UNetPatches(nn.Module):
         self.out = nn.Conv2d(C, c, 3, padding=1)
 
     def encode(self, xt, t):
-        """Noisy latents (M, c, h, w) at t (M,) -> (vectors (M, P, D), the skips for `decode`)."""
+        """Noisy latents (M, c, h, w) at t (M,) -> (vectors (M, P, D), what is kept for `decode`:
+        the skips)."""
         time = self.time(t)                                             # (M, C)
         x = self.conv_in(xt)                                            # (M, C, h, w)
         skips = []
@@ -263,17 +266,16 @@ class UNetPatches(nn.Module):
         pixels = rearrange(x, "m c h w -> m (h w) c")                   # (M, P, C)
         return self.into(pixels), skips                                 # (M, P, D)
 
-    def decode(self, h, t, skips):
-        """Vectors h (M, P, D) at t (M,), and the skips of `encode`
-        -> what the network says, (M, c, h, w)."""
+    def decode(self, vectors, t, kept):
+        """Vectors (M, P, D), and what `encode` kept -> what the network says, (M, c, h, w)."""
+        skips = list(kept)                                              # a copy: the caller's stays
         time = self.time(t)                                             # (M, C)
-        pixels = self.back(self.norm(h))                                # (M, P, C)
+        pixels = self.back(self.norm(vectors))                          # (M, P, C)
         height = skips[-1].shape[2]                                     # h/p
         x = rearrange(pixels, "m (h w) c -> m c h w", h=height)         # (M, C, h/p, w/p)
 
         # Our choice: skips. Each up block also reads what the down block of the same size wrote, so
         # fine detail need not squeeze through the transformer. Last in, first out.
-        skips = list(skips)                                             # a copy: the caller's stays
         for k in reversed(range(len(self.up))):
             for block in self.up[k]:
                 x = torch.cat([x, skips.pop()], dim=1)                  # (M, 2C, ...)

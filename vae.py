@@ -9,17 +9,19 @@ THE IDEA    Pixels are wasteful: most of them can be guessed from their neighbou
             Chameleon, the paper's rival, wants words instead. Its VQ-VAE is the same network with a
             quantiser in the middle. It replaces each place's vector by the nearest of a few learned
             ones, its code. So a picture becomes a grid of integers.
-A PICTURE   x (3, 32, 32) -> encoder -> mean, log-variance -> z, drawn    (4, 8, 8) -> decoder -> x'
-            VQ-VAE:        encoder -> e -> nearest code, an integer (8, 8) -> its c -> decoder -> x'
+A PICTURE   x (3, 32, 32) -> encoder -> mean, log-variance -> a drawn latent (4, 8, 8)
+                                                                             -> decoder -> x'
+            VQ-VAE:          encoder -> e (4, 8, 8) -> codes, integers (8, 8)
+                                                    -> their vectors (4, 8, 8) -> decoder -> x'
             encoder: ResBlocks, half the size, and so on; then ResBlock, attention, ResBlock
-THE RULE    VAE:     z = mean + deviation * noise
+THE RULE    VAE:     latent = mean + deviation * noise
                      KL( N(mean, var) || N(0, 1) ) = 1/2 sum (mean^2 + var - 1 - ln var)
-                     latents for the transformer: (z - shift) / scale, with unit deviation
-            VQ-VAE:  code = argmin_k |e - c_k|
-                     mean |sg(e) - c|^2 + 0.25 mean |e - sg(c)|^2 in place of the KL
+                     for the transformer: (latent - shift) / scale, with unit deviation
+            VQ-VAE:  code = argmin_k |e - codebook[k]|,    chosen = codebook[code]
+                     mean (sg(e) - chosen)^2 + 0.25 mean (e - sg(chosen))^2 in place of the KL
                      (sg: no gradient flows through it; van den Oord et al. 2017, eq. 3)
             The rest of the loss, how near x' is to x, is in autoencoder/losses.py.
-SHAPES      M pictures; f = 2 ** (number of stages - 1); z latent channels
+SHAPES      M pictures; f = 2 ** (number of stages - 1); z, how many channels latents have
             pictures x (M, c, h, w) float32 in [-1, 1]
             latents (M, z, h/f, w/f) float32; codes (M, h/f, w/f) int64, 0 .. codes-1
 PAPER/HERE  same: the network's plan. `paper_config()` has the paper's numbers, and 83,709,419
@@ -143,6 +145,7 @@ def build_encoder(config):
             layers.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
     layers += middle_blocks(c, config.attention)
     layers += [norm(c), nn.SiLU()]
+    # The way out of Esser et al. 2021: down to 2 z channels, then a 1 x 1 that only mixes them.
     layers.append(nn.Conv2d(c, 2 * z, 3, padding=1))
     # Paper: App. C. The VQ-VAE projects to z numbers, then quantises. All else is as in the VAE.
     out = z if config.codes else 2 * z
@@ -193,11 +196,11 @@ class Quantiser(nn.Module):
         van den Oord et al. 2017, eq. 3."""
         M, z, h, w = e.shape
         vectors = rearrange(e, "m z h w -> (m h w) z")                      # (M*h*w, z)
+        # Bookkeeping that is ours, here and at the end: it keeps all codes in use.
         if self.training:
             self.revive(vectors, generator)
+
         codes = self.nearest(vectors)                                       # (M*h*w,)
-        if self.training:
-            self.count(codes)
         chosen = self.codebook[codes]                                       # (M*h*w, z)
 
         # Paper: App. C. The first term pulls each code to the vectors that chose it. The second,
@@ -212,15 +215,17 @@ class Quantiser(nn.Module):
         # `vectors`: the decoder's gradient reaches the encoder as if nothing had been rounded.
         straight = vectors + (chosen - vectors).detach()                    # (M*h*w, z)
 
+        if self.training:
+            self.count(codes)
         straight = straight.view(M, h, w, z)
         return rearrange(straight, "m h w z -> m z h w"), codes.view(M, h, w), loss
 
     @torch.no_grad()
     def nearest(self, vectors):
         """(n,) int64: the code nearest to each of the vectors (n, z)."""
-        # |e - c|^2 / 2 = |e|^2 / 2 - e.c + |c|^2 / 2. All codes share |e|^2, so it is left out.
-        # This is one matrix product. The differences e - c themselves would be n x codes x z
-        # numbers: half a GB for one picture of the paper's.
+        # |e - code|^2 / 2 = |e|^2 / 2 - e.code + |code|^2 / 2. All codes share |e|^2, so it is left
+        # out. This is one matrix product. The differences e - code themselves would be n x codes x
+        # z numbers: half a GB for one picture of the paper's.
         with torch.autocast(vectors.device.type, enabled=False):            # bf16: near codes tie
             half_length = self.codebook.square().sum(1) / 2                 # (codes,)
             distance = half_length - vectors.float() @ self.codebook.T      # (n, codes)
@@ -284,11 +289,11 @@ class VAE(nn.Module):
         return self.config.f
 
     def forward(self, x, generator=None):
-        """(x', prior). x': x drawn back from a random latent of q(z | x), or from its codes, not
-        clamped. prior: the KL in nats per picture, or the codebook loss.
+        """(x', prior). x': x drawn back from a random latent, or from its codes, not clamped.
+        prior: the KL in nats per picture, or the codebook loss.
         generator: a CPU generator, so that every device sees the same noise."""
         if self.quantiser:
-            e = self.squeeze(x)                                             # (M, z, h/f, w/f)
+            e = self.run_encoder(x)                                         # (M, z, h/f, w/f)
             vectors, _, codebook_loss = self.quantiser(e, generator)
             return self.decoder(vectors), codebook_loss
 
@@ -297,13 +302,13 @@ class VAE(nn.Module):
         logvar = logvar.float()
         deviation = torch.exp(0.5 * logvar)
         noise = torch.randn(mean.shape, generator=generator)
-        z = mean + deviation * noise.to(x.device)                           # (M, z, h/f, w/f)
+        latents = mean + deviation * noise.to(x.device)                     # (M, z, h/f, w/f)
 
         # Our choice: summed over a picture's latents, averaged over pictures; so it is in nats.
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / len(x)
-        return self.decoder(z), kl
+        return self.decoder(latents), kl
 
-    def squeeze(self, x):
+    def run_encoder(self, x):
         """The encoder's output. Raises ValueError for a shape that f does not divide."""
         M, c, h, w = x.shape
         channels = self.config.image_channels
@@ -316,13 +321,13 @@ class VAE(nn.Module):
         """Raw (mean, log-variance), each (M, z, h/f, w/f)."""
         if self.quantiser:
             raise ValueError("a VQ-VAE has no mean and variance: use encode_codes")
-        both = self.squeeze(x)                                              # (M, 2 z, h/f, w/f)
+        both = self.run_encoder(x)                                          # (M, 2 z, h/f, w/f)
         mean, logvar = both.chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)              # a wild first step must not overflow exp()
 
     # ----------------------------------------------------- latents, what Transfusion learns to draw
     def encode(self, x):
-        """Normalised latents: (mean, deviation) of q(z | x), each (M, z, h/f, w/f)."""
+        """Normalised latents: (mean, deviation) of q(latent | x), each (M, z, h/f, w/f)."""
         mean, logvar = self.moments(x)
         shift = self.shift[:, None, None]                                   # (z, 1, 1)
         scale = self.scale[:, None, None]
@@ -343,7 +348,7 @@ class VAE(nn.Module):
         if not self.quantiser:
             raise ValueError("this is a VAE, without codes: use encode, or train one with "
                              "VAEConfig(codes=...)")
-        e = self.squeeze(x)                                                 # (M, z, h/f, w/f)
+        e = self.run_encoder(x)                                             # (M, z, h/f, w/f)
         M, z, h, w = e.shape
         vectors = rearrange(e, "m z h w -> (m h w) z")                      # (M*h*w, z)
         codes = self.quantiser.nearest(vectors)                             # (M*h*w,)
