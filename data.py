@@ -2,7 +2,7 @@
 data.py: a document becomes one sequence     (Transfusion §3 "Data Representation", §4.1, App. B.2)
 
 THE IDEA    A document is a list of words and pictures. Laid out, it is one row of tokens. A picture
-            takes as many places as it has patches, between two special tokens, BOI and EOI. The
+            takes as many positions as it has patches, between two special tokens, BOI and EOI. The
             same function lays out documents for training and prompts for sampling, so the two
             cannot drift apart.
 A PICTURE   document   ["a red circle", picture 7]           (P = 4 patches here)
@@ -15,7 +15,7 @@ A PICTURE   document   ["a red circle", picture 7]           (P = 4 patches here
             x: this position predicts the next token. BOI does not, and no patch does.
 THE RULES   Caption before picture in 80% of the pairs (§4.1).
             Text tokens : image patches = 1 : 1 (§4.1).
-            A picture before its caption has noise t <= 500, any other t <= T = 1000 (App. B.2).
+            A picture before its caption has noise t <= 500, any other t <= 1000 (App. B.2).
 SHAPES      B rows, T positions, M pictures in the batch, P patches per picture;
             latents (M, c, h, w). All counting starts at 0.
 PAPER/HERE  same: order, ratio, noise limit, the loss mask.
@@ -163,11 +163,14 @@ class Sequence:
 def lay_out(document, tokenizer, patches, ends=True):
     """The Sequence of a document. Transfusion §3.
 
-    document    list of parts: a str, or the list of its ids (packed shards have those);
-                ("image", index, t_max) or ("image", index, t_max, t_min), where t_min is 1 if
-                left out; ("dropped", str), a caption that guidance leaves out
+    document    a list of parts. A part is one of
+                    "a red circle"                  words
+                    [13, 9, 8]                      their ids, which packed shards have
+                    ("dropped", "a red circle")     a caption that guidance leaves out; or its ids
+                    ("image", index, t_max)         a picture of the data set; its t is 1 .. t_max
+                    ("image", index, t_max, t_min)  the same, but its t is t_min .. t_max
     tokenizer   Words or Pieces
-    patches     P, places per picture
+    patches     P, positions per picture
     ends        whether to close with EOS; a prompt stays open"""
 
     def encode(text):
@@ -198,9 +201,10 @@ def lay_out(document, tokenizer, patches, ends=True):
             # Paper: §3. EOI is appended when the diffusion is done. So nothing predicts it, not
             # even the last patch; but it does predict what follows the picture.
             out.add([EOI])
-            out.images.append(part[1])
-            out.t_max.append(part[2])
-            out.t_min.append(part[3] if len(part) > 3 else 1)
+            _, index, t_max, *t_min = part
+            out.images.append(index)
+            out.t_max.append(t_max)
+            out.t_min.append(t_min[0] if t_min else 1)
 
     # The last token has nothing to predict.
     if ends:
@@ -256,30 +260,14 @@ def first_fit(lengths, T):
     if max(lengths, default=0) > T:
         raise UserError(f"a document of {max(lengths)} tokens does not fit in a context of {T}: "
                         f"raise --seq-len")
-
-    # A row that was not opened yet is an empty row. So there is one row per document, and a first
-    # row that fits always exists. Asking the rows one by one would take n^2 steps (0.2 s for 1,024
-    # rows of shards). Instead their rooms are the leaves of a binary tree, and each node knows the
-    # largest room below it: node k has children 2k and 2k + 1, and node 1 is the root.
-    leaves = 1
-    while leaves < len(lengths):
-        leaves *= 2
-    room = [T] * (2 * leaves)
-    rows = [[] for _ in range(leaves)]
-
+    # A row for each document: so one with room always exists. What stays empty goes at the end.
+    rows = [[] for _ in lengths]
+    # In numpy, which asks all rows at once: a shard has 20,000 documents in 1,000 rows.
+    room = np.full(len(lengths), T)
     for number in sorted(range(len(lengths)), key=lambda k: lengths[k], reverse=True):
-        # Down to the first leaf with room: left where the left half has enough, else right.
-        node = 1
-        while node < leaves:
-            node *= 2
-            if room[node] < lengths[number]:
-                node += 1
-        rows[node - leaves].append(number)
-        # The leaf has less room now. Tell its ancestors.
-        room[node] -= lengths[number]
-        while node > 1:
-            node //= 2
-            room[node] = max(room[2 * node], room[2 * node + 1])
+        first = np.argmax(room >= lengths[number])              # the first True
+        rows[first].append(number)
+        room[first] -= lengths[number]
     return [row for row in rows if row]
 
 
@@ -339,7 +327,7 @@ def to_batch(rows, T):
 
 
 # ------------------------------------------------------------------------ the stream of documents
-def one_pair(caption, k, caption_first, rng, drop, t_limit, T):
+def one_pair(caption, k, caption_first, rng, drop, t_limit, noisiest):
     """The parts of a caption and its picture, in their order, as `lay_out` takes them. In either
     order, dropped or not, they take the same number of positions.
 
@@ -348,15 +336,15 @@ def one_pair(caption, k, caption_first, rng, drop, t_limit, T):
     caption_first   which order
     rng             numpy Generator; decides whether the caption is dropped
     drop            the probability of that
-    t_limit         the most noise of a picture that precedes its caption
-    T               the most noise of any other"""
+    t_limit         the largest t of a picture that precedes its caption
+    noisiest        the largest t of any other"""
     if not caption_first:
         # Paper: App. B.2. The caption is read off this picture, so the picture is not all noise.
         # TRAP: only pictures in this order have the limit, and it is a maximum, not their t.
         return [("image", k, t_limit), caption]
     if rng.random() < drop:
         caption = ("dropped", caption)
-    return [caption, ("image", k, T)]
+    return [caption, ("image", k, noisiest)]
 
 
 @dataclass
@@ -365,12 +353,12 @@ class Documents:
     and on nothing else, so a resumed run sees the same documents."""
     pairs: object
     patches: int                            # P, to balance text and patches
-    context: int = 96                       # T: a document holds as many pairs as fit, at most four
+    context: int = 96                       # a document holds as many pairs as fit, at most four
     # Paper: §4.1, "ordering the caption first 80% of the time".
     caption_first: float = 0.8
     # Paper: App. B.2, the noise limit of pictures that precede their caption.
     t_limit: int = 500
-    T: int = 1000                           # diffusion steps
+    noisiest: int = 1000                    # the largest t: pure noise
     # Our choice: the share of captions dropped. Guidance is in the paper, its training is not.
     drop: float = 0.1
     # Our choice: after each pair, the chance of one more in the same document.
@@ -390,17 +378,19 @@ class Documents:
 
     def text_for_1_to_1(self):
         """The share s of documents without pictures that makes text tokens : patches = 1 : 1."""
-        # Paper: §4.1, "a 1:1 token ratio". A pair has more patches than words, and text alone evens
-        # it out:    s * text_length + (1 - s) * pair_words  =  (1 - s) * pair_patches.
+        # Paper: §4.1, "a 1:1 token ratio". A document of pairs has more patches than words.
+        # Documents of text alone even it out:
+        #     s * text_length + (1 - s) * pair_words = (1 - s) * pair_patches
+        #     so  s = missing / (missing + text_length)  with  missing = pair_patches - pair_words.
         captions = self.pairs.captions[:5000]                   # enough for a mean
         words = float(np.mean([count_tokens(self.tokenizer, text) for text in captions]))
         texts = itertools.chain(*self.pairs.texts)
         lengths = [count_tokens(self.tokenizer, text) for text in texts]
         text_length = 2 + float(np.mean(lengths))               # BOS, EOS
 
-        pairs = sum(k * p for k, p in enumerate(self.pairs_odds(), start=1))
-        pair_words = 2 + pairs * (words + 2)                    # BOS, EOS; BOI, EOI of each pair
-        pair_patches = pairs * self.patches
+        pairs_per_document = sum(k * p for k, p in enumerate(self.pairs_odds(), start=1))
+        pair_words = 2 + pairs_per_document * (words + 2)       # BOS, EOS; BOI, EOI of each pair
+        pair_patches = pairs_per_document * self.patches
         missing = max(pair_patches - pair_words, 0.0)
         return missing / (missing + text_length)
 
@@ -429,7 +419,7 @@ class Documents:
         for _ in range(how_many):
             k = int(rng.integers(len(self.pairs.captions)))
             document += one_pair(self.pairs.captions[k], k, caption_first, rng,
-                                 self.drop, self.t_limit, self.T)
+                                 self.drop, self.t_limit, self.noisiest)
         return document
 
 

@@ -226,16 +226,16 @@ def shuffled(k, n, key):
 class Shards:
     """Packed shards as a stream of batches.
 
-    folder              what `pack` wrote, or a folder of several such folders
-    drop, t_limit, T    as in data.Documents
-    text_only           never a row of pairs (the Llama baseline)
+    folder                     what `pack` wrote, or a folder of several such folders
+    drop, t_limit, noisiest    as in data.Documents
+    text_only                  never a row of pairs (the Llama baseline)
 
     Opening reads headers only. Arrays are memory-mapped when a row of theirs is wanted."""
 
     def __init__(self, folder, drop=data.Documents.drop, t_limit=data.Documents.t_limit,
-                 T=data.Documents.T, text_only=False):
+                 noisiest=data.Documents.noisiest, text_only=False):
         self.folder = Path(folder)
-        self.noise_rules = {"drop": drop, "t_limit": t_limit, "T": T}
+        self.noise_rules = {"drop": drop, "t_limit": t_limit, "noisiest": noisiest}
         self.text_only = text_only
         self.open_arrays = functools.lru_cache(maxsize=256)(open_arrays)
 

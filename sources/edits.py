@@ -446,9 +446,9 @@ class EditDocuments:
 
     pairs       Edits
     patches     P
-    context     T
-    t_limit     noise limit of a picture that precedes its text
-    T           diffusion steps
+    context     positions per row
+    t_limit     the largest t of a picture that precedes its text
+    noisiest    the largest t of any other: pure noise
     drop        share of edits without instruction, and without first picture
     questions   share that asks "what changed ?" instead (scenes only)
     tokenizer   measures instructions; None: in words
@@ -457,7 +457,7 @@ class EditDocuments:
     patches: int
     context: int = 128
     t_limit: int = 100
-    T: int = 1000
+    noisiest: int = 1000
     drop: float = 0.1
     questions: float = 0.25                             # Our choice: see docs/RESULTS.md
     tokenizer: object = None
@@ -483,10 +483,10 @@ class EditDocuments:
         # Guidance needs a model that has also learned to draw without the words, without the first
         # picture, and without both. A picture that is pure noise says nothing.
         if rng.random() < self.drop:
-            first = ("image", before, self.T, self.T)
+            first = ("image", before, self.noisiest, self.noisiest)
         if rng.random() < self.drop:
             text = ("dropped", text)
-        return [first, text, ("image", after, self.T)]
+        return [first, text, ("image", after, self.noisiest)]
 
 
 def demo():

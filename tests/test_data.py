@@ -63,7 +63,7 @@ def test_noise_limit_is_for_pictures_before_their_caption_only():
     stream, documents = drawn()
     limits = {first: {part[2] for d in documents if is_picture(d[0]) == first for part in d if is_picture(part)}
               for first in (True, False)}
-    assert limits == {True: {500}, False: {stream.T}} and stream.T == 1000
+    assert limits == {True: {500}, False: {stream.noisiest}} and stream.noisiest == 1000
 
 
 def test_the_picture_belongs_to_the_caption():
@@ -284,7 +284,7 @@ def test_pack_loses_nothing_and_cuts_nothing():
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 17, 300])
 def test_first_fit_is_first_fit(n):
-    """Catches a tree of rooms that leaves out a row with room, or takes a later one: asked here row by row, as the words say."""
+    """Catches a row with room that is left out, or a later one that is taken: asked here row by row, as the words say."""
     rng = np.random.default_rng(n)
     for longest, T in ((1, 1), (1, 4), (9, 9), (40, 50), (200, 210), (200, 2000)):
         lengths = rng.integers(1, longest + 1, n).tolist()

@@ -257,8 +257,8 @@ def test_documents_of_edits():
         for d in told:
             (_, a, *limits), text, (_, b, *other) = d
             assert known[a, text if isinstance(text, str) else text[1]] == b
-            assert other == [stream.T] and limits in ([stream.t_limit], [stream.T, stream.T])     # drawn: any noise
-        blind, mute = ([d[0][2] == stream.T for d in told], [not isinstance(d[1], str) for d in told])
+            assert other == [stream.noisiest] and limits in ([stream.t_limit], [stream.noisiest] * 2)     # drawn: any noise
+        blind, mute = ([d[0][2] == stream.noisiest for d in told], [not isinstance(d[1], str) for d in told])
         assert close(sum(blind), len(told), stream.drop) and close(sum(mute), len(told), stream.drop)
         assert close(sum(a and b for a, b in zip(blind, mute)), len(told), stream.drop ** 2)      # one by one, and both
     _, without = drawn(3000, drop=0.0, questions=0.0)

@@ -31,7 +31,7 @@ from config import parse_arguments
 from conftest import draw_batch, make_run
 from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH
 from scale import pack, shards, streams
-from sources import scenes
+from sources import choose, scenes
 from support import checkpoint
 from support.checkpoint import load_trained
 from support.common import UserError, open_picture, run_command
@@ -243,7 +243,7 @@ def test_proportions(vae_path, tmp_path):
     """Over many rows: text tokens : patches = 1 : 1 within 2%; captions first in 80%; dropped in 10% of those; the noise
     limit where the picture is first, and only there. Drawn anew each epoch, with lengths preserved."""
     pack.main(command(vae_path, tmp_path, scenes=600, shard_rows=64))
-    stream = shards.Shards(tmp_path, drop=0.1, t_limit=321, T=900)
+    stream = shards.Shards(tmp_path, drop=0.1, t_limit=321, noisiest=900)
     patches = texts = 0
     first = dropped = documents = 0
     for step in range(300):
@@ -531,7 +531,7 @@ def test_sources(vae_path, tmp_path, capsys):
     assert texts_of("pairs") == ["all red", "blue one", "green two", "red again"]
     assert total["skipped"] == 4 + 5 + 2 and "skipped 11" in out and "a.txt line 4" in out and "b.jsonl line 3" in out
     problems = json.loads((tmp_path / "packed/pairs-000000/header.json").read_text())["problems"]
-    for name, problem in zip(["cut.png", "no.png", "captions.jsonl line 4", "empty caption", "60 tokens"], problems, strict=True):
+    for name, problem in zip(["cut.png", "no.png", "captions.jsonl line 4", "the caption is empty", "60 tokens"], problems, strict=True):
         assert name in problem and "BytesIO" not in problem
     vae = stream.load_vae()
     with torch.no_grad():
@@ -564,6 +564,150 @@ def test_bad_members_of_a_tar_are_named(tmp_path):
     path.write_text("no tar at all")
     with pytest.raises(UserError, match="0.tar is truncated or not a tar"):
         list(streams.members_of(path, 32))
+
+
+def write_tar(path, members):
+    """A tar of {name: bytes}; a name may stand in it twice."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_of_several_pictures_of_a_name_the_plain_one_is_meant(tmp_path):
+    """Catches masks that are packed as the pictures, because the last file of a kind won; and a guess where nothing is plain."""
+    red, blue = picture("red"), picture("blue")
+    path = write_tar(tmp_path / "0.tar", [
+        ("a.seg.png", blue), ("a.png", red), ("a.depth.jpg", blue), ("a.txt", b"one"), ("a.json", b'{"caption": "not this"}'),
+        ("b.png", red), ("b.long.txt", b"not this"), ("b.txt", b"two"),
+        ("c.seg.png", red), ("c.txt", b"three"),
+        ("d.seg.png", red), ("d.depth.png", red), ("d.txt", b"four"),
+        ("e.png", red), ("e.jpg", red), ("e.txt", b"five"),
+        ("f.png", red), ("f.txt", b"six"), ("f.txt", b"six again")])
+    texts, problems = [], []
+    for _, read in streams.members_of(path, 8):
+        try:
+            text, pixels = read()
+            texts.append(text)
+            assert pixels()[4, 4].tolist() == [255, 0, 0]
+        except UserError as problem:
+            problems.append(str(problem))
+    assert texts == ["one", "two", "three"]
+    for problem, names in zip(problems, ["d.seg.png, d.depth.png", "e.png, e.jpg", "f.txt, f.txt"], strict=True):
+        assert names in problem and "not clear" in problem
+
+
+@pytest.mark.parametrize("names", [["a.txt", "a.txt"], ["a.txt", "./a.txt"], ["scenes", "scenes"], [".", "a.txt"], ["a.txt", "link.txt"]])
+def test_a_source_that_is_named_twice(tmp_path, monkeypatch, names):
+    """Catches documents that count double, or one of two sources that vanishes, without a word."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("one\n")
+    if "link.txt" in names:
+        (tmp_path / "link.txt").symlink_to("a.txt")
+    with pytest.raises(UserError, match=f"--text names .*{names[1].strip('./')} twice"):
+        streams.find_sources("text", names, 5)
+
+
+def small_text(folder, out, **options):
+    """The arguments that pack folder/a.txt with words that are known."""
+    (folder / "words.json").write_text(json.dumps("one two three four five six".split()))
+    return command(None, out, text=folder / "a.txt", pairs=None, tokenizer=folder / "words.json", **options)
+
+
+def test_a_source_that_has_changed_since(tmp_path):
+    """Catches success over the old data, where a file of the same size has other content; and a picture that was replaced."""
+    (tmp_path / "a.txt").write_text("one two three\n" * 20)
+    pack.main(small_text(tmp_path, tmp_path / "out"))
+    before = contents(tmp_path / "out")
+    pack.main(small_text(tmp_path, tmp_path / "out"))
+    (tmp_path / "b.txt").write_text("four five six\n")
+    (tmp_path / "a.txt").write_text("one two three\n" * 19 + "six two three\n")
+    with pytest.raises(UserError, match="text-000000 was packed from other sources .*a.txt has changed since.*--out"):
+        pack.main(small_text(tmp_path, tmp_path / "out"))
+    assert contents(tmp_path / "out") == before
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("1.png", "2.png"):
+        (folder / name).write_bytes(picture("red"))
+    (folder / "captions.jsonl").write_text('{"image": "1.png", "caption": "one"}\n{"image": "no.png", "caption": "two"}\nnot json\n')
+    stamp = streams.stamp_of(str(folder), 1)
+    (folder / "2.png").write_bytes(picture("blue"))     # nobody names it
+    (folder / "later").mkdir()
+    assert streams.stamp_of(str(folder), 1) == stamp
+    (folder / "1.png").write_bytes(picture("lime"))
+    assert streams.stamp_of(str(folder), 1) != stamp
+
+
+def test_the_same_source_in_another_place(tmp_path, monkeypatch):
+    """Catches a packing that cannot go on because its data were moved, or are named by another path."""
+    (tmp_path / "a.txt").write_text("one two three\n" * 20)
+    pack.main(small_text(tmp_path, tmp_path / "out"))
+    before = contents(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    pack.main(small_text(Path("."), "out"))
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "a.txt").rename(tmp_path / "moved/a.txt")
+    pack.main(small_text(tmp_path / "moved", "out"))
+    assert contents(tmp_path / "out") == before
+    header = tmp_path / "out/text-000000/header.json"   # as before stamps: sizes alone
+    kept = json.loads(header.read_text())
+    kept["recipe"]["sources"] = {name: stamp[0] for name, stamp in kept["recipe"]["sources"].items()}
+    header.write_text(json.dumps(kept))
+    pack.main(small_text(tmp_path / "moved", "out"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_text_in_utf_16(tmp_path, name, encoding):
+    """Catches words with a NUL behind each letter, packed as if they were text."""
+    text = "one two\nthree four\n" if name == "a.txt" else '{"text": "one two"}\n{"text": "three"}\n'
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    with pytest.raises(UserError, match="UTF-16|NUL|nothing in .* can be used"):
+        pack.main(command(None, tmp_path / "out", text=tmp_path / name, pairs=None))
+    assert not list(tmp_path.glob("out/text*"))
+
+
+def test_a_bom_at_the_start_of_a_text(tmp_path):
+    """Catches a word "\\ufeffa" in the vocabulary."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone two\nthree\n")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one two"}\n')
+    for name in ("a.txt", "b.jsonl"):
+        assert next(streams.items_of("text", str(tmp_path / name), None))[1]() == ("one two", None)
+    path = write_tar(tmp_path / "c.tar", [("1.png", picture("red")), ("1.txt", b"\xef\xbb\xbfone two")])
+    items = streams.members_of(path, 8)
+    assert next(items)[1]()[0] == "one two"
+
+
+def test_a_line_or_a_member_of_gigabytes(tmp_path, monkeypatch):
+    """Catches a file without a line's end, or a sparse member of a tar, that fills the memory. The next line is read."""
+    monkeypatch.setattr(streams, "MOST_BYTES", 10)
+    (tmp_path / "a.txt").write_text("x" * 95 + "\n123456789\n" + "y" * 10 + "\n" + "z" * 10)
+    items = list(streams.items_of("text", str(tmp_path / "a.txt"), None))
+    assert [so_far for so_far, _ in items] == [96, 106, 117, 127]
+    for k in (0, 2):                                    # with its end, the third has 11 bytes
+        with pytest.raises(UserError, match=f"a.txt line {k + 1} is longer than 10 bytes"):
+            items[k][1]()
+    assert [items[k][1]()[0] for k in (1, 3)] == ["123456789", "z" * 10]
+    path = write_tar(tmp_path / "c.tar", [("1.png", picture("red")), ("1.txt", b"one")])
+    items = streams.members_of(path, 8)
+    text, pixels = next(items)[1]()
+    assert text == "one"
+    with pytest.raises(UserError, match="c.tar:1.png has more than 10 bytes"):
+        pixels()
+
+
+def test_what_is_missing_for_training_is_said(tmp_path, capsys, vae_path):
+    """Catches hours of packing text alone, when training will ask for pairs, with --model llama as well."""
+    (tmp_path / "a.txt").write_text("one two three\n" * 20)
+    pack.main(small_text(tmp_path, tmp_path / "out"))
+    assert "0 rows of pairs: train.py needs at least ten, for --model llama, too" in capsys.readouterr().out
+    pack.main(command(vae_path, tmp_path / "pairs", text=None))
+    assert "these are pairs alone" in capsys.readouterr().out
+    pack.main(command(vae_path, tmp_path / "both", scenes=100))
+    assert "these are" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options, words", [
@@ -655,6 +799,27 @@ def test_pieces_from_pack_to_checkpoint(pieces, vae_path, tmp_path, monkeypatch)
     train.main(training(tmp_path / "packed", tmp_path / "run", steps=2, documents=2, seq_len=192))
     words = load_trained(tmp_path / "run/model.pt").tokenizer
     assert words.decode(words.encode("a red circle")) == "a red circle" and words.model == pieces.read_bytes()
+
+
+def test_one_rule_for_capitals_and_spaces(pieces, vae_path, tmp_path):
+    """Catches other ids for the same caption in packing, in fine-tuning on a folder, and in sampling. Only data.Words, whose
+    vocabulary is in lower case, tells no capitals apart."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lines = []
+    for k in range(12):
+        (folder / f"{k}.png").write_bytes(picture((20 * k, 0, 0)))
+        lines.append(json.dumps({"image": f"{k}.png", "caption": f" A  Red\nCIRCLE {k}"}))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    pack.main(command(vae_path, tmp_path / "packed", text=None, pairs=folder, tokenizer=pieces, seq_len=192, scenes=None))
+    stream = shards.Shards(tmp_path / "packed")
+    packed = sorted(part for documents, _ in all_rows(stream, "pairs") for part in itertools.chain(*documents))
+    own = [text for split in ("train", "test") for text in choose.load_pairs("folder", folder, 32, split).captions]
+    assert packed == sorted(stream.tokenizer.encode(text) for text in own)
+    prompts = [sample.read_prompt(f" A Red CIRCLE {k} ", None) for k in range(12)]
+    assert packed == sorted(stream.tokenizer.encode(text) for [text] in prompts)
+    words = data.Words(choose.load_pairs("folder", folder, 32).vocabulary())
+    assert words.encode("a red circle 3") == words.encode("A RED Circle 3")
 
 
 # ------------------------------------------------------------------------------------------------------------------ training
