@@ -59,7 +59,7 @@ def lines_of(path):
             line = file.readline(MOST_BYTES + 1)
             so_far += len(line)
             rest = line
-            while len(rest) > MOST_BYTES:
+            while len(rest) > MOST_BYTES and not rest.endswith(b"\n"):
                 rest = file.readline(MOST_BYTES + 1)
                 so_far += len(rest)
             if not line:
