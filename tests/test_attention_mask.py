@@ -213,7 +213,11 @@ def test_flex_gradients_are_dense(monkeypatch):
 def test_tiles_are_the_dense_masks():
     """The tiles worked out from the intervals are not those of the mask: skipped, in between, full; either way around."""
     kinds = set()
-    for image_id, doc_id in long_rows(T=512, how_many=10):
+    # A picture that fills one tile to its last position, and one that ends just beyond: off by one, a tile is not full.
+    edge = torch.full((2, 512), -1)
+    edge[0, 128:256] = 0
+    edge[1, 128:257] = 1
+    for image_id, doc_id in [*long_rows(T=512, how_many=10), (edge, torch.zeros_like(edge))]:
         lo, hi = intervals(image_id, doc_id)
         tiles, mask = dense_mask(lo, hi).unfold(1, TILE, TILE).unfold(2, TILE, TILE), tile_mask(lo, hi)
         some, full = tiles.any(-1).any(-1), tiles.all(-1).all(-1)                           # (B, 4, 4)
