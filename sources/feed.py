@@ -289,7 +289,7 @@ def check_length(config, documents):
         room = config.seq_len - (longest - lengths[k])
         too_many = sum(length > room for length in lengths)
         where = f"{pairs.lines[k]}: a caption of {lengths[k]} tokens is too long"
-        where += f", as are {too_many - 1} others; " if too_many > 1 else "; "
+        where += f", and so are {too_many - 1} more; " if too_many > 1 else "; "
         advice = f"shorten it, or {advice}"
     raise UserError(f"{where}the longest document takes {longest} positions and does not fit in a "
                     f"context of {config.seq_len}: {advice}")

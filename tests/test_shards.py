@@ -822,6 +822,28 @@ def test_one_rule_for_capitals_and_spaces(pieces, vae_path, tmp_path):
     assert words.encode("a red circle 3") == words.encode("A RED Circle 3")
 
 
+def test_lengths_are_measured_in_tokens(pieces, vae_path, tmp_path, monkeypatch):
+    """Catches fine-tuning with a SentencePiece tokenizer that ends in step 2, over a caption of few words and many tokens."""
+    monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
+    pack.main(command(vae_path, tmp_path / "packed", tokenizer=pieces, seq_len=192, shard_rows=2))
+    train.main(training(tmp_path / "packed", tmp_path / "run", steps=1, documents=2, seq_len=192))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lines = []
+    for k in range(12):
+        (folder / f"{k}.png").write_bytes(picture((20 * k, 0, 0)))
+        lines.append(json.dumps({"image": f"{k}.png", "caption": f"unforeseeable words {k}"}))
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    options = ["--data", "folder", "--data-dir", folder, "--init", tmp_path / "run/model.pt", "--out", tmp_path / "tuned", "--documents", 4,
+               "--steps", 2, "--samples", 0, "--gap-every", 2]
+    longest = max(len(shards.Shards(tmp_path / "packed").tokenizer.encode(f"unforeseeable words {k}")) for k in range(12))
+    need = longest + P + 4
+    assert longest > 6
+    with pytest.raises(UserError, match=f"line 1[12]: a caption of {longest} tokens is too long.* takes {need} positions"):
+        train.main([str(word) for word in [*options, "--seq-len", need - 1]])
+    train.main([str(word) for word in [*options, "--seq-len", need]])
+
+
 # ------------------------------------------------------------------------------------------------------------------ training
 def training(folder, out, **options):
     """The argument list of a small training on a packed folder."""

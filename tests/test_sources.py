@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+import model
+import train
 import vae as vae_module
 from config import Config
 from sources import choose, feed, folder, mnist, scenes
 from sources.pairs import Pairs
-from support import common
+from support import checkpoint, common
 from support.common import UserError, crop_and_resize, open_picture
 
 
@@ -528,6 +530,102 @@ def test_folders_that_cannot_be_used(tmp_path):
     write_named(tmp_path / "one", ["only.png"], each=20)
     with pytest.raises(UserError, match="20 usable .* of 1 different"):
         folder.load_folder(tmp_path / "one", 16)
+
+
+# ---------------------------------------------------------------------------------------- what training says of a folder
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A function that trains one step of a tiny model on a folder; further options come last."""
+    monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
+    vae = vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2))
+    checkpoint.save(tmp_path / "vae.pt", checkpoint.pack_vae(vae))
+
+    def train_on(folder, *options, data="folder"):
+        train.main([str(word) for word in (
+            "--data", data, "--data-dir", folder, "--vae", tmp_path / "vae.pt", "--image-size", 16, "--patch", 1, "--seq-len", 48,
+            "--documents", 2, "--samples", 0, "--steps", 1, "--out", tmp_path / "run", *options)])
+    return train_on
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_caption_that_is_too_long_is_named_before_any_work(tmp_path, monkeypatch, tiny, split):
+    """Catches a run that ends at its first gap, after the VAE was trained, over a caption of the test split; and no line's number."""
+    folder = write_folder(tmp_path / "mine", 20)
+    line = choose.load_pairs("folder", folder, 16, split).lines[0]
+    lines = (folder / "captions.jsonl").read_text().split("\n")
+    k = int(line.split()[-1]) - 1
+    lines[k] = json.dumps({**json.loads(lines[k]), "caption": "number " * 90})
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(vae_module, "encode_all", lambda *_: pytest.fail("worked before it looked"))
+    with pytest.raises(UserError, match=f"{line}: a caption of 90 tokens is too long; the longest document takes 110 positions.*"
+                                        f"context of 48: shorten it"):
+        tiny(folder)
+
+
+def test_an_instruction_that_is_too_long_is_named(tmp_path, tiny):
+    """Catches the same of edits.jsonl, and how many others there are."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    lines = []
+    for k in range(20):
+        Image.new("RGB", (8, 8), (k, 0, 0)).save(folder / f"{k}.png")
+        text = "make it red " * (30 if k in (3, 7) else 1)
+        lines.append(json.dumps({"before": f"{k}.png", "instruction": text, "after": f"{k}.png"}))
+    (folder / "edits.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="edits.jsonl line (4|8): a caption of 90 tokens is too long"):
+        tiny(folder, "--patch", 2, "--init", "", data="edits")
+
+
+def test_what_has_changed_in_the_data_is_named_at_resume(tmp_path, tiny):
+    """Catches words that move to other ids without a sentence, and test pictures that have become training pictures."""
+    folder = write_folder(tmp_path / "mine", 20)
+    tiny(folder)
+    whole = (folder / "captions.jsonl").read_text()
+    line = int(choose.load_pairs("folder", folder, 16).lines[0].split()[-1]) - 1
+
+    def write(change):
+        lines = whole.split("\n")
+        lines[line] = json.dumps(change(json.loads(lines[line])))
+        (folder / "captions.jsonl").write_text("\n".join(lines))
+
+    for change, words in [
+            (lambda entry: {**entry, "caption": "Picture numbre 1"}, "another words and captions .*new: numbre"),
+            (lambda entry: {**entry, "caption": "number number 1"}, "another captions .*, now "),
+            (lambda entry: {**entry, "image": "7.bmp" if entry["image"] != "7.bmp" else "3.bmp"}, "another .*pixels .*, now ")]:
+        write(change)
+        with pytest.raises(UserError, match=f"run has learned from folder with {words}.*--out"):
+            tiny(folder, "--resume")
+    (folder / "captions.jsonl").write_text(json.dumps({"image": "7.bmp", "caption": "one more"}) + "\n" + whole)
+    with pytest.raises(UserError, match="another words and pictures .*new: more, one"):
+        tiny(folder, "--resume")
+    kept = json.loads((tmp_path / "run/config.json").read_text())
+    del kept["learned"]
+    (tmp_path / "run/config.json").write_text(json.dumps(kept))
+    with pytest.raises(UserError, match="earlier version"):
+        tiny(folder, "--resume")
+
+
+def test_the_same_data_may_lie_elsewhere_at_resume(tmp_path, monkeypatch, tiny):
+    """Catches a resume that is refused because the folder is named by another path, or was moved."""
+    folder = write_folder(tmp_path / "mine", 20)
+    tiny(folder)
+    monkeypatch.chdir(tmp_path)
+    tiny("./mine", "--resume")
+    folder.rename(tmp_path / "moved")
+    tiny("moved", "--resume")
+
+
+def test_captions_that_all_say_the_same_have_no_gap(tmp_path, tiny, capsys):
+    """Catches a gap of 0.000, "the caption is ignored", where nothing could be compared; capitals are no difference to Words."""
+    folder = write_folder(tmp_path / "mine", 20)
+    lines = [json.dumps({**json.loads(line), "caption": ("A cat", "a  cat")[k % 2]})
+             for k, line in enumerate((folder / "captions.jsonl").read_text().split("\n")) if line]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    tiny(folder, "--samples", 2, "--sample-steps", 1)
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().split("\n") if line]
+    assert [row["gap"] for row in rows] == [None]
+    assert json.loads((tmp_path / "run/report.json").read_text())["conditioning_gap"] is None
+    assert "cannot be measured: all unseen captions say the same" in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------------------------- a source by its name
