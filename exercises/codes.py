@@ -200,6 +200,7 @@ def in_int64(seen):
 
 def decoder_gets_codes(seen):
     """The decoder gets the chosen vectors"""
+    # Forward only; where gradients go is the next property.
     vectors = seen.vectors.detach()
     right = seen.right[0].detach()
     if near(vectors, right, atol=1e-5):
@@ -223,6 +224,7 @@ def decoder_gets_codes(seen):
 
 def straight_through(seen):
     """Straight-through: the decoder's gradient reaches e, and not the codebook"""
+    # What comes out is right by now, so only the gradients can tell.
     to_e = seen.gradients["vectors", "e"]
     to_codebook = seen.gradients["vectors", "codebook"]
     if (to_e == 0).all():
@@ -241,6 +243,7 @@ def straight_through(seen):
 
 def both_terms(seen):
     """Two terms: the codes move to the vectors, the vectors to the codes"""
+    # The first term alone moves the codebook, the second alone moves the encoder.
     to_e = seen.gradients["loss", "e"]
     to_codebook = seen.gradients["loss", "codebook"]
     if (to_e == 0).all() and (to_codebook == 0).all():
@@ -256,6 +259,7 @@ def both_terms(seen):
 
 def beta_on_the_encoder(seen):
     """beta is the weight of the encoder's term"""
+    # TRAP: with beta on the other term the loss has the same kind of value, and it trains.
     known = (                                           # how hard it pulls e, the codebook
         (1, 1, None),
         (1 / BETA, BETA,

@@ -111,6 +111,7 @@ def number(value, field):
 # --------------------------------------------------------------------------------------- properties
 def right_tokens(seen):
     """The tokens: BOS, words, BOI, patches, EOI, EOS"""
+    # What is missing is named before what is in a wrong place: without BOS all places are off.
     found = seen.found["tokens"]
     right = seen.right["tokens"]
     if found == right:
@@ -164,6 +165,8 @@ def right_image_id(seen):
     where = f"(For {seen.name}: {found}; it should be {right}.)"
     if len(found) != len(right):
         return f"image_id needs one number for each token. {where}"
+    # TRAP: spans that are one position off (docs/PAPER.md §4.2). A BOI inside the block looks at
+    # its picture; when sampling, BOI is there first.
     wrong = [k for k in range(len(right)) if found[k] != right[k]]
     if set(wrong) <= set(seen.at(BOI)):
         return ("BOI is no patch: it is text, image_id -1, and outside of the block that looks "

@@ -65,6 +65,14 @@ class FakeModel:
         told = {"tokens": tokens, "image_id": image_id, "doc_id": doc_id,
                 "has_loss": has_loss, "xt": xt, "t": t}
         self.calls.append(told)
+        self.check(told)
+        return self.logits[has_loss], self.out
+
+    forward = __call__
+
+    def check(self, told):
+        """Raise Advice for arguments that the real network would not take."""
+        tokens, has_loss, xt, t = told["tokens"], told["has_loss"], told["xt"], told["t"]
         for name, value in told.items():
             if not isinstance(value, torch.Tensor):
                 raise Advice(f"The network is told something as `{name}` that is no tensor.")
@@ -82,7 +90,6 @@ class FakeModel:
         if t.shape != xt.shape[:1]:
             raise Advice(f"The network must be told one t for each picture, "
                          f"({len(xt)},), not {tuple(t.shape)}.")
-        return self.logits[has_loss], self.out
 
 
 @dataclass
@@ -162,6 +169,7 @@ def gradient(loss, of, name):
 # ------------------------------------------------------------------------ what the network was told
 def noisy_picture(seen):
     """The network sees xt of eq. 2"""
+    # Paper: §3, the noise is added "before patchification": to the whole latent.
     for kind, one in seen.items():
         batch = one.batch
         told = one.model.calls[0]["xt"].detach()
@@ -189,6 +197,8 @@ def noisy_picture(seen):
 
 def told_its_t(seen):
     """The network is told the t that the noise has"""
+    # TRAP: the network is told another t than the noise has, or one t for the whole batch
+    # (docs/PAPER.md §4.3). It still trains, as it can guess the noise level from the picture.
     for one in seen.values():
         told = one.model.calls[0]["t"]
         right = one.batch.t
@@ -225,6 +235,7 @@ def told_the_rest(seen):
 # ---------------------------------------------------------------------------- what the losses count
 def counted_positions(seen):
     """Only positions with has_loss are counted"""
+    # A position that is not counted has no gradient at all.
     one = seen["ddpm"]
     batch = one.batch
     counted = one.word_gradient.abs().sum(-1) > 0
@@ -249,6 +260,7 @@ def next_word(seen):
     """Position q is asked for token q + 1"""
     one = seen["ddpm"]
     batch = one.batch
+    # A network that is asked for its own token reads it off its input, and learns nothing.
     # Cross-entropy's gradient is p - 1 at the word that is wanted, and p > 0 at all others.
     wanted = one.word_gradient.argmin(-1)[batch.has_loss]
     following = batch.tokens.roll(-1, 1)[batch.has_loss]
@@ -271,6 +283,7 @@ def next_word(seen):
 
 def sum_of_words(seen):
     """The LM loss is a sum"""
+    # By what it is too large or too small says what it was divided by.
     one = seen["ddpm"]
     lm, words, _ = one.right
     ratio = one.lm.item() / lm.item()
@@ -310,6 +323,7 @@ def number_of_words(seen):
 
 def squared_error(seen):
     """The diffusion loss is a squared error"""
+    # The gradient of |x| is a sign, everywhere of the same size. That of x^2 grows with x.
     one = seen["ddpm"]
     size = one.model.out[0].numel()
     steps = (one.picture_gradient * size).abs()
@@ -352,6 +366,7 @@ def pulls_to(one, target):
 
 def mean_per_picture(seen):
     """One mean per picture"""
+    # Our choice: the norm of eq. 3 is a mean over elements (diffusion.loss says why).
     one = seen["ddpm"]
     each = one.each.detach()
     right = one.right[2].detach()

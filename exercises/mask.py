@@ -83,7 +83,8 @@ def try_intervals(trial):
     right_lo, right_hi = intervals(image_id, doc_id)
     pos = torch.arange(image_id.shape[1]).expand_as(image_id)
 
-    # The same question, asked of the row read backwards: where does it begin?
+    # The module's function, asked about the row read backwards, says where a picture begins and
+    # where a document ends.
     back_lo, back_hi = intervals(image_id.flip(1), doc_id.flip(1))
     last = image_id.shape[1] - 1
     return Seen(lo, hi, right_lo, right_hi, causal_lo, causal_hi, pos, image_id >= 0,
@@ -116,7 +117,8 @@ def in_this_order(seen):
 
 def looks_and_is_looked_at(seen):
     """The interval is what q may look at, not who may look at q"""
-    # Who may look at q: its picture's patches, from the first one on, and all that follows it.
+    # A column of the mask in place of a row. Who may look at q: the patches of its picture, from
+    # the first one on, and all that follows.
     if torch.equal(seen.hi, seen.end) and torch.equal(seen.lo, seen.first):
         return ("q and k are exchanged: this is who may look *at* q, from its own picture to the "
                 "end of the document. Wanted is at whom q may look.")
@@ -124,6 +126,7 @@ def looks_and_is_looked_at(seen):
 
 def allowed_and_blocked(seen):
     """The interval is what is allowed, not what is blocked"""
+    # What is blocked lies on both sides of what is allowed, so an interval can only be one side.
     some = seen.right_hi < seen.end                     # where anything is blocked on the right
     after = (seen.lo == seen.right_hi + 1)[some].all()
     before = torch.equal(seen.hi, seen.right_lo - 1)
@@ -134,6 +137,7 @@ def allowed_and_blocked(seen):
 
 def or_not_and(seen):
     """A patch sees what came before OR its own picture, not AND"""
+    # Words see nothing with AND, or only themselves: they are not asked. The patches tell.
     patch = seen.is_patch
     from_first = (seen.lo == seen.first)[patch].all()
     if from_first and (seen.hi == seen.pos)[patch].all():
@@ -146,6 +150,8 @@ def or_not_and(seen):
 
 def pictures_of_any_size(seen):
     """Pictures may have any number of patches"""
+    # All pictures of one model have P patches. But nothing here says so, and a third modality, or
+    # a picture of another size, has another number.
     lengths = (seen.hi - seen.first + 1)[seen.is_patch].unique().tolist()
     if len(lengths) == 1 and lengths[0] > 1:
         return (f"All pictures are taken for {lengths[0]} patches long. They may differ: a picture "
@@ -156,6 +162,7 @@ def sees_itself(seen):
     """lo <= q <= hi"""
     text = ~seen.is_patch
     padding = seen.start == PADDING
+    # TRAP: a softmax over nothing is NaN (docs/PAPER.md §4.1). So this comes before what is seen.
     blind = (seen.lo > seen.pos) | (seen.hi < seen.pos)
     if not blind.any():
         return None
@@ -179,6 +186,8 @@ def sees_itself(seen):
 
 def each_row_its_own(seen):
     """Each row of the batch has its own layout"""
+    # Before the properties of single positions: with the rows mixed up, they would all be wrong,
+    # and none of their sentences would fit.
     wrong = (seen.lo != seen.right_lo) | (seen.hi != seen.right_hi)
     same = torch.equal(seen.lo, seen.lo[:1].expand_as(seen.lo))
     same = same and torch.equal(seen.hi, seen.hi[:1].expand_as(seen.hi))
@@ -230,6 +239,8 @@ def hi_is_included(seen):
 
 def text_does_not_look_ahead(seen):
     """Text looks at nothing that comes later"""
+    # A word that sees the next one learns to copy it: the loss falls to nothing, and the model
+    # knows nothing. Four ways that lead there, the widest first.
     text = ~seen.is_patch
     ahead = text & (seen.hi > seen.pos)
     if not ahead.any():
@@ -304,7 +315,7 @@ def as_the_module(seen):
     wrong = (seen.lo != seen.right_lo) | (seen.hi != seen.right_hi)
     if wrong.any():
         return "Not yet. " + seen.place(wrong)
-    for rows in ((".", ), ("000", ), ("00|11", "....")):
+    for rows in ((".",), ("000",), ("00|11", "....")):
         image_id, doc_id = read_layout(rows)
         lo, hi = need_intervals(seen.trial(image_id, doc_id), image_id)
         right_lo, right_hi = intervals(image_id, doc_id)

@@ -53,6 +53,7 @@ def try_patchify(trial):
     x = torch.arange(float(size)).view(M, C, H, W)
     out = need_tensor(trial(x, P))
     check_shape(out)
+    # Each number once. Otherwise the places that are read off below would mean nothing.
     if not torch.equal(out.double().flatten().sort().values, torch.arange(size).double()):
         raise Advice("The numbers themselves are changed, lost, or there twice. Patchifying only "
                      "moves them: each number of the picture comes out once.")
@@ -65,6 +66,7 @@ def try_patchify(trial):
 
 def check_shape(out):
     """Raise Advice if the result has another shape than (M, N, LENGTH)."""
+    # No two of these are alike for M, c, h, w = 2, 3, 4, 6, so a shape says how it came about.
     shape = tuple(out.shape)
     known = {
         (M, LENGTH, N): "The vectors stand in columns, as F.unfold leaves them: exchange the last "
@@ -109,6 +111,7 @@ def own_picture(seen):
 
 def not_a_plain_reshape(seen):
     """A patch is a square, not a stretch of memory"""
+    # In memory a picture lies row by row. If the numbers still come in that order, none has moved.
     memory = seen.out.flatten()
     if torch.equal(memory, memory.sort().values):
         return ("This is a plain reshape: it cuts the memory into stretches, row by row, so that a "
@@ -119,6 +122,7 @@ def one_patch_per_vector(seen):
     """The pixels of a vector are those of one patch"""
     if (seen.block == seen.block[:, :, :1]).all():
         return None
+    # "(p h)" for "(h p)" in a rearrange gives the right shape, and pixels from everywhere.
     rows = (seen.y == seen.y[:, :, :1]).all()
     if rows:
         return "A vector holds pixels of one row only, a strip: a patch is p high and p wide."
@@ -133,6 +137,7 @@ def one_patch_per_vector(seen):
 
 def raster_order(seen):
     """The patches stand in raster order: left to right, then top to bottom"""
+    # Our choice: raster order, which the paper does not name. Decoding must use the same one.
     order = seen.block[0, :, 0]
     if torch.equal(order, torch.arange(N)):
         return None
@@ -150,6 +155,7 @@ def order_within(seen):
     """Within a vector: channel, then row, then column"""
     place = torch.stack([seen.c, seen.y % P, seen.x % P])[:, 0, 0]      # (3, LENGTH) of vector 0
 
+    # Every order of the three is a sort by three keys. So ask by which one it is sorted.
     def sorted_by(*keys):
         """Whether the numbers of the vector are in this order, the slowest key first."""
         ranks = place[keys[0]] * 100 + place[keys[1]] * 10 + place[keys[2]]
@@ -172,6 +178,7 @@ def order_within(seen):
 
 def as_the_module(seen):
     """The same as the module, for any p and any size"""
+    # A patch side of 3 and of 1, tall pictures, one channel: whatever the first picture had not.
     for shape, p in (((1, 2, 6, 9), 3), ((3, 1, 4, 2), 1), ((2, 2, 8, 4), 4), ((1, 4, 6, 4), 2)):
         size = torch.Size(shape).numel()
         x = torch.arange(float(size)).view(shape) / 2

@@ -97,6 +97,7 @@ def with_intervals(answer):
     """Every mask of every forward is made from the student's intervals."""
     # Without the cache, which makes its masks itself.
     with mock.patch.object(model, "intervals", answer):
+        # The model itself says BOI after each of these captions: none of them could go on.
         latents = []
         for k, caption in enumerate(CAPTIONS):
             *_, picture = sample.write(shipped(), [caption], seed=k, steps=STEPS, sampler="dpm++",
@@ -123,6 +124,7 @@ def with_cosine_alpha_bar(answer):
     path.s = (1 - alpha_bar).sqrt()
     latents = []
     for caption in CAPTIONS:
+        # The row of one document, with places for its picture: no cache, as in sample.write.
         tokens = sample.prompt_tokens(trained, [caption], draw_now=True)
         tokens += [data.PATCH] * trained.model.config.patches
 
@@ -131,9 +133,9 @@ def with_cosine_alpha_bar(answer):
             a, s = path.at(t, x)
             share = (s / (a + s)).item()
             step = int((learned.s - share).abs().argmin())
-            near_x = x / (a + s)
-            out = ask(tokens, [near_x[0]], step)
-            _, eps = learned.x0_and_eps(near_x, out, step, float(trained.vae.x0_max))
+            xt = x / (a + s)                            # as flow mixes it
+            out = ask(tokens, [xt[0]], step)
+            _, eps = learned.x0_and_eps(xt, out, step, float(trained.vae.x0_max))
             return eps
 
         noise = torch.randn(1, *trained.model.config.latent)
@@ -161,6 +163,7 @@ def with_losses(answer):
     layer = trained.model.patch_encoder.out
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
+    # One layer in a few seconds: all the others still know what they knew.
     trained.model.requires_grad_(False)
     layer.requires_grad_(True)
 

@@ -37,6 +37,8 @@ def try_cosine(trial):
 def need_table(table, T):
     """The table as a tensor of T + 1 numbers. Raises Advice for something else."""
     table = need_tensor(table, "The table", like="float")
+    # A table of T numbers may be betas, or alpha_bar without its first or last entry. The values
+    # tell: betas are small first.
     if table.ndim != 1:
         raise Advice(f"Return one row of T + 1 numbers; yours has shape {tuple(table.shape)}.")
     small_first = len(table) > 1 and table[0] < 0.1 and table[-1] > table[0]
@@ -88,6 +90,7 @@ def starts_clean(seen):
 def falls(seen):
     """alpha_bar falls from t = 0 to T and stays above 0"""
     table = seen.table
+    # Above 1 by rounding is no mistake, so a little is allowed.
     rises = (table.diff() > 1e-12).nonzero().flatten()
     if len(rises):
         t = int(rises[0])
@@ -107,9 +110,12 @@ def falls(seen):
 
 def cosine_squared(seen):
     """cos^2, not another curve"""
+    # All but the last entry, which the clip decides; that is the next property.
     table = seen.table
     if near(table[:-1], seen.right[:-1], atol=1e-6):
         return None
+
+    # 1. Something else went wrong with the right curve.
     if (table[:-1] == 1).all():
         return "It stays at 1 until the end: is t // T, a whole number, taken for t / T?"
     if table[1] < 0.01:
@@ -122,6 +128,8 @@ def cosine_squared(seen):
     if floor > 1e-6 and near(table, seen.right.clamp(min=floor), atol=1e-5):
         return (f"The clip is in the wrong place: it is on alpha_bar, which ends at {floor:.1g}. "
                 f"Clip the betas, and multiply (1 - beta) up.")
+
+    # 2. A curve that has a name.
     t = torch.arange(1001, dtype=torch.float64)
     if near(table ** 2, seen.right, atol=1e-3):
         return ("This is the square root: cos, not cos^2. alpha_bar is the share of the variance; "
@@ -148,6 +156,8 @@ def cosine_squared(seen):
     if near(table[1:], 1 - kept, atol=1e-4):
         return ("These are 1 - beta, step by step. alpha_bar[t] is their product up to t "
                 "(torch.cumprod).")
+
+    # 3. Show a few numbers.
     numbers = ", ".join(f"{table[k]:.4f} at t = {k} ({seen.right[k]:.4f})" for k in (250, 500, 750))
     return (f"Another curve than f(t) / f(0), f(t) = cos^2((t/T + offset) / (1 + offset) * pi/2): "
             f"you have {numbers}; in brackets what it should be.")
@@ -155,6 +165,8 @@ def cosine_squared(seen):
 
 def last_beta_clipped(seen):
     """beta <= beta_max, at the end"""
+    # f(T) is 4e-33 and not 0, by rounding. So without the clip nothing divides by zero, but the
+    # first step of a sampler multiplies by 1e16.
     last = seen.table[-1].item()
     before = seen.table[-2].item()
     right = seen.right[-1].item()
@@ -177,6 +189,7 @@ def any_number_of_steps(seen):
 
 def arguments_are_used(seen):
     """offset and beta_max are arguments"""
+    # T = 100 and half of the betas clipped: here clipping the last one alone is not enough.
     if not near(need_table(seen.trial(100, 0.1), 100), cosine_alpha_bar(100, 0.1), atol=1e-7):
         return ("`offset` is an argument, and with offset = 0.1 the result is wrong: is 0.008 "
                 "written into it, or does it stand in one place only?")

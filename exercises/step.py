@@ -112,6 +112,7 @@ def explain_failure(problem, kind, t, u):
 def moves(seen):
     """The step moves from t to u"""
     xt, x0, _ = seen.seen[MIDDLE].tolist()
+    # Answers that are no step at all. They have round factors at every jump.
     everywhere = torch.stack([seen.seen[jump] for jump in JUMPS])       # (6, 3)
     if near(everywhere, torch.tensor([1.0, 0.0, 0.0]).expand(6, 3)):
         return "You return xt as it is: the step must go to u, where there is less noise."
@@ -150,6 +151,8 @@ def from_t_to_u(seen):
 
 def step_of_one_or_jump(seen):
     """beta is that of the jump, not of one step"""
+    # TRAP: the betas of the 1,000-step chain in a chain of 250 (docs/PAPER.md §4.6). Each step
+    # takes too little noise away, and nothing complains.
     if seen.fits(MIDDLE):
         return None
     if seen.fits((300, 299)) and seen.fits((1, 0)):
@@ -163,6 +166,8 @@ def step_of_one_or_jump(seen):
 
 def last_step_is_clean(seen):
     """No noise on the last step"""
+    # TRAP: noise on the last step (docs/PAPER.md §4.6). `if t > 1` is right in the chain of 1,000
+    # steps only; in one of 250 the last step starts at t = 4.
     jump, one = [abs(seen.seen[last][2].item()) for last in LAST_STEPS]
     if max(jump, one) < 1e-6:
         return None
@@ -179,6 +184,7 @@ def last_step_is_clean(seen):
 
 def off_by_one(seen):
     """Entry t of the tables is step t"""
+    # diffusers counts its steps from 0: its timestep + 1 is our t.
     for shift in (-1, 1):
         other = factors(ancestral_step, seen.diffusion, 500 + shift, 400 + shift)
         if not seen.fits(MIDDLE) and near(seen.seen[MIDDLE], other):
@@ -216,6 +222,7 @@ def mean(seen):
     right = seen.right[MIDDLE]
     if near(found[:2], right[:2]):
         return None
+    # keep: how much of x_u is left in x_t.
     a_u = seen.diffusion.a[400]
     s_u = seen.diffusion.s[400]
     s_t = seen.diffusion.s[500]
@@ -278,6 +285,8 @@ def every_jump(seen):
 
 def flow_too(seen):
     """Right for flow, where a^2 + s^2 is not 1"""
+    # 1 - (a_t / a_u)^2 is DDPM's beta, as most pages have it. With flow, which the shipped weights
+    # have learned, it draws nothing that was asked for.
     try:
         found = all_factors(seen.trial, "flow")
     except Advice as problem:

@@ -63,7 +63,8 @@ class Trial:
 
     def __call__(self, *inputs):
         """What the answer returns. Raises Advice, or NotWritten."""
-        # 1. Inputs go by position, so that the student may call them something else.
+        # 1. Inputs go by position, so that the student may call them something else. A copy of
+        #    each tells afterwards what was changed.
         self.check_parameters(inputs)
         before = [copy_of(value) for value in inputs]
         chance = Chance()
@@ -71,14 +72,15 @@ class Trial:
 
         # 2. The call.
         try:
+            # Prints and warnings would drown the one line that matters.
             with contextlib.redirect_stdout(text), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 result = self.answer(*inputs)
         except NotImplementedError:
             raise NotWritten from None
-        except Advice:                                  # a scripted model has seen enough
+        except (Advice, TooLong, KeyboardInterrupt):    # Advice: a scripted model has seen enough
             raise
-        except (Exception, SystemExit) as problem:
+        except BaseException as problem:                # SystemExit, and what students make up
             raise Advice(self.explain(problem)) from None
         finally:
             self.printed += text.getvalue()
@@ -87,6 +89,7 @@ class Trial:
         chance.check_untouched()
         names = list(self.signature.parameters)
         for name, was, value in zip(names, before, inputs):
+            # x *= 2 in a step of the sampler changes the x that the caller still shows.
             if not unchanged(was, value):
                 raise Advice(f"Your function changes its input `{name}`. Whoever called it still "
                              f"needs that: make a new one instead of working in place (`+=`, "
@@ -98,7 +101,9 @@ class Trial:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 self.answer(*inputs)
-        except Exception as problem:
+        except (TooLong, KeyboardInterrupt):
+            raise
+        except BaseException as problem:
             return "ValueError" if isinstance(problem, ValueError) else type(problem).__name__
         return "nothing"
 
@@ -119,7 +124,8 @@ class Trial:
             return "Your function ends the whole program (exit): return the result instead."
         if isinstance(problem, RecursionError):
             return "Your function calls itself without end (RecursionError)."
-        what = f"{kind}: {shorten(problem)}" if str(problem) else kind
+        message = shorten(problem)
+        what = f"{kind}: {message}" if message else kind
         code = getattr(self.answer, "__code__", None)
         return f"Your function raises {what}{place(problem, code and code.co_filename)}."
 
@@ -234,7 +240,10 @@ def place(problem, filename):
 
 def shorten(problem, width=140):
     """The first words of a message, on one line."""
-    return textwrap.shorten(str(problem), width, placeholder=" ...")
+    try:
+        return textwrap.shorten(str(problem), width, placeholder=" ...")
+    except Exception:                                   # a __str__ that raises
+        return ""
 
 
 def need_tensor(value, name="The result", like=""):
@@ -246,6 +255,8 @@ def need_tensor(value, name="The result", like=""):
         raise Advice(f"{name} is None: is the `return` missing?")
     if not isinstance(value, torch.Tensor):
         raise Advice(f"{name} must be a torch tensor, but it is {kind_of(value)}.")
+    if value.is_meta or value.layout != torch.strided:
+        raise Advice(f"{name} must be an ordinary tensor, not a sparse one or one without numbers.")
     value = value.detach()
     is_float = value.is_floating_point()
     is_bool = value.dtype == torch.bool

@@ -205,6 +205,7 @@ def right_document(name):
 
 def try_write(trial):
     """The answer, tried with SCRIPTS: {name: Case}, up to the first that comes out wrong."""
+    # It stops at the first that is wrong: the simplest one, which is the easiest to talk about.
     cases = {}
     for name in SCRIPTS:
         script, result = play(trial, name)
@@ -217,6 +218,7 @@ def try_write(trial):
 
 def explain(problem, script, name):
     """A failure, with the script in which it happened; or what led to it, if that is known."""
+    # An exception often has a cause further up, such as a question that made no sense.
     for asked in script.log:
         advice = odd_question(asked)
         if advice:
@@ -331,6 +333,7 @@ def asks_well(cases):
 
 def one_eoi(cases):
     """After each picture: EOI, once"""
+    # Paper: §3, EOI is appended when the diffusion is done.
     case = last_of(cases)
     drawn = case.tokens.count(PATCH) // Script.patches
     eois = case.tokens.count(EOI)
@@ -354,6 +357,7 @@ def goes_on(cases):
 
 def asked_again(script):
     """Advice if an answer of the script was thrown away, or None."""
+    # A model is deterministic here: the same question has the same answer, for ever.
     words = [asked.tokens for asked in script.log if asked.mode == "word"]
     for before, tokens in itertools.pairwise(words):
         if before == tokens:
@@ -397,6 +401,7 @@ def draws_when_asked(cases):
 
 def fresh_noise(cases):
     """Each picture starts from noise of its own, from the generator"""
+    # With the generator seeded again for each picture, the pictures of a story look alike.
     case = last_of(cases)
     starts = {}
     for asked in case.script.log:
@@ -418,6 +423,7 @@ def fresh_noise(cases):
 
 def finished_picture(cases):
     """What comes out, and what later words see, is the finished picture"""
+    # TRAP: what follows reads the last *noisy* step, not the finished picture (docs/PAPER.md §4.7).
     case = last_of(cases)
     for asked in case.script.log:
         if asked.mode != "word":
