@@ -125,7 +125,7 @@ class Decoder(sample.Decoder):
     @torch.no_grad()
     def diffusion_steps(self, rows, noise, guidance=3.0, generator=None, over="words", **diffusing):
         """In place of diffusion: the next picture of each row, code by code, in raster order.
-        Generator of (codes to go, None, None); then pictures and EOI stand in the sequences.
+        Yields (codes to go, None, None); then pictures and EOI stand in the sequences.
 
         rows         list of n row numbers; their last token is BOI
         noise        (n, c, h, w): only its shape is used
@@ -145,8 +145,7 @@ class Decoder(sample.Decoder):
         cache = self.cache.rows(rows * copies)
         logits = self.logits[rows]                      # what BOI says comes next: the first code
         if guidance != 1:
-            blind, without_caption = self.unconditional(rows, over, noise)
-            sample.overwrite(cache, slice(n, None), blind)
+            without_caption = self.unconditional(rows, over, noise, cache.rows(slice(n, None)))
             logits = torch.cat([logits, without_caption])                       # (2n, V + K)
 
         # 2. One code after another, from the whole softmax over codes (our choice: temperature 1).
@@ -172,8 +171,7 @@ class Decoder(sample.Decoder):
 
         # 3. The codes are in the cache already: of both halves the first is the one that read
         #    the caption. The pictures and EOI go into the sequences.
-        self.cache.k[:, rows] = cache.k[:, :n]
-        self.cache.v[:, rows] = cache.v[:, :n]
+        self.cache.overwrite(rows, cache.rows(slice(0, n)))
         codes = torch.cat(pictures, 1).view(n, *noise.shape[2:])                # (n, h, w)
         for b, picture in zip(rows, codes):
             self.latents[b].append(picture)

@@ -5,7 +5,7 @@ THE IDEA    Write words one at a time, until the model itself writes BOI. Then p
             pure noise there and denoise it, all patches at once. Close the finished picture with
             EOI and go on writing. One loop makes text, pictures, and any mixture of them.
 A PICTURE   <bos> a red circle -> BOI | ~~~~    t = 1000: pure noise
-                                      | ~:::    t = 996: overwrites t = 1000, in the same places
+                                      | ~:::    t = 996: overwrites t = 1000, position by position
                                       | ...
                                       | [##]    t = 0: what follows reads the finished picture
                                       | EOI  -> <eos>, or more words, or the next BOI
@@ -41,7 +41,7 @@ from model import Cache
 from support.checkpoint import decode_latents, device_of, encode_pixels, load_trained
 from support.common import ASSETS, UserError, open_picture, pick_device, run_command
 
-# Only BOI and EOS are ever predicted. EOI is put there, and the others are never learned.
+# Of the special tokens only BOI and EOS are predicted. EOI is appended, the others never follow.
 NEVER_CHOSEN = [token for token in range(len(data.SPECIAL)) if token not in (BOI, EOS)]
 
 
@@ -68,11 +68,13 @@ def write(trained, prompt, max_words=64, max_pictures=1, temperature=0.0, top_p=
     x0_max = float(trained.vae.x0_max)
     generator = torch.Generator().manual_seed(seed)
     tokens = prompt_tokens(trained, prompt)             # <bos> a red circle
-    pictures = [picture.to(device) for picture in pictures_of(prompt)]      # one per P patches
+    finished = [picture.to(device) for picture in pictures_of(prompt)]
 
     def network(x, t):
-        """What the model says about the last picture, x (1, c, h, w) at step t; with guidance."""
-        pictures[-1] = x[0]                             # Paper: §3, x_{t-1} overwrites x_t
+        """What the model says about the picture being drawn: x (1, c, h, w), at step t. With
+        guidance. `sample`, below, calls this for every t."""
+        # Paper: §3, x_{t-1} overwrites x_t. Here: x stands at the same PATCH tokens at every step.
+        pictures = [*finished, x[0]]
         _, cond = read_all(model, tokens, pictures, t)                          # (M, c, h, w)
         if guidance == 1:
             return cond[-1:]
@@ -81,7 +83,7 @@ def write(trained, prompt, max_words=64, max_pictures=1, temperature=0.0, top_p=
 
     while max_words > 0 and len(tokens) < model.config.context:
         # LM mode: one more token, after all that stands there.
-        logits, _ = read_all(model, tokens, pictures)                           # (n, V)
+        logits, _ = read_all(model, tokens, finished)                           # (n, V)
         token = choose(logits[-1:], temperature=temperature, top_p=top_p, generators=[generator])
         token = token.item()
         tokens.append(token)
@@ -92,25 +94,24 @@ def write(trained, prompt, max_words=64, max_pictures=1, temperature=0.0, top_p=
                 break
             # Diffusion mode: P patches of pure noise, and denoise them where they stand.
             noise = torch.randn(1, *model.config.latent, generator=generator)   # (1, c, h, w)
-            noise = noise.to(device)
             tokens += [PATCH] * P
-            pictures.append(noise[0])
-            *_, (_, x, _) = sample(network, noise, trained.diffusion, steps, sampler,
-                                   [generator], x0_max)
-            pictures[-1] = x[0]                         # finished: from now on it is read at t = 0
+            drawing = list(sample(network, noise.to(device), trained.diffusion, steps, sampler,
+                                  [generator], x0_max))
+            _, x, _ = drawing[-1]                       # (t, x_t, x0 estimate) at t = 0
+            finished.append(x[0])                       # from now on it is read at t = 0
             max_pictures -= 1
             # Paper: §3, EOI is appended, not predicted. Then back to LM mode.
             tokens.append(EOI)
         else:
             max_words -= 1
-    return to_document(tokens, pictures, trained.tokenizer)
+    return to_document(tokens, finished, trained.tokenizer)
 
 
 # What `write` calls, in the order in which it does.
 def prompt_tokens(trained, prompt, draw_now=False):
     """List of the ids of a prompt, BOS first, open at the end.
 
-    prompt: list of str and latents. draw_now: a picture follows at once, so BOI ends the list.
+    prompt: list of str and latents. draw_now, for Decoder: a picture follows, BOI ends the list.
     Raises UserError for an unknown word, or if the prompt (and that picture) has no room."""
     config = trained.model.config
     parts = []
@@ -127,20 +128,6 @@ def prompt_tokens(trained, prompt, draw_now=False):
     return tokens
 
 
-def check_fits(tokens, need, context):
-    """Raise UserError if a prompt of these tokens needs more positions than the context has."""
-    if need <= context:
-        return
-    # BOS, BOI, EOI and patches are not the user's to leave out: count words alone.
-    words = sum(token >= len(data.SPECIAL) for token in tokens)
-    fit = words - (need - context)                      # so many have room
-    advice = f"shorten {'its words' if PATCH in tokens else 'it'} to {fit} tokens"
-    if fit < 0:
-        advice = "it has no room for these pictures"
-    raise UserError(f"the prompt needs {need} positions, but this model's context is {context}: "
-                    f"{advice}")
-
-
 def pictures_of(document):
     """The latents in a document, in order."""
     return [part for part in document if not isinstance(part, str)]
@@ -150,11 +137,11 @@ def read_all(model, tokens, pictures, t=0):
     """(logits (n, V), outputs (M, c, h, w)): one training forward over a whole document.
 
     tokens      list of n ids
-    pictures    list of M latents; all are finished, t = 0, but the last one, which is at step t
-    """
+    pictures    list of M latents; all are finished, t = 0, but the last one, which is at step t"""
     device = device_of(model)
     tokens = torch.tensor([tokens], device=device)                              # (1, n)
     same_document = torch.zeros_like(tokens)                                    # (1, n)
+    # The model's has_loss says where logits are wanted. Here: everywhere.
     everywhere = torch.ones_like(tokens, dtype=torch.bool)                      # (1, n)
     # TRAP: only the picture being drawn is noisy. A finished one has t = 0, not some t as in
     # training: the model would take clean patches for noisy ones (docs/PAPER.md §4.7).
@@ -180,22 +167,6 @@ def stack(pictures, latent):
     return torch.stack(pictures) if pictures else torch.zeros(0, *latent)
 
 
-def drop_caption(tokens):
-    """The tokens as the unconditional branch of guidance reads them: each word between the last
-    picture and the one before it is <drop>."""
-    boi = max(k for k, token in enumerate(tokens) if token == BOI)
-    start = caption_start(tokens[:boi])
-    # TRAP: BOI stays, and so does the length. In training a dropped caption is as long as the
-    # caption was: the model has never seen a shorter row (docs/PAPER.md §4.8).
-    return tokens[:start] + [DROP] * (boi - start) + tokens[boi:]
-
-
-def caption_start(tokens):
-    """Where the words since the last picture begin: after the last EOI, or after BOS."""
-    # Our choice: these are what guidance drops. Earlier words belong to earlier pictures.
-    return 1 + max(k for k, token in enumerate(tokens) if token in (BOS, EOI))
-
-
 def choose(logits, temperature=0.0, top_p=1.0, generators=None):
     """The next token of each row: (B,) int64.
 
@@ -211,12 +182,28 @@ def choose(logits, temperature=0.0, top_p=1.0, generators=None):
     p, order = (logits / temperature).softmax(-1).sort(descending=True)         # (B, V) each
     likelier = p.cumsum(-1) - p                         # what stands before each word
     p = p.masked_fill(likelier >= top_p, 0).cpu()       # so the word that crosses top_p is kept
-    places = []
+    ranks = []                                          # 0 is the likeliest word
     for b, row in enumerate(p):
         generator = generators[b] if generators else None
-        places.append(torch.multinomial(row, 1, generator=generator))
-    places = torch.stack(places).to(order.device)                               # (B, 1)
-    return order.gather(1, places)[:, 0]
+        ranks.append(torch.multinomial(row, 1, generator=generator))
+    ranks = torch.stack(ranks).to(order.device)                                 # (B, 1)
+    return order.gather(1, ranks)[:, 0]
+
+
+def drop_caption(tokens):
+    """The tokens as the unconditional branch of guidance reads them: each word since the last
+    finished picture, or since BOS, becomes <drop>. What follows the last BOI is being drawn."""
+    boi = max(k for k, token in enumerate(tokens) if token == BOI)
+    start = caption_start(tokens[:boi])
+    # TRAP: BOI stays, and so does the length. In training a dropped caption is as long as the
+    # caption was: the model has never seen a shorter row (docs/PAPER.md §4.8).
+    return tokens[:start] + [DROP] * (boi - start) + tokens[boi:]
+
+
+def caption_start(tokens):
+    """Where the words since the last finished picture begin: after the last EOI, or after BOS."""
+    # Our choice: these are what guidance drops. Earlier words belong to earlier pictures.
+    return 1 + max(k for k, token in enumerate(tokens) if token in (BOS, EOI))
 
 
 def to_document(tokens, pictures, tokenizer):
@@ -234,6 +221,20 @@ def to_document(tokens, pictures, tokenizer):
         elif token == EOI:                              # the end of a picture
             document.append(next(remaining).cpu())
     return document
+
+
+def check_fits(tokens, need, context):
+    """Raise UserError if a prompt of these tokens needs more positions than the context has."""
+    if need <= context:
+        return
+    # BOS, BOI, EOI and patches are not the user's to leave out: count words alone.
+    words = sum(token >= len(data.SPECIAL) for token in tokens)
+    fit = words - (need - context)                      # so many have room
+    advice = f"shorten {'its words' if PATCH in tokens else 'it'} to {fit} tokens"
+    if fit < 0:
+        advice = "it has no room for these pictures"
+    raise UserError(f"the prompt needs {need} positions, but this model's context is {context}: "
+                    f"{advice}")
 
 
 # ------------------------------------------------------------------- the same, fast: with a cache
@@ -261,7 +262,7 @@ class Decoder:
         Raises UserError as `prompt_tokens`."""
         self.trained = trained
         self.device = device_of(trained.model)
-        # Rows may have any length: position k of a row is place k of its cache.
+        # Rows may have any length: position k of a row is in slot k of its cache.
         self.tokens = [prompt_tokens(trained, prompt, draw_now) for prompt in prompts]
         self.latents = [pictures_of(prompt) for prompt in prompts]
         config = trained.model.config
@@ -282,8 +283,8 @@ class Decoder:
         pictures       B lists of the pictures in these stretches, which are at step t
         """
         model = self.trained.model
-        # Rows differ in length. A short one repeats its last token in the same place: that writes
-        # the same keys and values once more and changes nothing.
+        # Rows differ in length. A short one repeats its last token, at the same position: that
+        # writes the same keys and values once more and changes nothing.
         tokens = repeat_last(tokens).to(self.device)                            # (B, n)
         pos = repeat_last(pos).to(self.device)                                  # (B, n)
         in_order = []                                   # as they stand in the rows, row after row
@@ -294,8 +295,8 @@ class Decoder:
         return logits[:, -1]                                                    # (B, V)
 
     def advance(self):
-        """Read the last token of every row. A row that got no new one reads it again, in the same
-        place: nothing changes."""
+        """Read the last token of every row. A row that got no new one reads it again, at the same
+        position: nothing changes."""
         pos = [[len(row) - 1] for row in self.tokens]
         last = [[row[-1]] for row in self.tokens]
         no_pictures = [[] for _ in self.tokens]
@@ -316,25 +317,22 @@ class Decoder:
         return chosen
 
     # --------------------------------------------------------------------------- diffusion mode
-    def events_per_picture(self, steps):
-        """How many Events of mode "noise" a picture takes: one for each step, and the last x."""
-        return steps + 1
-
-    def unconditional(self, rows, over, noise):
-        """(cache, logits (rows, V) after BOI): the rows as the unconditional branch of guidance
-        has them, at the same positions, with BOI.
+    def unconditional(self, rows, over, noise, cache):
+        """Make of a copied cache what the unconditional branch of guidance looks at: the same
+        positions, BOI included, without what is left out. Returns the logits (rows, V) after BOI.
 
         rows     row numbers; their last token is BOI
         over     what is left out. "words": those since the last picture, each is <drop>. "picture":
                  that picture; noise stands there, at t = T. "both".
-        noise    (rows, c, h, w)
+        noise    (rows, c, h, w), where the new pictures begin
+        cache    a copy of these rows of the cache; what is left out is overwritten there
         Raises UserError if a picture is to be left out and there is none.
         """
-        picture = self.trained.model.config.patches + 2     # positions, with BOI and EOI
+        length = self.trained.model.config.patches + 2      # of a picture, with BOI and EOI
         pos = []
         tokens = []
-        forgotten = []
-        for b, other in zip(rows, noise):
+        pictures = []
+        for b, own in zip(rows, noise):
             row = self.tokens[b]
             start = caption_start(row)
             seen = row[start:]                          # the caption, and BOI
@@ -344,21 +342,21 @@ class Decoder:
             if over in ("picture", "both"):
                 # Our choice: there is no <drop> for patches, so noise takes the picture's place.
                 check_follows_picture(row, start, over)
-                seen = row[start - picture: start] + seen
-                start -= picture                        # the picture is read again, as noise
-                forgotten.append([other.cpu()])
+                seen = row[start - length: start] + seen
+                start -= length                         # the picture is read again, as noise
+                other = own.roll((1, 1), (1, 2))        # any noise but the new picture's own
+                pictures.append([other.cpu()])
             else:
-                forgotten.append([])
+                pictures.append([])
             pos.append(list(range(start, len(row))))
             tokens.append(seen)
-        # What stands before `start` is right already: the copy has it. The rest overwrites it.
-        cache = self.cache.rows(rows)
-        return cache, self.read(pos, tokens, forgotten, cache, t=self.trained.diffusion.T)
+        # What stands before `start` is right already.
+        return self.read(pos, tokens, pictures, cache, t=self.trained.diffusion.T)
 
     @torch.no_grad()
     def diffusion_steps(self, rows, noise, guidance=3.0, generator=None, over="words", **options):
-        """Generator of (t, x_t, x0 estimate), from T to 0: the next picture of each row. After the
-        last one the pictures and EOI stand in the sequences and in the cache.
+        """Yields (t, x_t, x0 estimate), from T to 0: the next picture of each row. After the last
+        one the pictures and EOI stand in the sequences and in the cache.
 
         rows         list of row numbers; their last token is BOI
         noise        (rows, c, h, w)
@@ -371,26 +369,26 @@ class Decoder:
         P = model.config.patches
         n = len(rows)
 
-        # 1. Where the patches go: the P places after each row's BOI.
+        # 1. Where the patches go: the P positions after each row's BOI.
         starts = torch.tensor([len(self.tokens[b]) for b in rows])
         pos = (starts[:, None] + torch.arange(P)).to(self.device)               # (n, P)
 
-        # 2. What they may look at. Guidance takes two rows for each picture, in one batch. The
-        #    second half of the cache has forgotten the caption.
+        # 2. What they look at: a copy of the rows. Guidance needs a second one without the caption,
+        #    in the same batch. The halves share memory with the whole.
         copies = 1 if guidance == 1 else 2
         cache = self.cache.rows(rows * copies)
-        places = pos.repeat(copies, 1)                                          # (copies n, P)
+        with_caption = cache.rows(slice(0, n))
+        without_caption = cache.rows(slice(n, None))
         if guidance != 1:
-            other = noise.roll((1, 1), (2, 3))          # any noise but the new picture's own
-            blind, _ = self.unconditional(rows, over, other)
-            overwrite(cache, slice(n, None), blind)
+            self.unconditional(rows, over, noise, without_caption)
+        slots = pos.repeat(copies, 1)                                           # (copies n, P)
 
         def network(x, t):
             """The model's output for x (n, c, h, w) at step t, with guidance."""
             x = torch.cat([x] * copies)                 # (copies n, c, h, w)
             times = torch.full((len(x),), t, device=self.device)
-            # Paper: §3, x_{t-1} overwrites x_t. Its keys and values go to the same places.
-            out = model.denoise(x, times, places, cache).float()
+            # Paper: §3, x_{t-1} overwrites x_t. Its keys and values go to the same slots.
+            out = model.denoise(x, times, slots, cache).float()
             if guidance == 1:
                 return out
             return guide(out[:n], out[n:], guidance)                            # (n, c, h, w)
@@ -400,24 +398,28 @@ class Decoder:
         for t, x, x0 in sample(network, noise.to(self.device), self.trained.diffusion,
                                generator=generator, x0_max=x0_max, **options):
             yield t, x, x0
+        picture = x                                     # the last one
 
         # 4. One more forward, which puts the finished picture into the cache.
         # TRAP: without it the cache holds the keys of the last *noisy* step, and the words that
         # follow would describe that one (docs/PAPER.md §4.7).
-        clean = self.cache.rows(rows)
         t = torch.zeros(n, dtype=torch.long, device=self.device)
-        model.denoise(x, t, pos, clean)
-        overwrite(self.cache, rows, clean)
+        model.denoise(picture, t, pos, with_caption)
+        self.cache.overwrite(rows, with_caption)
 
         # 5. The sequences get the picture and EOI. Then every row's logits say what follows.
-        for b, picture in zip(rows, x):
-            self.latents[b].append(picture.cpu())
+        for b, own in zip(rows, picture):
+            self.latents[b].append(own.cpu())
             self.tokens[b] += [PATCH] * P + [EOI]
         self.advance()
 
     def document(self, b):
         """Row b as a list of str and latents, in order."""
         return to_document(self.tokens[b], self.latents[b], self.trained.tokenizer)
+
+    def events_per_picture(self, steps):
+        """How many Events of mode "noise" a picture takes: one for each step, and the last x."""
+        return steps + 1
 
 
 def repeat_last(rows):
@@ -436,13 +438,7 @@ def check_follows_picture(row, start, over):
                         "leave --guide-over out")
 
 
-def overwrite(cache, rows, other):
-    """Put all rows of the cache `other` in place of these rows of `cache`. rows: list or slice."""
-    cache.k[:, rows] = other.k
-    cache.v[:, rows] = other.v
-
-
-# ------------------------------------------------------------------- switching between the modes
+# ----------------------------------------- switching between the modes: `grow` is `write`'s loop
 class Row:
     """One document while it grows: its number, its own random numbers, and what it may still do."""
 
@@ -481,7 +477,7 @@ class Event:
 
 def grow(decoder, seeds, draw_now=False, max_words=64, max_pictures=1, temperature=0.0, top_p=1.0,
          **diffusing):
-    """Generator of Events: the algorithm of `write`, for a batch. Each row is in a mode of its own.
+    """Yields Events: the algorithm of `write`, for a batch. Each row is in a mode of its own.
     Rows that wait for a picture are denoised together, once no row is writing: this changes the
     time and nothing else.
 
