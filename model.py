@@ -346,7 +346,7 @@ class Transfusion(nn.Module):
         pos        (B, n) int64, counted from the start of each document
         image_id   (B, n) int64, which picture a position is a patch of, -1 for text"""
         # Our choice: patches stand one after another, in raster order, like words. So this gives
-        # back pos. RoPE in two dimensions is another line here, and other `rope_tables`.
+        # back pos. forks/rope_2d.diff puts them in two dimensions, here and in `rope_tables`.
         return pos
 
     def trunk(self, x, rope_pos, mask, cache=None, slots=None):
