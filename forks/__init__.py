@@ -1,0 +1,1 @@
+"""What others build on this code: six small diffs, and a third modality."""
