@@ -178,7 +178,7 @@ def right_image_id(seen):
     if all(found[k] == 0 for k in range(len(right)) if right[k] == -1):
         return f"Text has image_id -1; 0 is the first picture. {where}"
     if all(found[k] == right[k] + 1 for k in wrong) and all(right[k] >= 0 for k in wrong):
-        return f"Pictures count from 0. {where}"
+        return f"Pictures count from 0, in each document anew. {where}"
     images = seen.right["images"]
     if all(right[k] >= 0 and found[k] == images[right[k]] for k in wrong):
         return ("image_id counts the pictures of this document, 0, 1, ...; you have the picture's "
@@ -205,6 +205,8 @@ def right_has_loss(seen):
     last = len(right) - 1
 
     # 1. Two mistakes about all of them.
+    if not any(found):
+        return f"No position predicts anything: then no word is ever learned. {where}"
     if [not mark for mark in found] == right:
         return f"It is the other way round: True where a position predicts. {where}"
     if found == [False, *right[:-1]]:

@@ -42,7 +42,7 @@ def make_batch():
     generator = torch.Generator().manual_seed(0)
     batch.latents = torch.randn(3, *LATENT, generator=generator)
     batch.eps = torch.randn(3, *LATENT, generator=generator)
-    batch.t = torch.tensor([100, 500, 900])
+    batch.t = torch.tensor([100, 400, 900])
     return batch
 
 
@@ -211,6 +211,8 @@ def told_its_t(seen):
         if (told == told[0]).all():
             return (f"The network is told t = {told[0]} for all pictures, but each has noise of "
                     f"its own level: {right.tolist()}.")
+        if torch.equal(told, one.diffusion.T - right):
+            return "The network is told T - t: t = 0 is the clean picture, t = T is noise."
         if torch.equal(told, right.flip(0)):
             return "The network is told the t of other pictures: the order is exchanged."
         shift = (told - right).tolist()
@@ -260,6 +262,8 @@ def next_word(seen):
     """Position q is asked for token q + 1"""
     one = seen["ddpm"]
     batch = one.batch
+    if one.lm.item() < 0:
+        return "The LM loss has the wrong sign: it is -ln p, and positive."
     # A network that is asked for its own token reads it off its input, and learns nothing.
     # Cross-entropy's gradient is p - 1 at the word that is wanted, and p > 0 at all others.
     wanted = one.word_gradient.argmin(-1)[batch.has_loss]
@@ -296,8 +300,6 @@ def sum_of_words(seen):
     for count, what in ((B * T, "positions"), (B, "rows"), (B * (T - 1), "positions")):
         if abs(ratio - 1 / count) < 1e-5:
             return f"The LM loss is divided by the number of {what}. Return the plain sum."
-    if abs(ratio + 1) < 1e-4:
-        return "The LM loss has the wrong sign: it is -ln p, and positive."
     if abs(ratio - 1 / math.log(2)) < 1e-4:
         return "The LM loss is in bits: take the natural logarithm."
     following = one.batch.tokens.roll(-1, 1)[one.batch.has_loss]
@@ -347,7 +349,8 @@ def target_is_right(seen):
         if kind == "ddpm" and pulls_to(one, eps - x0):
             return "The target is that of flow, for DDPM, too: ask diffusion.target."
         if kind == "ddpm":
-            return "The error is not that of the network's output against eps (DDPM)."
+            return ("The diffusion loss is not the squared error of what the network says against "
+                    "eps (DDPM).")
         if pulls_to(one, eps):
             return ("Right for DDPM, but the target of flow is not eps: ask diffusion.target, "
                     "which knows the process.")

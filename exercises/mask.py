@@ -175,6 +175,8 @@ def sees_itself(seen):
     if from_0 and torch.equal(seen.hi, seen.right_hi - seen.right_lo):
         return ("You count from the start of each document. Count from the start of the row: "
                 "`lo` and `hi` are places in it. " + seen.place(blind))
+    if torch.equal(seen.lo, seen.right_lo + 1) and torch.equal(seen.hi, seen.right_hi + 1):
+        return "Everything is one too large: positions count from 0."
     if torch.equal(seen.hi, seen.right_hi - seen.right_lo + 1):
         return ("hi is how many positions q sees. It must be the last one of them, a place in the "
                 "row.")
@@ -227,7 +229,7 @@ def restarts(seen):
         return ("Here a position sees another document: lo must be the start of its own. "
                 + seen.place(other))
     return ("Here a position does not see all that came before it in its document: does lo "
-            "restart at pictures, too? " + seen.place(wrong))
+            "restart at pictures, or look back a few positions only? " + seen.place(wrong))
 
 
 def hi_is_included(seen):
@@ -248,6 +250,9 @@ def text_does_not_look_ahead(seen):
     if torch.equal(seen.hi, seen.end):
         return ("Everything in a document sees everything: words must not see what comes next, or "
                 "the model learns to copy it. " + seen.place(ahead))
+    if (seen.hi == seen.pos + 1)[text].all():
+        return ("hi of a word is one too large: hi is included, so it is q itself. "
+                + seen.place(ahead))
     # Where the next position is a patch, this is BOI.
     T = seen.pos.shape[1]
     following = (seen.pos + 1).clamp(max=T - 1)
@@ -321,7 +326,8 @@ def as_the_module(seen):
         right_lo, right_hi = intervals(image_id, doc_id)
         if not (torch.equal(lo, right_lo) and torch.equal(hi, right_hi)):
             return (f"Right for long rows, wrong for the short {' and '.join(rows)} "
-                    f"(digits are patches, dots are text).")
+                    f"(digits are patches, dots are text). Does the end of the row end a picture, "
+                    f"and its start begin a document?")
 
 
 def refuses_other_shapes(seen):

@@ -283,6 +283,9 @@ def odd_question(asked):
     if tokens[-P:] != [PATCH] * P or tokens[-P - 1: -P] != [BOI]:
         return (f"While a picture is denoised it must have its places in `tokens`: BOI, then P = "
                 f"{P} times PATCH, at the end.")
+    if len(asked.pictures) * P < tokens.count(PATCH):
+        return ("`pictures` must have all the pictures of the document, the earlier ones, too: the "
+                "model reads them.")
     if len(asked.pictures) * P > tokens.count(PATCH):
         return ("`pictures` grows with each step. A picture that is denoised is overwritten, in "
                 "place: x_(t-1) takes the place of x_t.")
@@ -310,8 +313,9 @@ def odd_steps(script):
             if torch.equal(x, before.pictures[-1]):
                 return ("Every step sees the same picture: put what denoise returns in the place "
                         "of the last picture, for the next step to see.")
-            return ("A step does not see what the step before it returned: noise is drawn once for "
-                    "each picture, not for each step.")
+            return ("A step does not see what the step before it returned: put that in the place "
+                    "of the last picture as it is. Noise is drawn once for each picture, not for "
+                    "each step.")
     return None
 
 

@@ -1,6 +1,7 @@
 """Answers to the exercises, right and wrong ones: what test_exercises.py holds the checks to. Spoilers!"""
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -284,6 +285,31 @@ def _(image_id, doc_id, bidirectional=True):
     return (lo, hi) if bidirectional else (torch.zeros_like(lo), pos)
 
 
+@from_module("one-based", "count from 0")
+def _(lo, hi, *_):
+    return lo + 1, hi + 1
+
+
+@from_module("hi of words exclusive", "hi of a word")
+def _(lo, hi, image_id, doc_id, bidirectional):
+    return lo, torch.where(image_id < 0, hi + 1, hi)
+
+
+@from_module("a window of five", "a few positions")
+def _(lo, hi, *_):
+    return torch.maximum(lo, torch.arange(lo.shape[1]) - 4), hi
+
+
+@wrong("intervals", "rolled over the ends of the row", "end of the row")
+def _(image_id, doc_id, bidirectional=True):
+    T = image_id.shape[1]
+    pos = torch.arange(T).expand_as(image_id)
+    lo = torch.where(doc_id != doc_id.roll(1, 1), pos, 0).cummax(1).values
+    ends = (image_id != image_id.roll(-1, 1)) | (doc_id != doc_id.roll(-1, 1))
+    next_end = torch.where(ends, pos, T).flip(1).cummin(1).values.flip(1)
+    return lo, torch.where(image_id >= 0, next_end, pos) if bidirectional else pos
+
+
 @from_module("hi is the first patch", "first patch")
 def _(lo, hi, image_id, doc_id, bidirectional):
     B, T = lo.shape
@@ -449,6 +475,22 @@ def _(x, p):
 @wrong("patchify", "pictures mixed", "another")
 def _(x, p):
     return patchify_module.patchify(x, p).transpose(0, 1).reshape(x.shape[0], -1, x.shape[1] * p * p)
+
+
+@right("patchify", "pixel_unshuffle")
+def _(x, p):
+    checked(x, p)
+    return F.pixel_unshuffle(x, p).flatten(2).transpose(1, 2)
+
+
+@wrong("patchify", "in 16 bits", "rounded")
+def _(x, p):
+    return patchify_module.patchify(x.half(), p).float()
+
+
+@wrong("patchify", "whole numbers", "dtype")
+def _(x, p):
+    return patchify_module.patchify(x, p).long()
 
 
 def squares(x, p):
@@ -686,6 +728,18 @@ def from_f(f, beta_max):
     return product((1 - f[1:] / f[:-1]).clamp(max=beta_max))
 
 
+@right("cosine_alpha_bar", "numpy")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    f = np.cos((np.arange(T + 1) / T + offset) / (1 + offset) * np.pi / 2) ** 2
+    kept = np.maximum(f[1:] / f[:-1], 1 - beta_max)
+    return torch.from_numpy(np.concatenate([[1.0], np.cumprod(kept)]))
+
+
+@schedule("a root too many", "power of 0.25")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    return product(betas(T, offset, beta_max)) ** 0.25
+
+
 @schedule("t / (T + 1)", "T + 1")
 def _(T=1000, offset=0.008, beta_max=0.999):
     return from_f(curve(steps(T), T + 1, offset), beta_max)
@@ -762,6 +816,13 @@ def _(diffusion, xt, x0, t, u, noise):
     variance = (su ** 2 / st ** 2 * (st ** 2 - (at / au) ** 2 * su ** 2)).clamp(min=0)
     eps = (xt - at * x0) / st
     return au * x0 + (su ** 2 - variance).clamp(min=0).sqrt() * eps + variance.sqrt() * noise
+
+
+@right("ancestral_step", "by signal-to-noise ratios")
+def _(diffusion, xt, x0, t, u, noise):
+    (at, st), (au, su) = diffusion.at(t, xt), diffusion.at(u, xt)
+    old = (at * su / (au * st)) ** 2                    # what is left of the old ratio
+    return at / au * (su / st) ** 2 * xt + au * (1 - old) * x0 + su * (1 - old).sqrt() * noise
 
 
 def general(diffusion, xt, x0, t, u, noise, beta):
@@ -1412,6 +1473,37 @@ def _(model, batch, diffusion, stable=False):
     return all_three(logits, out, batch, diffusion)
 
 
+@right("losses", "by hand")
+def _(model, batch, diffusion, stable=False):
+    t = batch.t.view(-1, 1, 1, 1)
+    xt = diffusion.a[t].float() * batch.latents + diffusion.s[t].float() * batch.eps
+    logits, out = model.forward(batch.tokens, batch.image_id, batch.doc_id, batch.has_loss, xt, batch.t)
+    b, q = batch.has_loss.nonzero(as_tuple=True)
+    lm = (logits.logsumexp(-1) - logits.gather(-1, batch.tokens[b, q + 1][:, None])[:, 0]).sum()
+    target = batch.eps if diffusion.kind == "ddpm" else batch.eps - batch.latents
+    return lm, len(b), ((out - target) ** 2).sum((1, 2, 3)) / out[0].numel()
+
+
+@loss("ln p", "wrong sign")
+def _(model, batch, diffusion, stable=False):
+    lm, n, each = all_three(*told(model, batch, diffusion), batch, diffusion)
+    return -lm, n, each
+
+
+@loss("T - t told", "T - t")
+def _(model, batch, diffusion, stable=False):
+    xt = diffusion.add_noise(batch.latents, batch.eps, batch.t)
+    return all_three(*told(model, batch, diffusion, xt=xt, t=1000 - batch.t), batch, diffusion)
+
+
+@loss("Huber", "squared error")
+def _(model, batch, diffusion, stable=False):
+    logits, out = told(model, batch, diffusion)
+    lm, n, _ = all_three(logits, out, batch, diffusion)
+    target = diffusion.target(batch.latents, batch.eps, batch.t)
+    return lm, n, F.smooth_l1_loss(out, target, reduction="none").flatten(1).mean(1)
+
+
 @loss("one number, repeated", "All pictures get the same number")
 def _(model, batch, diffusion, stable=False):
     lm, n, each = all_three(*told(model, batch, diffusion), batch, diffusion)
@@ -1534,6 +1626,29 @@ quantiser("both detached", "no gradient", first=lambda v, c: (v - c).detach().sq
           second=lambda v, c: (v - c).detach().square().mean())
 quantiser("sg on the wrong sides", "other term",
           first=lambda v, c: (v - c.detach()).square().mean(), second=lambda v, c: (c - v.detach()).square().mean())
+
+
+class Through(torch.autograd.Function):
+    """Forward the codes, backward as if it were not there."""
+
+    @staticmethod
+    def forward(ctx, e, codes):
+        return codes.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+@right("quantise", "with a backward of its own")
+def _(e, codebook, beta=0.25):
+    M, z, h, w = e.shape
+    vectors = e.flatten(2).transpose(1, 2).reshape(-1, z)
+    code = torch.cdist(vectors, codebook).argmin(1)
+    chosen = F.one_hot(code, len(codebook)).float() @ codebook
+    chosen = chosen.view(M, h * w, z).transpose(1, 2).view(M, z, h, w)
+    loss = (chosen - e.detach()).pow(2).mean() + beta * (chosen.detach() - e).pow(2).mean()
+    return Through.apply(e, chosen), code.view(M, h, w), loss
 
 
 @wrong("quantise", "no permute", "torn")
@@ -1806,6 +1921,12 @@ def _(sequence, document):
     return sequence
 
 
+@after("nothing is learned", "ever learned")
+def _(sequence, document):
+    sequence.has_loss = [False] * len(sequence.tokens)
+    return sequence
+
+
 @after("t_max is always 1000", "t_max")
 def _(sequence, document):
     sequence.t_max = [1000] * len(sequence.t_max)
@@ -1887,7 +2008,9 @@ def written(model, tokens, generator, max_words, max_pictures, **o):
             for t in times:
                 if o.get("noise_each_step"):
                     pictures[-1] = torch.randn(model.latent, generator=generator)
-                x = model.denoise(tokens, pictures, t)
+                x = model.denoise(tokens, pictures[-1:] if o.get("last_only") else pictures, t)
+                if o.get("average"):
+                    x = (x + pictures[-1]) / 2
                 if o.get("append"):
                     pictures.append(x)
                 elif not o.get("keep_noise"):
@@ -1955,6 +2078,8 @@ switch("no room for EOI", "does not fit", room=0)
 switch("a BOI too many is passed over", "thrown away", pass_over=True)
 switch("too much room", "filled to its end", room=2)
 switch("noise at each step", "not for each step", noise_each_step=True)
+switch("earlier pictures not shown", "the earlier ones", last_only=True)
+switch("averaged with the step before", "as it is", average=True)
 switch("zeros for noise", "zeros", zeros=True)
 switch("t = 0 too", "t = 0", more_times=(0,))
 switch("a picture with a dimension more", "(c, h, w)", extra_dimension=True)
