@@ -193,11 +193,13 @@ def report(path, rows):
 def table(submissions):
     """The lines of a table: one row for each submission. submissions: {file name: rows}."""
     marks = {"right": "right", "wrong": "wrong", "not written": "-", "broken file": "broken"}
-    names = list(EXERCISES)
     width = max(len("submission"), *(len(file) for file in submissions))
-    lines = [f"{'submission':{width}s}  " + "  ".join(names) + "  right"]
+    heads = [f"{name:6s}" for name in EXERCISES]        # as wide as the widest mark
+    lines = [f"{'submission':{width}s}  {'  '.join(heads)}  right"]
     for file, rows in submissions.items():
-        cells = [f"{marks[row['status']]:{len(row['name'])}s}" for row in rows]
+        cells = []
+        for row, head in zip(rows, heads):
+            cells.append(marks[row["status"]].ljust(len(head)))
         total = len({row["exercise"] for row in rows})
         right = total - count_wrong(rows)
         lines.append(f"{file:{width}s}  {'  '.join(cells)}  {right} of {total}")
