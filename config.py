@@ -336,8 +336,9 @@ def check_ranges(config):
         wanted = f"at least {low}" if high == math.inf else f"between {low} and {high}"
         raise UserError(f"{option_name(f.name)} must be {wanted}, got {value}")
     for name in ("shift", "clip"):
-        if not getattr(config, name) > 0:
-            raise UserError(f"{option_name(name)} must be above 0, got {getattr(config, name)}")
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"{option_name(name)} must be above 0 and finite, got "
+                            f"{getattr(config, name)}")
 
 
 def check_together(config, given):

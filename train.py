@@ -20,7 +20,6 @@ READ NEXT   sample.py, evaluate.py          TRY IT  python train.py
 NOTEBOOK    notebooks/3_train_a_tiny_one.ipynb
 TEST        tests/test_train.py   (resumed = uninterrupted, accumulated = joint, 2 processes = 1)
 """
-import json
 import math
 import time
 from functools import partial
@@ -34,14 +33,14 @@ import data
 import evaluate
 from config import parse_arguments
 from metrics.gap import conditioning_gap
-from metrics.progress import log_line, summary
+from metrics.progress import is_log_line, log_line, summary
 from model import count, losses, transfusion_loss
 from scale import distributed, plan
 from scale.distributed import say
-from scale.run import WHOLE_MODEL, prepare
+from scale.run import WHOLE_MODEL, prepare, sole_run
 from sources import scenes
 from support import checkpoint, figures, run_folder
-from support.common import finish_step_first, run_command
+from support.common import Stopped, finish_step_first, run_command, write_json
 
 
 # ---------------------------------------------------------------------------------------- one step
@@ -50,7 +49,7 @@ def train_step(run):
 
     Returns a dict of this process's part of the step: the sums "lm", "words", "tokens"; "each" and
     "t" (M,), the diffusion loss and the noise level of every picture; and "grad_norm".
-    Raises UserError, before any weight is touched, if the gradient is not finite."""
+    Raises UserError, before any weight is touched, if the gradient or a loss is not finite."""
     config = run.config
     model = run.model.train()
     sharded = run.ranks.mesh is not None                # weights are divided: several processes
@@ -77,7 +76,7 @@ def train_step(run):
     #    The gradients add up in the weights.
     lm_sum = 0.0
     per_picture = []
-    micro_losses = []                                   # only to name the culprit in not_finite
+    micro_losses = []                                   # also to name the culprit in not_finite
     for k, batch in enumerate(batches, 1):
         if sharded:                                     # gradients travel after the last one only
             distributed.last_of_step(model, k == len(batches))
@@ -99,7 +98,12 @@ def train_step(run):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     if sharded:
         norm = distributed.gather(norm)
-    if not math.isfinite(norm):                         # a step with it would ruin every weight
+    # TRAP: one step with NaN ruins every weight, and then all that is saved. The losses, too: with
+    # --lam 0 a loss can be infinite while the gradient is finite.
+    finite = all(math.isfinite(number) for number in (norm, *micro_losses))
+    if sharded:                                         # if one process must stop, all must
+        finite = not any(distributed.total([not finite]))
+    if not finite:
         raise run.not_finite(norm, batches, micro_losses)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(config, run.step)
@@ -154,58 +158,56 @@ def update_average(run):
 
 
 # ---------------------------------------------------------------------------------------- the loop
-def fit(run, out):
-    """Train to the last step, logging and saving. run: scale.run.Run; out: its folder.
-
-    Returns (rows of the log, whether the last step was reached). Ctrl-C ends the step and saves."""
+def fit(run, out, heard):
+    """Train to the last step, logging and saving. run: scale.run.Run; out: its folder; heard: see
+    `asked_to_stop`. Returns the rows of the log."""
     config = run.config
     first = distributed.rank() == 0                     # one process speaks and writes for all
-    log = run_folder.Log(out, run.step)
+    log = run_folder.Log(out, run.step, is_log_line)
     saver = distributed.Saver(out, run.ranks)
     # (captions, latents, latents before) of pictures that are never trained on. A Llama has none.
     probe = None if config.model == "llama" else run.feed.held_out(128)
     distributed.wait()                                  # all have read log.jsonl: now rewrite it
     if first:
         log.start()
-    bar = tqdm(total=config.steps, initial=run.step, desc="training", mininterval=1,
-               disable=not first)
+    bar = tqdm(total=run.end, initial=run.step, desc="training", mininterval=1, disable=not first)
 
     window = []                                         # what the steps since the last line gave
     began = time.time()
     try:
-        with finish_step_first(alone=distributed.size() == 1) as pressed:
-            while run.step < config.steps and not asked_to_stop(pressed):
-                window.append(train_step(run))
-                bar.update()
-                last = run.step == config.steps
+        while run.step < run.end and not asked_to_stop(heard):
+            window.append(train_step(run))
+            bar.update()
+            last = run.step == run.end
 
-                # A line of the log. The gap costs two forwards and, when weights are divided, a
-                # whole copy of the model.
-                if run.step % config.log_every == 0 or last:
-                    lr = learning_rate(config, run.step - 1)            # of the step just taken
-                    row = log_line(window, run, lr, time.time() - began)
-                    if probe and (run.step % config.gap_every == 0 or last):
-                        row["gap"] = measure_gap(run, probe)
-                    if first:
-                        log.add(row | {"seconds_left": seconds_left(bar)})
-                        bar.set_postfix(summary(log))
-                    window = []
-                    began = time.time()
+            # A line of the log. The gap costs two forwards and, when weights are divided, a whole
+            # copy of the model.
+            if run.step % config.log_every == 0 or last:
+                lr = learning_rate(config, run.step - 1)                # of the step just taken
+                row = log_line(window, run, lr, time.time() - began)
+                if probe and (run.step % config.gap_every == 0 or last):
+                    row["gap"] = measure_gap(run, probe)
+                if first:
+                    log.add(row | {"seconds_left": seconds_left(bar)})
+                    bar.set_postfix(summary(log))
+                window = []
+                began = time.time()
 
-                # Everything that a resumed run needs. It is written while training goes on.
-                if run.step % config.save_every == 0:
-                    saver.save(run.step, run.model, run.average, run.optimizer)
-            saver.save(run.step, run.model, run.average, run.optimizer)     # unless just saved
+            # Everything that a resumed run needs. It is written while training goes on.
+            if run.step % config.save_every == 0:
+                saver.save(run.step, run.model, run.average, run.optimizer)
+        saver.save(run.step, run.model, run.average, run.optimizer)         # unless just saved
     finally:
         saver.wait()                                    # also after an error: never half of a file
         bar.close()
-    return log.rows, run.step == config.steps
+    return log.rows
 
 
-def asked_to_stop(pressed):
-    """Whether any process was told to stop. pressed is empty until Ctrl-C. All must call this."""
+def asked_to_stop(heard):
+    """Whether any process was told to stop. heard is empty until Ctrl-C or SIGTERM. All must call
+    this."""
     # All stop after the same step: one that went on would wait for the others' gradients for ever.
-    return any(distributed.total([len(pressed)]))
+    return any(distributed.total([len(heard)]))
 
 
 def measure_gap(run, probe):
@@ -242,6 +244,12 @@ def main(argv=None):
         print("\n".join(plan.dry_run(config, *planned)))
         return None
 
+    with sole_run(config):                              # no other training writes to its folder
+        return train(config, resume, overwrite)
+
+
+def train(config, resume, overwrite):
+    """All of `main` after the command line. config: config.Config."""
     # 1. Data, model, optimizer. Every mistake of the user's is found here, before the first step.
     began = time.time()
     out = Path(config.out)
@@ -249,32 +257,37 @@ def main(argv=None):
     run = prepare(config, out, resume, overwrite, view)
     say(f"{config.data}: {run.feed.pictures:,} pictures, {len(run.feed.tokenizer)} words; model: "
         f"{count(run.average):,} parameters, {run.feed.shape.patches} patches per picture; "
-        f"{config.steps - run.step} steps to go; {distributed.size()} processes on "
+        f"{run.end - run.step} steps to go; {distributed.size()} processes on "
         f"{run.ranks.device.type}; prepared in {time.time() - began:.0f} s")
 
-    # 2. The loop.
-    with run.explain_memory():
-        log, finished = fit(run, out)
-    if not finished:
-        say(f"stopped and saved at step {run.step}; the same command with --resume goes on")
-        return None
+    # 2. The loop. Ctrl-C ends the step and saves.
+    with run.explain_memory(), finish_step_first(alone=distributed.size() == 1) as heard:
+        log = fit(run, out, heard)
+    stopped = asked_to_stop(heard)
 
-    # 3. A model to draw with, and what it can do. The report draws on all processes.
+    # 3. A model to draw with, also after Ctrl-C.
     seconds = time.time() - began
     trained = run.gather_trained()
     if distributed.rank() == 0:
-        figures.plot_curves(log, out / "curves.png")
         checkpoint.save_trained(out / "model.pt", trained)
+        if log:
+            figures.plot_curves(log, out / "curves.png")
+    if stopped:
+        distributed.wait()                              # torchrun ends all when the first one ends
+        raise Stopped(f"saved at step {run.step}; the same command with --resume goes on, with "
+                      f"--resume --steps {run.step} it ends here; {run.how_to_use()}", heard)
     if not config.samples:
-        say(f"trained in {seconds:.0f} s; wrote {out}/model.pt")
+        say(f"trained in {seconds:.0f} s; {run.how_to_use()}")
         return None
+
+    # 4. What it can do. The report draws on all processes.
     numbers, lines = report(run, out, trained)
     numbers["train_seconds"] = seconds
     if distributed.rank() == 0:
-        (out / "report.json").write_text(json.dumps(numbers, indent=1))
+        write_json(out / "report.json", numbers)
     say(*lines, sep="\n")
     say(f"trained in {seconds:.0f} s, all in {time.time() - began:.0f} s; look at "
-        f"{out}/samples.png and {out}/curves.png")
+        f"{out}/samples.png and {out}/curves.png; {run.how_to_use()}")
     return numbers
 
 

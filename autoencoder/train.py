@@ -12,6 +12,7 @@ A PICTURE   step k:   x -> VAE -> x' --> losses --> L  --backward-->  the VAE st
 THE RULE    toy:    L = L1 + L2 + kl_weight KL                     sums over a picture's elements
             App. C: L = L1 + LPIPS + 0.5 GAN + 0.2 ID + 1e-6 KL    means over them; see losses.py
             rate(k) = lr * min(k / warm-up, cosine to 0)
+            A step with a number that is not finite is not taken.
 SHAPES      pixels (N, h, w, c) uint8, batches x (M, c, h, w) float32 in [-1, 1]; `x_hat` is x'
 PAPER/HERE  same: `--paper` has App. C's network, loss and 1M steps with the GAN from step 50,000;
             with `--codes 16384` it is App. C's VQ-VAE.
@@ -23,7 +24,7 @@ PAPER/HERE  same: `--paper` has App. C's network, loss and 1M steps with the GAN
             terabyte, so give it a sample of your pictures.
 READ NEXT   ../patchify.py
 TRY IT      python -m autoencoder.train, python -m autoencoder.train --loss paper --codes 512
-TEST        tests/test_train_vae.py
+TEST        tests/test_train_vae.py, tests/test_trust.py
 """
 import argparse
 import json
@@ -42,9 +43,9 @@ from tqdm import tqdm
 from autoencoder import losses, perceptual
 from sources import choose
 from support.checkpoint import load, pack_vae, save
-from support.common import UserError, finish_step_first, pick_device, run_command
+from support.common import Stopped, UserError, finish_step_first, pick_device, run_command
 from support.figures import grid
-from support.run_folder import Log
+from support.run_folder import Log, lock
 from vae import (
     VAE,
     VAEConfig,
@@ -125,7 +126,8 @@ def training_step(run, pixels):
     vae_optimizer = run.optimizers[0]
     vae_optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    nn.utils.clip_grad_norm_(run.vae.parameters(), clip)
+    norm = nn.utils.clip_grad_norm_(run.vae.parameters(), clip)
+    check_finite(run, "the VAE", loss, norm)
     vae_optimizer.step()
 
     # 3. The discriminator's step.
@@ -138,6 +140,9 @@ def training_step(run, pixels):
         critic_optimizer = run.optimizers[1]
         critic_optimizer.zero_grad(set_to_none=True)
         terms["D"].backward()
+        critic = run.vae_loss.discriminator.parameters()
+        norm = nn.utils.get_total_norm([weight.grad for weight in critic])
+        check_finite(run, "the discriminator", terms["D"], norm)
         critic_optimizer.step()
 
     # 4. What the log will say.
@@ -146,6 +151,15 @@ def training_step(run, pixels):
         total, count = run.sums.get(name, (0.0, 0))
         run.sums[name] = (total + term.detach(), count + 1)
     run.step += 1
+
+
+def check_finite(run, who, loss, norm):
+    """Raise UserError if a step must not be taken: its loss, or the norm of its gradient, is not
+    finite."""
+    if not (loss.isfinite() and math.isfinite(norm)):
+        raise UserError(f"step {run.step + 1} of {who} was not taken: its loss is {loss.item()}, "
+                        f"the norm of its gradient {float(norm)}; lower its learning rate, now "
+                        f"{run.options['lr']:g}; what was saved before is still good")
 
 
 def learning_rate(step, options):
@@ -198,6 +212,7 @@ def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed
     out         folder for log.jsonl and, every save_every steps, last.pt
     resume      whether to go on from last.pt
     stop        something that becomes true to stop early; then the state is saved
+    Raises UserError, before any weight is touched, if a step's loss or gradient is not finite.
     """
     options = {
         "steps": steps,
@@ -420,13 +435,14 @@ def check_arguments(args, config, out):
         raise UserError("--lpips-weights and --moco-weights are for --loss paper: add it, or leave "
                         "them out")
     begun = (out / "last.pt").exists()
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: name another folder with --out")
     if args.resume and not begun:
         raise UserError(f"there is nothing to resume: {out}/last.pt does not exist")
     if begun and not (args.resume or args.overwrite):
         raise UserError(f"{out} already holds a run: add --resume to go on with it, --overwrite to "
                         f"start anew, or name another folder with --out")
+    if (out / "vae.pt").exists() and not (args.resume or args.overwrite):
+        raise UserError(f"{out} already holds a vae.pt, but no training of it: add --overwrite to "
+                        f"lose it, or name another folder with --out")
 
 
 def main(argv=None):
@@ -434,8 +450,13 @@ def main(argv=None):
     args = parse_arguments(argv)
     out = Path(args.out)
     config = paper_config(args.codes) if args.paper else VAEConfig(codes=args.codes)
-    check_arguments(args, config, out)
+    with lock(out):                                     # no other training writes there meanwhile
+        check_arguments(args, config, out)
+        train_and_show(args, config, out)
 
+
+def train_and_show(args, config, out):
+    """All of `main` after its checks. config: VAEConfig; out: the run's folder, a Path."""
     # 1. Data, and the loss.
     pairs = choose.load_pairs(args.data, args.data_dir, args.image_size, n=20000, seed=args.seed)
     test = choose.load_pairs(args.data, args.data_dir, args.image_size, split="test", n=256,
@@ -451,14 +472,13 @@ def main(argv=None):
 
     # 2. The training. Ctrl-C finishes a step and saves; a second one stops at once.
     began = time.time()
-    with finish_step_first() as stop:
+    with finish_step_first() as heard:
         vae = train_vae(pairs.pixels, config, args.steps, args.batch, args.lr, args.kl_weight,
                         args.seed, vae_loss=vae_loss, out=out, resume=args.resume,
-                        save_every=args.save_every, stop=stop)
+                        save_every=args.save_every, stop=heard)
     if vae is None:
-        print(f"stopped and saved in {out}/last.pt; the same command with --resume goes on from "
-              f"there")
-        return
+        raise Stopped(f"saved in {out}/last.pt; the same command with --resume goes on from there",
+                      heard)
 
     # 3. The file, and how good it is on pictures that it has not seen.
     save(out / "vae.pt", pack_vae(vae))
@@ -477,4 +497,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, if_stopped="the same command goes on, with --resume once last.pt is there")

@@ -22,13 +22,15 @@ START       one node:
                 torchrun --nnodes 64 --nproc-per-node 8 --rdzv-backend c10d
                          --rdzv-endpoint HOST:29500 train.py --preset 7b --shard 8 ...
 OUT         out/<name>/checkpoints/step_000500/: the format of torch.distributed.checkpoint, one
-            file per rank, and .metadata, which is written last. Without it the checkpoint does not
-            count. The last two are kept.
+            file per rank, and .metadata, which is written when they are complete. Without it the
+            checkpoint does not count. Then each rank adds the checksum of its file, which --resume
+            compares. The last two are kept. TRAP: torch unpickles .metadata, and what is unpickled
+            may run code: resume only runs of your own.
 PAPER/HERE  the paper says how large its batches are, not how they are divided: our choice, all of
             it. Run here: CPU and gloo, 1, 2 and 2 x 2 processes (tests). Written for CUDA and
             NCCL, not run there: we had no GPU.
 READ NEXT   ../train.py     TRY IT  python -m scale.distributed
-TEST        tests/test_distributed.py (2 processes = 1 process)
+TEST        tests/test_distributed.py (2 processes = 1 process), tests/test_trust.py
 """
 import atexit
 import contextlib
@@ -38,6 +40,8 @@ import re
 import shutil
 import time
 import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -58,7 +62,8 @@ from torch.utils.checkpoint import checkpoint
 
 from model import Transfusion, count
 from scale import plan
-from support.common import UserError, pick_device
+from support.checkpoint import name_not_finite
+from support.common import UserError, load_json, pick_device, write_json
 
 # One process saves in the same format, which torch finds worth a warning.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -394,6 +399,15 @@ def state_of(model, average, optimizer):
     return state
 
 
+def not_finite(state):
+    """The name of a number in the state of any rank that is NaN or infinite, or "". Every rank must
+    call it."""
+    broken = name_not_finite(state)
+    if any(total([bool(broken)])):
+        return broken or "a number on another process"
+    return ""
+
+
 class Saver:
     """Writes checkpoints while training goes on: the tensors are copied at once, and a thread
     writes the copy. keep: how many checkpoints stay."""
@@ -404,20 +418,41 @@ class Saver:
         self.keep = keep
         self.path = None                    # of the checkpoint that is being written
         self.future = None                  # it ends when that is done
+        self.thread = ThreadPoolExecutor(1)
 
     def save(self, step, model, average, optimizer):
-        """Begin to write the checkpoint of a step."""
+        """Begin to write the checkpoint of a step. Raises UserError if it is not finite, or if the
+        one before could not be written."""
         self.wait()
         complete, _ = list_checkpoints(self.out)
         if step in complete:
+            self.delete_old()               # what a killed run had no time to delete
             return
         path = folder_of(self.out, step)
+        state = state_of(model, average, optimizer)
+        broken = not_finite(state)
+        if broken:
+            raise UserError(f"{path} was not written, because {broken} is not finite in it: lower "
+                            f"--lr, or raise --warmup, in a new run; the checkpoints that are "
+                            f"there are still good")
         with rank_0_first():
             remove(path)                    # what a killed run left half written
-        self.future = dcp.async_save(
-            state_of(model, average, optimizer), checkpoint_id=path,
-            process_group=self.ranks.saving, no_dist=not dist.is_initialized())
+        writing = dcp.async_save(
+            state, checkpoint_id=path, process_group=self.ranks.saving,
+            no_dist=not dist.is_initialized())
         self.path = path
+        self.future = self.thread.submit(self.finish, path, writing)
+
+    def finish(self, path, writing):
+        """Add a copy of the run's options, and checksums, to a checkpoint when it is complete.
+        writing: the future of it."""
+        writing.result()
+        names = [file.name for file in path.glob(f"__{rank()}_*")]
+        if rank() == 0:
+            names.append(".metadata")
+            if (self.out / "config.json").exists():
+                shutil.copyfile(self.out / "config.json", path / "config.json")
+        write_json(path / f"crc32_{rank()}.json", {name: crc32(path / name) for name in names})
 
     def wait(self):
         """Wait until the checkpoint that is being written is complete. Then delete all but the last
@@ -429,22 +464,67 @@ class Saver:
         try:
             future.result()
         except (Exception, dcp.api.CheckpointException) as problem:     # the latter is no Exception
-            raise UserError(f"{self.path} could not be written ({problem}): is the disk "
-                            f"full?") from None
-        if rank() == 0:
-            self.delete_old()
+            if rank() == 0:
+                remove(self.path)
+            raise UserError(f"{self.path} could not be written ({cause_of(problem)}): is the disk "
+                            f"full? make room, then go on with --resume") from None
+        self.delete_old()
 
     def delete_old(self):
         """Delete all but the last complete checkpoints."""
+        if rank() > 0:
+            return
         complete, incomplete = list_checkpoints(self.out)
         for step in complete[:-self.keep] + incomplete:
             remove(folder_of(self.out, step))
 
 
+def cause_of(problem):
+    """One line that says what is behind an exception of torch.distributed.checkpoint."""
+    while isinstance(problem, dcp.api.CheckpointException):
+        problem, _ = next(iter(problem.failures.values()))          # of the first rank that failed
+    if not isinstance(problem, OSError) and isinstance(problem.__context__, OSError):
+        problem = problem.__context__
+    return (str(problem) or type(problem).__name__).splitlines()[0]
+
+
+def crc32(path):
+    """The checksum of a file, read piece by piece."""
+    crc = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            crc = zlib.crc32(piece, crc)
+    return crc
+
+
+def damaged_files(path):
+    """The names of a checkpoint's files that are not what was written. Every rank must call it:
+    they share the reading. A checkpoint without checksums is taken as it is: its run was killed
+    before it could add them, or is an older one."""
+    kept = {}
+    damaged = []
+    for file in sorted(path.glob("crc32_*.json")):
+        try:
+            kept |= load_json(file.read_bytes())
+        except (ValueError, TypeError):
+            damaged.append(file.name)
+
+    def differing(names, _):
+        return [name for name in names if not (path / name).is_file()
+                or crc32(path / name) != kept[name]]
+
+    for names in split_work(differing, sorted(kept)):
+        damaged += names
+    return damaged
+
+
 def load(out, step, ranks, model, average, optimizer):
     """Read the checkpoint of a step into the three, whatever number of ranks wrote it. Raises
-    UserError if it cannot be read."""
+    UserError if it cannot be read, is not what was written, or is not finite."""
     path = folder_of(out, step)
+    damaged = damaged_files(path)
+    if damaged:
+        raise UserError(f"{path} is damaged: {damaged[0]} is not what was written")
     state = state_of(model, average, optimizer)             # dcp.load fills these tensors in place
     try:
         dcp.load(state, checkpoint_id=path, process_group=ranks.saving,
@@ -453,10 +533,41 @@ def load(out, step, ranks, model, average, optimizer):
         raise                               # not the checkpoint's fault
     except (Exception, dcp.api.CheckpointException) as problem:
         raise UserError(f"{path} cannot be read ({type(problem).__name__}): truncated, or of "
-                        f"another model? Delete this folder to go on from the checkpoint before "
-                        f"it") from None
+                        f"another model?") from None
+    broken = not_finite(state)
+    if broken:
+        raise UserError(f"{path} cannot be used, because {broken} is not finite in it")
     set_state_dict(model, optimizer, model_state_dict=state["model"],
                    optim_state_dict=state["optimizer"])
+
+
+def load_newest(out, ranks, model, average, optimizer):
+    """Read the newest checkpoint that is whole. Returns its step. Newer ones are named, and put
+    aside as step_000500.damaged. Raises UserError if none is whole."""
+    complete, _ = list_checkpoints(out)
+    problems = {}
+    for step in reversed(complete):
+        try:
+            load(out, step, ranks, model, average, optimizer)
+        except UserError as problem:
+            problems[step] = problem
+            continue
+        for bad, problem in problems.items():
+            put_aside(folder_of(out, bad))
+            say(f"{problem}; it is now step_{bad:06d}.damaged, and the run goes on from step "
+                f"{step}")
+        return step
+    raise UserError(f"{problems[complete[-1]]}; there is no other checkpoint to go on from: start "
+                    f"anew with --overwrite")
+
+
+def put_aside(path):
+    """Rename a checkpoint, so that the run writes that step again."""
+    with rank_0_first():
+        if rank() == 0:
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
 
 
 # ------------------------------------------------------------------------------------------- memory

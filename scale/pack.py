@@ -549,4 +549,4 @@ def print_missing(headers):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, if_stopped="the same command goes on where this one stopped")

@@ -7,9 +7,14 @@ THE IDEA    train.py shows the loop. What must exist before the loop stands here
 A PICTURE   Config --prepare--> Run --train.fit--> Run --gather_trained--> model.pt
                      |
                      build_feed, build_run, and on --resume the last checkpoint
-READ NEXT   distributed.py      TEST  tests/test_train.py, tests/test_distributed.py
+THE RULE    A step with a number that is not finite is not taken, and what is saved is finite.
+READ NEXT   distributed.py
+TEST        tests/test_train.py, tests/test_distributed.py, tests/test_trust.py
 """
+import contextlib
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,10 +27,13 @@ from model import Transfusion
 from scale import distributed
 from sources import choose
 from support import checkpoint, run_folder
-from support.common import UserError
+from support.common import Stopped, UserError, finish_step_first
 
 # For Run.explain_memory: what is going on, and the bytes per parameter that it takes (bfloat16: 2).
 WHOLE_MODEL = ("a whole copy of the model is measured", 2)
+
+# Of a run that trains its own VAE: the VAE, and the state of its training.
+VAE_FILES = ("vae.pt", "vae/last.pt")
 
 
 @dataclass
@@ -40,6 +48,7 @@ class Run:
     model       the network that is trained
     average     the average of its weights over the last steps; with --ema 0 the model itself
     optimizer   AdamW
+    end         the step after which it ends: config.steps, or an earlier one
     step        how many steps have been taken
     """
     config: Config
@@ -50,6 +59,7 @@ class Run:
     model: Transfusion
     average: Transfusion
     optimizer: torch.optim.Optimizer
+    end: int
     step: int = 0
 
     def explain_memory(self, activity="", bytes_per_parameter=0):
@@ -71,26 +81,82 @@ class Run:
         return checkpoint.Trained(self.gather_average(), self.feed.tokenizer, self.feed.vae,
                                   self.diffusion, self.config.model, self.config.text_share)
 
+    def how_to_use(self):
+        """The command that uses the run's model.pt."""
+        programs = {"transfusion": 'sample.py "..."', "chameleon": 'chameleon.py "..."',
+                    "llama": "-m metrics.likelihood perplexity text.jsonl"}
+        return f"python {programs[self.config.model]} --checkpoint {self.config.out}/model.pt"
 
     def not_finite(self, norm, batches, micro_losses):
-        """The UserError for a step whose gradient is not finite. norm: the gradient's; batches: the
-        data.Batch of each micro-batch; micro_losses: the loss of each."""
-        where = "its loss is finite, its gradient is not"
+        """The UserError for a step that must not be taken: the norm of its gradient, or a loss of
+        some process, is not finite. Every process must call it, and all say the same.
+
+        norm            of the whole gradient, a scalar
+        batches         the data.Batch of each of this process's micro-batches
+        micro_losses    the loss of each, scalars"""
+        culprit = ""
         for micro, batch, loss in zip(self.micros, batches, micro_losses, strict=True):
             if not loss.isfinite():
-                text = self.feed.tokenizer.decode(batch.tokens[0].tolist())
-                where = f"the loss of micro-batch {micro}, \"{text[:60]} ...\", is {loss.item()}"
+                words = words_of_culprit(batch, self.feed.tokenizer)
+                culprit = f"the loss of micro-batch {micro} is {loss.item()}, in \"{words}\""
                 break
-        complete, _ = distributed.list_checkpoints(self.config.out)
-        kept = "there is no checkpoint yet"
-        if complete:
-            kept = f"{distributed.folder_of(self.config.out, complete[-1])} is still good"
-        return UserError(f"step {self.step + 1} was not taken, because the norm of its gradient is "
-                         f"{norm.item()}: {where}. Lower --lr, raise --warmup, or look at these "
-                         f"documents; {kept}")
+        culprits = distributed.split_work(lambda *_: culprit, range(distributed.size()))
+        named = [name for name in culprits if name] or ["its losses are finite"]
+        return UserError(f"step {self.step + 1} was not taken: {named[0]}; the norm of its "
+                         f"gradient is {float(norm)}; lower --lr, raise --warmup, or look at these "
+                         f"documents; {last_good(self.config.out)}")
+
+
+def words_of_culprit(batch, tokenizer):
+    """The words of the first document of a batch that has a latent that is not finite; otherwise
+    those of the first document."""
+    row = 0
+    position = 0
+    broken = ~batch.latents.flatten(1).isfinite().all(1)                        # (M,)
+    if broken.any():
+        picture = broken.nonzero()[0]
+        row, position = (batch.image_id == picture).nonzero()[0].tolist()
+    same_document = batch.doc_id[row] == batch.doc_id[row, position]            # (T,)
+    ids = batch.tokens[row][same_document].tolist()
+    words = tokenizer.decode([k for k in ids if k < len(tokenizer)])            # no codes
+    return words if len(words) <= 60 else f"{words[:60]} ..."
+
+
+def last_good(out):
+    """Which checkpoint is there to go on from, in words."""
+    complete, _ = distributed.list_checkpoints(out)
+    if complete:
+        return f"{distributed.folder_of(out, complete[-1])} is still good"
+    return "there is no checkpoint yet"
 
 
 # ---------------------------------------------------------------------------------- before the loop
+@contextlib.contextmanager
+def sole_run(config):
+    """Inside, no other training writes to the run's folder, and whoever is stopped between two
+    steps (Ctrl-C, SIGTERM) is told how to go on."""
+    out = Path(config.out)
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("RANK", "0") == "0":          # torchrun's; one process locks for all
+            stack.enter_context(run_folder.lock(out))
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            if str(stop):                               # it has been said
+                raise
+            raise Stopped(how_to_go_on(out), getattr(stop, "heard", ())) from None
+
+
+def how_to_go_on(out):
+    """What the user can do after a stop, in words."""
+    complete, _ = distributed.list_checkpoints(out)
+    if complete:
+        return f"the same command with --resume goes on from step {complete[-1]}"
+    if run_folder.has_begun_vae(out):
+        return "the same command with --resume goes on with the VAE"
+    return "nothing was learned yet; the same command starts again"
+
+
 def prepare(config, out, resume, overwrite, view):
     """The Run that a command line asks for: new, or where its last checkpoint ends. Everything that
     can be wrong is found here, before the first step.
@@ -104,8 +170,13 @@ def prepare(config, out, resume, overwrite, view):
     distributed.micro_batches(config.accumulate)            # can they be dealt out evenly?
     complete, incomplete = distributed.list_checkpoints(out)
     run_folder.check_start(out, complete, resume, overwrite)
+    end = config.steps
     if resume:
         run_folder.check_same_run(out, config, MAY_CHANGE_ON_RESUME)
+        config.steps = run_folder.read_config(out, config)["steps"]     # the rate falls as planned
+    if complete and resume and end < complete[-1]:
+        raise UserError(f"{out} has already taken {complete[-1]} steps, so it cannot end at "
+                        f"--steps {end}: give --steps {complete[-1]} to end it here")
 
     # 2. Data, then model. --init starts from a trained one: §4.5 fine-tunes it for editing.
     start = checkpoint.load_trained(config.init) if config.init else None
@@ -115,20 +186,37 @@ def prepare(config, out, resume, overwrite, view):
     diffusion = start.diffusion if start else Diffusion(config.diffusion, shift=config.shift)
     feed = build_feed(config, out, diffusion, start, resume, view)
     run = build_run(config, ranks, feed, diffusion, start)
+    run.end = end
 
     # 3. Go on where the last checkpoint ends, or clear the folder.
-    if resume:
+    if resume and complete:
         run_folder.check_same_data(out, feed.describe())
-        run.step = complete[-1]
         with run.explain_memory("the checkpoint is read"):
-            distributed.load(out, run.step, ranks, run.model, run.average, run.optimizer)
+            run.step = distributed.load_newest(out, ranks, run.model, run.average, run.optimizer)
         skipped = [f"(step_{step:06d} was not finished: skipped)" for step in incomplete]
         distributed.say("resuming from", distributed.folder_of(out, run.step), *skipped)
     if distributed.rank() == 0:
-        for step in [] if resume else complete:             # --overwrite
-            distributed.remove(distributed.folder_of(out, step))
+        if not resume:
+            clear(config, out)
         run_folder.write_config(out, config, feed.describe())
     return run
+
+
+def clear(config, out):
+    """Delete what an earlier run has left in the folder: --overwrite. Mixed with it, the new one
+    could be taken for the other."""
+    complete, _ = distributed.list_checkpoints(out)
+    for step in complete:
+        distributed.remove(distributed.folder_of(out, step))
+    delete_files(config, out, ("model.pt", "report.json"))
+
+
+def delete_files(config, out, names):
+    """Delete an earlier run's files, except those that this run is made of: --vae, --init."""
+    given = [Path(path).resolve() for path in (config.vae, config.init) if path]
+    for name in names:
+        if (out / name).resolve() not in given:
+            (out / name).unlink(missing_ok=True)
 
 
 def build_feed(config, out, diffusion, start, resume, view):
@@ -149,9 +237,12 @@ def build_feed(config, out, diffusion, start, resume, view):
     vae = find_vae(config, out, start, resume)
 
     def train_first(pixels, vae_config):
-        return train_vae_once(config, out, pixels, vae_config)
+        return train_vae_once(config, out, pixels, vae_config, resume)
 
-    return sources.feed.build_feed(config, test, diffusion, start, vae, train_first, view, progress)
+    feed = sources.feed.build_feed(config, test, diffusion, start, vae, train_first, view, progress)
+    if vae and not resume and distributed.rank() == 0:
+        delete_files(config, out, VAE_FILES)                # --resume would take it for this run's
+    return feed
 
 
 def find_vae(config, out, start, resume):
@@ -164,14 +255,26 @@ def find_vae(config, out, start, resume):
     return checkpoint.find_vae(config.data, config.vae, own, codes=config.model == "chameleon")
 
 
-def train_vae_once(config, out, pixels, vae_config):
+def train_vae_once(config, out, pixels, vae_config, resume):
     """Train the run's VAE on pixels and keep it in out/vae.pt. Process 0 trains; the others wait,
-    and read its file."""
+    and read its file. Ctrl-C finishes a step and saves: --resume goes on from there."""
     path = out / "vae.pt"
     with distributed.rank_0_first():
         if distributed.rank() == 0:
-            vae = train_vae(pixels, vae_config, config.vae_steps, seed=config.seed)
+            if not resume:
+                clear(config, out)
+                delete_files(config, out, VAE_FILES)
+                run_folder.write_config(out, config, {})    # --resume compares it
+            state = out / "vae/last.pt"
+            with finish_step_first(alone=distributed.size() == 1) as heard:
+                vae = train_vae(pixels, vae_config, config.vae_steps, seed=config.seed,
+                                out=state.parent, resume=resume and state.exists(),
+                                save_every=config.save_every, stop=heard)
+            if vae is None:
+                raise Stopped(f"the VAE's training is saved in {state}; the same command with "
+                              f"--resume goes on", heard)
             checkpoint.save(path, checkpoint.pack_vae(vae))
+            state.unlink(missing_ok=True)
         return checkpoint.find_vae(config.data, path, codes=config.model == "chameleon")
 
 
@@ -207,4 +310,4 @@ def build_run(config, ranks, feed, diffusion, start):
 
     # 3. Which micro-batches of each step are ours.
     micros = distributed.micro_batches(config.accumulate)
-    return Run(config, ranks, micros, feed, diffusion, model, average, optimizer)
+    return Run(config, ranks, micros, feed, diffusion, model, average, optimizer, config.steps)

@@ -320,6 +320,9 @@ class Shards:
                             f"{PACK_AGAIN}")
         if self.codes and latents is not None:
             latents = latents.astype(np.int64)
+        if latents is not None and not np.isfinite(latents).all():
+            raise UserError(f"the shard {path} holds a latent that is not finite (row {r}): its "
+                            f"VAE made it; pack again with another VAE")
         return documents, latents
 
     def draw_row(self, seed, g):

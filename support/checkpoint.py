@@ -9,13 +9,15 @@ A PICTURE   model.pt = {config, weights | words | vae | diffusion | about}
                 v
             Trained(model, tokenizer, vae, diffusion)  -->  sample.py, evaluate.py, train.py --init
 THE RULE    Every file is a dict with a "kind": "model", "vae" or "vqvae" (or "vae training", in
-            autoencoder/train.py). It is read with weights_only: a file cannot run code.
+            autoencoder/train.py). It is read with weights_only: a file cannot run code. What is
+            read is what was written (each part has a checksum), and every number of it is finite.
 SHAPES      pictures (M, h, w, 3 or 1) uint8 --encode_pixels--> latents (M, c, h, w) float32
             latents (M, c, h, w) --decode_latents--> pictures (M, h, w, 3) uint8
 READ NEXT   sample.py        TRY IT  python -m support.checkpoint
-TEST        tests/test_sample.py, tests/test_vae.py, tests/test_errors.py
+TEST        tests/test_sample.py, tests/test_vae.py, tests/test_errors.py, tests/test_trust.py
 """
-import os
+import math
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,10 +30,13 @@ import vae as vae_module
 from data import SPECIAL, Pieces
 from diffusion import Diffusion
 from model import ModelConfig, Transfusion, count
-from support.common import ASSETS, UserError, load_json
+from support.common import ASSETS, UserError, load_json, whole_file
 from vae import VAE, VAEConfig
 
 ANY_VAE = ("vae", "vqvae")                              # for `load_vae`: either kind
+
+# What a dict that does not fit this program ends in, while a model is built from it.
+UNFIT = (KeyError, TypeError, AttributeError, RuntimeError, ValueError, ArithmeticError)
 
 # Parts of the network had other names in older files, which still load: old start, new start.
 OLD_NAMES = {"words.": "embedding.", "pictures.": "patch_encoder.", "reach": "x0_max"}
@@ -40,29 +45,88 @@ OLD_NAMES = {"words.": "embedding.", "pictures.": "patch_encoder.", "reach": "x0
 # ------------------------------------------------------------------------------- any checkpoint
 def save(path, content):
     """Write a checkpoint, so that the path holds the old file or the whole new one. A program that
-    is stopped in the middle never leaves half of one. content: a dict with a "kind"."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)          # in one step
+    is stopped in the middle never leaves half of one. content: a dict with a "kind". Raises
+    UserError, and writes nothing, if a number in it is not finite or the disk is full."""
+    broken = name_not_finite(content)
+    if broken:
+        raise UserError(f"{path} was not written, because {broken} is not finite in it: this "
+                        f"training went wrong; lower its learning rate, or go back to an earlier "
+                        f"checkpoint")
+    with whole_file(path) as file:
+        torch.save(content, file)
 
 
 def load(path, kind):
-    """The dict of a checkpoint. kind: the one that is wanted, or a tuple of several.
-    Raises UserError if the file is missing, damaged, or of another kind."""
+    """The dict of a checkpoint. kind: the one that is wanted, or a tuple of several. Raises
+    UserError if the file is missing, damaged, or of another kind, or a number in it is not
+    finite."""
     kinds = (kind,) if isinstance(kind, str) else kind
+    check_undamaged(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except Exception as problem:                        # zip, pickle, key: there is no common class
-        raise UserError(f"{path} is not a checkpoint of this program ({type(problem).__name__}): "
-                        "truncated, or another kind of file?") from None
+    except Exception as problem:                        # pickle, key: there is no common class
+        raise no_checkpoint(path, problem) from None
     found = content.get("kind") if isinstance(content, dict) else type(content).__name__
     if not isinstance(content, dict) or found not in kinds:
         wanted = " or ".join(repr(name) for name in kinds)
         raise UserError(f"{path} holds {found!r}, but a checkpoint of kind {wanted} is needed here")
+    broken = name_not_finite(content)
+    if broken:
+        raise UserError(f"{path} cannot be used, because {broken} is not finite in it: its "
+                        f"training went wrong; take an earlier checkpoint")
     return content
+
+
+def check_undamaged(path):
+    """Raise UserError if a checkpoint is missing, or is not what was written."""
+    if not Path(path).exists():
+        raise UserError(f"there is no checkpoint {path}")
+    if not Path(path).is_file():                        # a pipe would wait forever
+        raise UserError(f"{path} is not a checkpoint of this program: it is not a file")
+    # TRAP: a checkpoint is a zip file with a checksum for each tensor, but torch.load does not look
+    # at them. It would read flipped bytes as weights.
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except Exception as problem:                        # truncated, or no zip file at all
+        raise no_checkpoint(path, problem) from None
+    if damaged:
+        raise UserError(f"{path} is damaged: {damaged} in it is not what was written; copy the "
+                        f"file here again, or take another checkpoint")
+
+
+def no_checkpoint(path, problem):
+    """UserError for a file that cannot be read as a checkpoint."""
+    return UserError(f"{path} is not a checkpoint of this program ({type(problem).__name__}): "
+                     f"truncated, or another kind of file?")
+
+
+def name_not_finite(content, name=""):
+    """The name of the first number or tensor, in dicts and lists within each other, that is NaN or
+    infinite; "" if all are finite. Of a tensor that is divided among processes, this one's part is
+    looked at."""
+    if isinstance(content, dict):
+        parts = content.items()
+    elif isinstance(content, (list, tuple)):
+        parts = enumerate(content)
+    else:
+        return "" if is_finite(content) else name
+    for key, part in parts:
+        broken = name_not_finite(part, f"{name}.{key}" if name else str(key))
+        if broken:
+            return broken
+    return ""
+
+
+def is_finite(value):
+    """Whether a number, or every number of a tensor, is finite. Anything else is, too."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return True
+    if hasattr(value, "to_local"):                      # a tensor of scale/distributed.py
+        value = value.to_local()
+    return bool(value.isfinite().all())
 
 
 def read_weights(module, weights):
@@ -83,8 +147,10 @@ def new_name(name):
 
 def of_another_version(path, problem):
     """UserError for a file whose numbers or names do not fit this program."""
-    first_line = str(problem).splitlines()[0]
-    return UserError(f"{path} was written by another version of this program: {first_line}")
+    if isinstance(problem, UserError):                  # it says itself what to do
+        return problem
+    reason = (str(problem) or type(problem).__name__).splitlines()[0]
+    return UserError(f"{path} was written by another version of this program: {reason}")
 
 
 # ------------------------------------------------------------------------------ a trained model
@@ -104,15 +170,27 @@ def load_trained(path, device="cpu"):
     kind or shape."""
     content = load(path, "model")
     try:
+        check_layers(content)
         model = Transfusion(ModelConfig(**content["config"]))
         read_weights(model, content["weights"])
         tokenizer = load_tokenizer(content["words"])
         vae = unpack_vae(content["vae"])
         diffusion = Diffusion(**content["diffusion"])
         about = content.get("about", {})                # the oldest files have none
-        return Trained(model.eval().to(device), tokenizer, vae.to(device), diffusion, **about)
-    except (KeyError, TypeError, RuntimeError) as problem:
+        trained = Trained(model.eval(), tokenizer, vae, diffusion, **about)
+    except UNFIT as problem:
         raise of_another_version(path, problem) from None
+    model.to(device)
+    vae.to(device)
+    return trained
+
+
+def check_layers(content):
+    """Raise ValueError if a model has fewer tensors than layers. To build 2^63 layers would take
+    forever."""
+    layers = content["config"]["layers"]
+    if layers > len(content["weights"]):
+        raise ValueError(f"it has {len(content['weights'])} tensors for {layers} layers")
 
 
 def save_trained(path, trained):
@@ -166,9 +244,10 @@ def unpack_vae(content):
 def load_vae(path, kind="vae"):
     """The VAE of a vae.pt. kind: "vae", "vqvae", or ANY_VAE. Raises UserError as `load`, and if the
     file is from another version."""
+    content = load(path, kind)
     try:
-        return unpack_vae(load(path, kind))
-    except (KeyError, TypeError, RuntimeError) as problem:
+        return unpack_vae(content)
+    except UNFIT as problem:
         raise of_another_version(path, problem) from None
 
 

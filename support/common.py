@@ -2,9 +2,10 @@
 common.py: what every room needs
 
 THE IDEA    A user's mistake becomes one sentence, before any work is done. Here are the error that
-            carries the sentence, Ctrl-C that waits for the end of a step, the choice of a device,
-            and the readers of files that come from elsewhere: pictures, and JSON lines.
-READ NEXT   checkpoint.py        TEST  tests/test_sources.py, tests/test_errors.py
+            carries the sentence, Ctrl-C that waits for the end of a step, files that are written
+            whole or not at all, the choice of a device, and the readers of files that come from
+            elsewhere: pictures, and JSON lines.
+READ NEXT   checkpoint.py        TEST  tests/test_sources.py, tests/test_errors.py, test_trust.py
 """
 import contextlib
 import json
@@ -30,38 +31,114 @@ class UserError(ValueError):
 
 
 # -------------------------------------------------------------------------------- running a command
-def run_command(main, argv=None):
+class Stopped(KeyboardInterrupt):
+    """The user has stopped the program, by Ctrl-C or by SIGTERM.
+
+    sentence    how to go on
+    heard       the signals that came, if any: see `finish_step_first`"""
+
+    def __init__(self, sentence="", heard=()):
+        super().__init__(sentence)
+        self.heard = list(heard)
+
+
+def run_command(main, argv=None, if_stopped=""):
     """Run a command line's main(argv). A user's mistake (ValueError, OSError) becomes one sentence
-    on stderr and exit status 2. Anything else is a bug of ours and keeps its traceback."""
+    on stderr and exit status 2. Ctrl-C becomes one, too, with status 130, and SIGTERM with 143.
+    Anything else is a bug of ours and keeps its traceback.
+
+    if_stopped      how to go on after Ctrl-C, where the program has not said it"""
     try:
-        main(argv)
+        with hear_sigterm():
+            main(argv)
     except (ValueError, OSError) as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as stop:
+        sentence = str(stop) or if_stopped or "nothing is left half written"
+        print(f"\nstopped: {sentence}", file=sys.stderr)
+        sys.exit(128 + signal_of(stop))                 # as a shell counts: 130 or 143
+
+
+def signal_of(stop):
+    """The signal behind a KeyboardInterrupt: SIGTERM, or that of Ctrl-C."""
+    heard = getattr(stop, "heard", [])
+    return heard[0] if heard else signal.SIGINT
+
+
+@contextlib.contextmanager
+def hear_sigterm():
+    """Inside, SIGTERM raises Stopped wherever the program is, as Ctrl-C raises KeyboardInterrupt.
+    So what is open is closed, and the user reads how to go on."""
+    def on_sigterm(number, _):
+        raise Stopped(heard=[number])
+
+    with handled([signal.SIGTERM], on_sigterm):
+        yield
 
 
 @contextlib.contextmanager
 def finish_step_first(alone=True):
-    """A list that is empty until Ctrl-C is pressed, so that a step is finished first.
-    alone: a second Ctrl-C stops at once."""
+    """A list that is empty until Ctrl-C or SIGTERM comes, so that a step is finished first. Then it
+    holds the signal's number. alone: a second one stops at once."""
     # TRAP: left alone, Ctrl-C raises an exception anywhere. It could fall between the weights,
     # their average and the step's count, and a resumed run would be another run.
-    pressed = []
+    heard = []
 
-    def on_ctrl_c(*_):
-        pressed.append(True)
+    def on_signal(number, _):
+        heard.append(number)
         # Not so under torchrun: it passes one Ctrl-C on twice, and kills what goes on for 30 s.
         if alone:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(number, signal.SIG_DFL)
 
+    with handled([signal.SIGINT, signal.SIGTERM], on_signal):
+        yield heard
+
+
+@contextlib.contextmanager
+def handled(numbers, handler):
+    """Inside, these signals call the handler."""
     if threading.current_thread() is not threading.main_thread():
-        yield pressed                                   # only the main thread may catch a signal
+        yield                                           # only the main thread may catch a signal
         return
-    before = signal.signal(signal.SIGINT, on_ctrl_c)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
-        yield pressed
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number in numbers:
+            signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+# ------------------------------------------------------------------------------------ writing files
+@contextlib.contextmanager
+def whole_file(path):
+    """An open binary file. What is written to it appears at `path` at the end, whole. Before, and
+    if the program fails or is killed, the path holds what it held. Raises UserError if the file
+    cannot be written, for example because the disk is full."""
+    path = Path(path)
+    building = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(building, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())     # or a power cut could leave the new name with no content
+        os.replace(building, path)      # in one step
+    except Exception as problem:
+        # torch.save hides a full disk behind an error of its own, "unexpected pos".
+        reason = problem if isinstance(problem, OSError) else problem.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise UserError(f"{path} could not be written ({reason.strerror or reason}): what was "
+                        f"there before is still there; make room, then go on") from None
+    finally:
+        building.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Write a JSON file, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1).encode())
 
 
 def check_writable(path):

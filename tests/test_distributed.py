@@ -27,7 +27,7 @@ from scale import distributed
 from sources.feed import Feed
 from support import checkpoint
 from support.checkpoint import load_trained
-from support.common import ASSETS, UserError
+from support.common import ASSETS, Stopped, UserError
 from test_train import log, same, small_run, states
 
 CAPTIONS = ["a red circle", "a circle", "a blue square", "a circle", "a white cross"]
@@ -297,8 +297,9 @@ def work(folder):
             stopped = folder / f"stopped_{encoder}"
             with patch.context() as press:
                 press.setattr(train, "train_step", step)
-                train.main(command(folder, stopped.name, *options))
-            assert distributed.list_checkpoints(stopped) == ([3, 4], []) and not (stopped / "model.pt").exists()
+                with pytest.raises(Stopped):
+                    train.main(command(folder, stopped.name, *options))
+            assert distributed.list_checkpoints(stopped) == ([3, 4], []) and load_trained(stopped / "model.pt")
             train.main(command(folder, stopped.name, "--resume", *options))
     trained = load_trained(folder / "two_linear/model.pt")
     latents = torch.randn(3, *trained.model.config.latent, generator=torch.Generator().manual_seed(0))

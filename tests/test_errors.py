@@ -262,7 +262,7 @@ def test_resume_with_a_changed_option(capsys, monkeypatch, tmp_path, shelf):
     mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt"], "--resume", "--overwrite")
     path = next((tmp_path / "run/checkpoints/step_000002").glob("*.distcp"))
     path.write_bytes(path.read_bytes()[:1000])
-    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", "--resume"], "step_000002", "truncated")
+    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", "--resume"], "step_000002", "damaged")
 
 
 @pytest.mark.parametrize("program, arguments, words", [
