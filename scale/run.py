@@ -104,7 +104,7 @@ class Run:
         named = [name for name in culprits if name] or ["its losses are finite"]
         return UserError(f"step {self.step + 1} was not taken: {named[0]}; the norm of its "
                          f"gradient is {float(norm)}; lower --lr, raise --warmup, or look at these "
-                         f"documents; {last_good(self.config.out)}")
+                         f"documents; {last_good(self.config.out, self.step)}")
 
 
 def words_of_culprit(batch, tokenizer):
@@ -122,11 +122,13 @@ def words_of_culprit(batch, tokenizer):
     return words if len(words) <= 60 else f"{words[:60]} ..."
 
 
-def last_good(out):
-    """Which checkpoint is there to go on from, in words."""
-    complete, _ = distributed.list_checkpoints(out)
-    if complete:
-        return f"{distributed.folder_of(out, complete[-1])} is still good"
+def last_good(out, step):
+    """Which checkpoint there is to go on from, in words. step: that of the run. A checkpoint that
+    is being written at this moment counts: the run waits for it before it ends."""
+    complete, incomplete = distributed.list_checkpoints(out)
+    steps = [number for number in complete + incomplete if number <= step]
+    if steps:
+        return f"{distributed.folder_of(out, max(steps))} is still good"
     return "there is no checkpoint yet"
 
 
