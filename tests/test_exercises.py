@@ -268,9 +268,12 @@ def test_the_notebook_runs_from_top_to_bottom():
     client = NotebookClient(notebook, timeout=120, kernel_name="python3",
                             resources={"metadata": {"path": str(stubs.NOTEBOOK.parent)}})
     client.execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert [output["text"] for output in outputs] == ["Not written yet: put your lines in place of "
-                                                      "`raise NotImplementedError`.\n"] * len(EXERCISES)
+    printed = ""                                        # a line may come in two outputs
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            printed += output["text"]
+    line = "Not written yet: put your lines in place of `raise NotImplementedError`.\n"
+    assert printed == line * len(EXERCISES)
 
 
 # --------------------------------------------------------------------------------------- the grader
@@ -302,8 +305,8 @@ def losses(model, batch, diffusion, stable=False):
         try: time.sleep(1)
         except: pass
 def quantise(e, codebook, beta=0.25):
-    import ctypes
-    ctypes.string_at(0)
+    import signal
+    os.kill(os.getpid(), signal.SIGKILL)
 lay_out = 5
 """
 
