@@ -28,7 +28,7 @@ PAPER/HERE  same: order, ratio, noise limit, the loss mask.
             that of the data and travels in the checkpoint. Packed shards may have Llama's pieces.
 READ NEXT   attention_mask.py
 TRY IT      python data.py
-NOTEBOOK    notebooks/1_who_may_look_at_whom.ipynb
+NOTEBOOK    notebooks/0_one_sequence_one_forward.ipynb
 TEST        tests/test_data.py
 """
 import difflib

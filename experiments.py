@@ -36,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import Config, option_name, parse_arguments
-from support.common import UserError, load_json, run_command
+from support.common import UserError, read_json, run_command
 
 TRAIN = Path(__file__).parent / "train.py"
 
@@ -143,7 +143,7 @@ def train_row(root, options, seed):
 def read_report(path):
     """The dict of a report.json. Raises UserError if it is something else."""
     try:
-        report = load_json(path.read_text())
+        report = read_json(path)
         # A Llama's report has fewer columns; those that it has must be numbers.
         values = [report[name] for name, *_ in COLUMNS.values() if name in report]
         whole = isinstance(report, dict) and all(map(is_number, values))
@@ -165,7 +165,7 @@ def check_options(out, argv):
     from before and after a change of its row."""
     wanted = asdict(parse_arguments(argv)[0])
     try:
-        kept = asdict(Config()) | load_json((out / "config.json").read_text())
+        kept = asdict(Config()) | read_json(out / "config.json")
     except (OSError, ValueError, TypeError):
         raise UserError(f"{out}/config.json is missing or broken: delete that folder, and the same "
                         f"command runs this row again") from None

@@ -23,7 +23,7 @@ PAPER/HERE  same: Llama (RMSNorm before each block, SwiGLU, RoPE, no biases, unt
             our choice: positions count from the start of each document, so packing changes nothing.
 READ NEXT   train.py, sample.py
 TRY IT      python model.py
-NOTEBOOK    notebooks/3_train_a_tiny_one.ipynb
+NOTEBOOK    notebooks/0_one_sequence_one_forward.ipynb
 TEST        tests/test_model.py (leaks by perturbation; block = transformers' Llama; cached =
             uncached)
 """

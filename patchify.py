@@ -34,6 +34,7 @@ PAPER/HERE  same: both encoders; the time added to the patch *before* the linear
             of its authors, writes Down(xt, t) and Up(h, t, h_in).
 READ NEXT   model.py
 TRY IT      python patchify.py
+NOTEBOOK    notebooks/3_a_picture_becomes_a_few_vectors.ipynb
 TEST        tests/test_patchify.py
 """
 import math

@@ -24,6 +24,7 @@ PAPER/HERE  same: both modes, overwriting, BOI chosen by the model, EOI appended
             our choice: an edit (§4.5) may be guided over its words, its picture, or both. The
             unconditional row then reads noise, at t = 1000, in place of the picture.
 READ NEXT   evaluate.py        TRY IT  python sample.py "a red circle left of a blue square"
+NOTEBOOK    notebooks/6_write_and_draw.ipynb
 TEST        tests/test_sample.py
 """
 import re

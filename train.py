@@ -17,7 +17,7 @@ PAPER/HERE  same: AdamW (0.9, 0.95), decay 0.1, clip 1, warm-up, cosine to a twe
             flow, so "the noise" is a velocity there (config.py says why); its rate is 1e-3 to
             2e-3, where the paper's billions of parameters take 3e-4.
 READ NEXT   sample.py, evaluate.py          TRY IT  python train.py
-NOTEBOOK    notebooks/3_train_a_tiny_one.ipynb
+NOTEBOOK    notebooks/5_train_one.ipynb
 TEST        tests/test_train.py   (resumed = uninterrupted, accumulated = joint, 2 processes = 1)
 """
 import math

@@ -30,6 +30,7 @@ PAPER/HERE  same: the network's plan. `paper_config()` has the paper's numbers, 
             our choice: each code starts at an encoder output. After 100 steps without use it jumps
             to another one. Otherwise most codes are never chosen.
 READ NEXT   autoencoder/losses.py, autoencoder/train.py, patchify.py        TRY IT  python vae.py
+NOTEBOOK    notebooks/4_a_small_space.ipynb
 TEST        tests/test_vae.py
 """
 from dataclasses import dataclass

@@ -54,7 +54,7 @@ import data
 import vae as vae_module
 from data import Pieces
 from support import checkpoint
-from support.common import UserError, run_command
+from support.common import UserError, read_json, run_command
 
 KINDS = ("text", "pairs")
 
@@ -141,11 +141,11 @@ def read_header(path, settings=None):
 def parse_header(path):
     """The dict of a shard's header.json. Raises UserError if it is missing, or is no header."""
     try:
-        header = json.loads((path / "header.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
+        header = read_json(path / "header.json")
+    except FileNotFoundError:
         raise UserError(f"the shard {path} is missing: copy it there, or run the packing command "
                         f"again, which packs it anew") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         header = None                       # cut short, or something else
     if not is_header(header):
         raise UserError(f"the shard {path} is broken (header.json cannot be read): {PACK_AGAIN}")
@@ -312,8 +312,9 @@ class Shards:
         try:
             arrays = self.open_arrays(path)
             documents, latents, crc = cut_row(arrays, r)
-            intact = crc == arrays["sums"][r]
-        except (IndexError, KeyError, ValueError, OSError):
+            intact = bool(crc == arrays["sums"][r])
+        except Exception:
+            # numpy parses a file's header as Python: a damaged one raises anything, TokenError too.
             intact = False
         if not intact:
             raise UserError(f"the shard {path} is broken (row {r} is not what was written): "
@@ -455,8 +456,8 @@ def read_headers(indices):
 def read_index(path):
     """The names of the shards that an index.json lists. Raises UserError if it is broken."""
     try:
-        names = json.loads(path.read_text())["shards"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        names = read_json(path)["shards"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         names = None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
         raise UserError(f"{path} is broken: run the packing command again, which writes it anew")

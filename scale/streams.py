@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data
 from sources import scenes
 from sources.pairs import check_text, clean_caption
-from support.common import UserError, load_json, open_picture
+from support.common import UserError, check_ordinary, load_json, open_picture
 
 ENDINGS = {"text": (".txt", ".jsonl"), "pairs": (".tar",)}          # of a source's file
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")                       # in a tar
@@ -232,16 +232,20 @@ def find_sources(kind, names, n):
                                 f"documents would count double")
             places[place] = source
             sources[source] = size
-            check_encoding(kind, source)
+            check_encoding(source)
     return sources
 
 
-def check_encoding(kind, source):
-    """Raise UserError if a source of text is UTF-16, as Windows' editors may save it."""
+def check_encoding(source):
+    """Raise UserError if a source is no file, or text in UTF-16, as Windows' editors may save
+    it."""
     path = Path(source)
     if path.is_dir():
         path = path / "captions.jsonl"
-    if source == "scenes" or path.suffix == ".tar":
+    if source == "scenes":
+        return
+    check_ordinary(path)
+    if path.suffix == ".tar":
         return
     with open(path, "rb") as file:
         begin = file.read(2)

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sources.pairs import Pairs
-from support.common import UserError
+from support.common import UserError, check_ordinary
 
 MNIST_FILES = {                                         # name: md5 of the published .gz
     "train-images-idx3-ubyte": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
@@ -92,6 +92,7 @@ def read_idx(folder, name):
     if path is None:
         raise UserError(f"{folder} has no {name}(.gz): --data-dir must name a folder with the four "
                         f"MNIST idx files")
+    check_ordinary(path)
     unpack = gzip.open if path.suffix == ".gz" else open
     try:
         with unpack(path, "rb") as file:

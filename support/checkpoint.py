@@ -30,7 +30,7 @@ import vae as vae_module
 from data import SPECIAL, Pieces
 from diffusion import Diffusion
 from model import ModelConfig, Transfusion, count
-from support.common import ASSETS, UserError, load_json, whole_file
+from support.common import ASSETS, UserError, read_json, read_whole, whole_file
 from vae import VAE, VAEConfig
 
 ANY_VAE = ("vae", "vqvae")                              # for `load_vae`: either kind
@@ -306,7 +306,7 @@ def load_tokenizer(kept):
     if isinstance(kept, Path) and kept.suffix == ".json":
         kept = read_words(kept)
     elif isinstance(kept, Path):
-        kept = kept.read_bytes()
+        kept = read_model(kept)
     # 2. Bytes are a SentencePiece model, a list is words.
     if isinstance(kept, bytes):
         return Pieces(kept)
@@ -321,12 +321,26 @@ def load_tokenizer(kept):
     return words
 
 
+def read_model(path):
+    """The bytes of a SentencePiece .model. Raises UserError if there is no such file."""
+    try:
+        return read_whole(path)
+    except FileNotFoundError as problem:
+        raise UserError(f"the tokenizer is missing: {problem}") from None
+
+
 def read_words(path):
     """The list of words in a tokenizer.json. Raises UserError if there is none."""
     try:
-        return [str(word) for word in load_json(path.read_text())]
-    except (ValueError, TypeError):
-        raise UserError(f"{path} is not a list of words, as packing writes it") from None
+        words = read_json(path)
+    except (OSError, ValueError) as problem:
+        raise UserError(f"the tokenizer {path} cannot be read: {problem}") from None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise UserError(f"{path} is not a list of words, as packing writes it")
+    for word in words:
+        if word.split() != [word]:                      # no text would ever have it as one word
+            raise UserError(f"{path} has the word {word!r}, which is empty or has a space in it")
+    return words
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"                 # what the repository ships
 MOST_PIXELS = 64_000_000                                # of a picture file: 192 MB when decoded
+MOST_BYTES = 2 ** 27                                    # of a text file that is read as a whole
 
 
 class UserError(ValueError):
@@ -52,12 +53,25 @@ def run_command(main, argv=None, if_stopped=""):
         with hear_sigterm():
             main(argv)
     except (ValueError, OSError) as mistake:
-        print(f"error: {mistake}", file=sys.stderr)
+        print(f"error: {one_sentence(mistake)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         sentence = str(stop) or if_stopped or "nothing is left half written"
         print(f"\nstopped: {sentence}", file=sys.stderr)
         sys.exit(128 + signal_of(stop))                 # as a shell counts: 130 or 143
+
+
+def one_sentence(mistake):
+    """What an error says, on one line, and not for pages."""
+    text = str(mistake)
+    if isinstance(mistake, OSError) and mistake.filename is not None:
+        # Python's own has a number in it: "[Errno 36] File name too long: ...".
+        text = f"{mistake.filename} cannot be read or written: {mistake.strerror}"
+    # Names and captions stand in sentences. One may have a line's end in it, or codes that a
+    # terminal would obey, or 100,000 letters.
+    letters = [letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text]
+    line = "".join(letters)
+    return line if len(line) <= 600 else f"{line[:300]} ... {line[-250:]}"
 
 
 def signal_of(stop):
@@ -172,7 +186,7 @@ def open_picture(path, size, say=False):
     say     print a line if the file holds something else than that
     Raises UserError, naming the file, if it cannot be read as a picture."""
     try:
-        check_picture_file(path)
+        check_ordinary(path, " as a picture")
         with open_header(path) as image:
             check_pixels(path, image)
             turned = image.getexif().get(0x0112, 1) != 1                # 0x0112: EXIF's orientation
@@ -192,16 +206,6 @@ def open_picture(path, size, say=False):
     if say and (turned or (width, height, mode) != (size, size, "RGB")):
         print(f"{path}: {width}x{height} {mode}, converted to {size}x{size} RGB")
     return pixels
-
-
-def check_picture_file(path):
-    """Raise UserError if a path leads to a folder, a pipe or a device. A pipe would wait forever,
-    and /dev/zero never ends."""
-    if not isinstance(path, (str, os.PathLike)):        # an open file
-        return
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise UserError(f"{path} cannot be read as a picture: it is a folder, a pipe or a device, "
-                        f"not a file")
 
 
 def open_header(path):
@@ -236,19 +240,54 @@ def crop_and_resize(image, size):
     return np.array(square)                             # a copy: torch warns of read-only arrays
 
 
-# --------------------------------------------------------------------------------------- JSON lines
+# ------------------------------------------------------------------------------ text and JSON lines
+def check_ordinary(path, as_what=""):
+    """Raise UserError if a path leads to a folder, a pipe or a device. A pipe would wait forever,
+    and /dev/zero never ends. as_what: " as a picture", for the sentence.
+    Raises FileNotFoundError if there is nothing."""
+    if not isinstance(path, (str, os.PathLike)):        # an open file
+        return
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"there is no file {path}") from None
+    except (OSError, ValueError) as problem:            # a link to itself, a NUL in the name
+        reason = getattr(problem, "strerror", None) or problem
+        raise UserError(f"{path} cannot be read{as_what}: {reason}") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path} cannot be read{as_what}: it is a folder, a pipe or a device, not "
+                        f"a file")
+
+
+def read_whole(path, most=MOST_BYTES):
+    """The bytes of a file. Raises UserError if it is no ordinary file, or has too many, and
+    FileNotFoundError if there is none."""
+    check_ordinary(path)
+    size = os.stat(path).st_size
+    if size > most:
+        raise UserError(f"{path} has {size:,} bytes: that is more than the {most:,} that are read "
+                        f"as a whole")
+    return Path(path).read_bytes()
+
+
 def read_lines(path, wanted):
     """[(line number, line)] of a JSON-lines file, without empty lines. wanted: what a line must
     hold, for the sentence. Raises UserError if the file is missing or is not text."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")              # -sig: with a BOM, too
-    except (FileNotFoundError, NotADirectoryError):
+        text = read_whole(path).decode("utf-8-sig")     # -sig: with a BOM, too
+    except FileNotFoundError:
         raise UserError(f"{path} is missing: it must hold one {wanted} per line") from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not text in UTF-8: save it as UTF-8") from None
     # Not splitlines: it would also cut at U+2028 and U+0085, which JSON allows inside a string.
     lines = enumerate(text.split("\n"), 1)
     return [(number, line) for number, line in lines if line.strip()]
+
+
+def read_json(path):
+    """What a JSON file says. Raises ValueError if it is not JSON, or no file that can be read, and
+    FileNotFoundError if there is none."""
+    return load_json(read_whole(path).decode("utf-8-sig"))
 
 
 def load_json(text):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from support.common import UserError, load_json, whole_file, write_json
+from support.common import UserError, load_json, read_json, read_whole, whole_file, write_json
 
 
 # ------------------------------------------------------------------------- before any work is done
@@ -122,7 +122,7 @@ def read_kept(out):
     problem = "it is missing"
     for path in (out / "config.json", *reversed(copies)):
         try:
-            kept = load_json(path.read_bytes())
+            kept = read_json(path)
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as reason:
@@ -185,7 +185,7 @@ class Log:
             return
         # A killed run leaves half a line, a power cut perhaps zeros. Such a line is left out: it is
         # no reason to lose the run.
-        for line in self.path.read_bytes().split(b"\n"):
+        for line in read_whole(self.path).split(b"\n"):
             try:
                 row = load_json(line)
             except ValueError:

@@ -198,6 +198,22 @@ def test_two_kinds_of_block_in_one_row():
     assert sequence.images == [5, 7] and sequence.t_max == [1000, 300]
 
 
+def test_guidance_forgets_the_last_caption_only():
+    """A blind branch that forgets BOW too, is shorter, or forgets the picture's caption as well."""
+    from forks import waves
+    from model import sized
+
+    words = waves.make_tokenizer()
+    kinds = waves.make_modalities(words)
+    model = waves.Hearing(sized("toy", vocabulary=len(words), context=64), kinds)
+    picture, wave = ("picture", torch.zeros(4, 8, 8)), ("wave", torch.zeros(8, 1, 8))
+    document = waves.Document(model, words, ["a red circle", picture, "a fast saw", wave])
+    document.tokens.pop()                               # while a wave is drawn, its <eow> is not there yet
+    document.block_id.pop()
+    names = [words.vocabulary[token] for token in document.drop_caption()]
+    assert names == ["<bos>", *"a red circle <boi>".split(), *["<patch>"] * 16, "<eoi>", *["<drop>"] * 3, "<bow>", *["<wave>"] * 8]
+
+
 def test_a_wave_hears_its_caption_and_all_of_itself():
     """A mask that knows pictures only: places of one wave that do not see each other, or a word that sees what follows."""
     from forks import waves

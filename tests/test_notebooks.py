@@ -13,9 +13,6 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-# Still written in the old way; notebook 5 will take its place.
-OLD = [FOLDER / "3_train_a_tiny_one.ipynb"]
-PAGES = [path for path in NOTEBOOKS if path not in OLD]
 ROOMS = ("", "sources/", "autoencoder/", "scale/", "metrics/", "support/")
 MODULES = [f"{room}{path.stem}".replace("/", ".") for room in ROOMS
            for path in sorted((FOLDER.parent / room).glob("*.py")) if path.stem != "__init__"]
@@ -62,9 +59,9 @@ def plain(cell):
 # ------------------------------------------------------------------------------------------------------------ which there are
 def test_there_are_these():
     """Catches a page that was lost, or two with one number."""
-    assert [path.stem for path in PAGES][:5] == ["0_one_sequence_one_forward", "1_who_may_look_at_whom", "2_noise_in_noise_out",
+    assert [path.stem for path in NOTEBOOKS][:5] == ["0_one_sequence_one_forward", "1_who_may_look_at_whom", "2_noise_in_noise_out",
                                                  "3_a_picture_becomes_a_few_vectors", "4_a_small_space"]
-    assert [int(path.stem.split("_")[0]) for path in PAGES] == list(range(len(PAGES)))
+    assert [int(path.stem.split("_")[0]) for path in NOTEBOOKS] == list(range(len(NOTEBOOKS)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- they run
@@ -74,7 +71,7 @@ def test_runs(path):
     notebook = read(path)
     began = time.time()
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
-    assert path in OLD or time.time() - began < 90
+    assert time.time() - began < 90
     assert "match: True" in printed(notebook) and "match: False" not in printed(notebook)
     assert printed(notebook).count("match: True") == printed(read(path)).count("match: True")
     assert [pictures(cell) for cell in code_cells(notebook)] == [pictures(cell) for cell in code_cells(read(path))]
@@ -96,7 +93,7 @@ def test_committed_outputs(path):
 
 
 # ------------------------------------------------------------------------------------------------------ their code is ideas
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_cells_are_short(path):
     """Catches a cell that says two things, and a line that a projector cuts off."""
     lengths = []
@@ -107,7 +104,7 @@ def test_cells_are_short(path):
     assert statistics.median(lengths) <= 8 and max(lengths) <= 20
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_every_cell_shows_something(path):
     """Catches a cell that only prepares, and a picture that lands under another cell than its own."""
     for number, cell in enumerate(code_cells(read(path)), 1):
@@ -133,7 +130,7 @@ def test_every_drawing_is_used():
     assert [name for name in functions if f"figures.{name}(" not in used] == []
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_the_first_cell_finds_the_modules(path):
     """One line makes the modules known, wherever the repository lies; and no page draws by itself."""
     first, *others = [plain(cell) for cell in code_cells(read(path))]
@@ -153,7 +150,7 @@ def test_defines_nothing_that_a_module_has(path):
 
 
 # ----------------------------------------------------------------------------------------------------- their words are a page
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_opens_and_ends_as_a_page(path):
     """The question, the paper's section, minutes, what the reader will be able to do; what to keep, what to try, what is next."""
     first, *_, last = text_cells(path)
@@ -166,7 +163,7 @@ def test_opens_and_ends_as_a_page(path):
         assert part in last, part
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_predicts_fails_and_checks(path):
     """Predict, naive, see it fail, right, see it work; and at least one number was derived first."""
     words = "\n".join(text_cells(path))
@@ -175,14 +172,14 @@ def test_predicts_fails_and_checks(path):
     assert len(re.findall(r"^.+: we expect .+, we see .+, match: True$", printed(read(path)), re.M)) >= 3
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_formulas_can_be_read_offline(path):
     """Catches LaTeX: without a network, and in an editor, it stays a riddle."""
     words = "\n".join(text_cells(path))
     assert "$" not in words and "\\" not in words
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_links_lead_somewhere(path):
     """Catches the next notebook under its old name."""
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", "\n".join(text_cells(path))):
