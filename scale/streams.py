@@ -113,7 +113,8 @@ def members_of(path, size):
     """The items of a tar in webdataset's layout: the files of one picture stand together, and have
     the same name up to the first dot."""
     try:
-        with tarfile.open(path) as tar:
+        # "r:": not a zipped one. Its few bytes could unpack to anything.
+        with tarfile.open(path, "r:") as tar:
             files = (member for member in tar if member.isfile())
             # Neighbours only: a tar of a million pictures is never listed as a whole.
             for stem, group in itertools.groupby(files, stem_of):
@@ -122,7 +123,7 @@ def members_of(path, size):
                 where = f"{path}:{stem}"
                 yield end, functools.partial(read_members, tar, members, where, size)
     except Exception:
-        # There is no common class: tarfile's, those of gzip, bz2 and lzma, UnicodeError.
+        # There is no common class: tarfile's own, OSError, UnicodeError, OverflowError.
         raise UserError(f"{path} is truncated or not a tar: fetch it again, or leave it "
                         f"out") from None
 

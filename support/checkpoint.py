@@ -17,8 +17,9 @@ READ NEXT   sample.py        TRY IT  python -m support.checkpoint
 TEST        tests/test_sample.py, tests/test_vae.py, tests/test_errors.py, tests/test_trust.py
 """
 import math
+import warnings
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,9 @@ from support.common import ASSETS, UserError, read_json, read_whole, whole_file
 from vae import VAE, VAEConfig
 
 ANY_VAE = ("vae", "vqvae")                              # for `load_vae`: either kind
+
+KINDS = ("transfusion", "chameleon", "llama")           # of models: ours, and the rivals
+MOST = 2 ** 20                                          # diffusion steps, or positions, of a file
 
 # What a dict that does not fit this program ends in, while a model is built from it.
 UNFIT = (KeyError, TypeError, AttributeError, RuntimeError, ValueError, ArithmeticError)
@@ -170,14 +174,15 @@ def load_trained(path, device="cpu"):
     kind or shape."""
     content = load(path, "model")
     try:
-        check_layers(content)
-        model = Transfusion(ModelConfig(**content["config"]))
-        read_weights(model, content["weights"])
+        check_counts(content["config"], content["weights"])
+        config = typed(ModelConfig, content["config"])
+        model = build(Transfusion, config, content["weights"])
         tokenizer = load_tokenizer(content["words"])
         vae = unpack_vae(content["vae"])
         diffusion = Diffusion(**content["diffusion"])
         about = content.get("about", {})                # the oldest files have none
         trained = Trained(model.eval(), tokenizer, vae, diffusion, **about)
+        check_together(trained)
     except UNFIT as problem:
         raise of_another_version(path, problem) from None
     model.to(device)
@@ -185,12 +190,63 @@ def load_trained(path, device="cpu"):
     return trained
 
 
-def check_layers(content):
-    """Raise ValueError if a model has fewer tensors than layers. To build 2^63 layers would take
-    forever."""
-    layers = content["config"]["layers"]
-    if layers > len(content["weights"]):
-        raise ValueError(f"it has {len(content['weights'])} tensors for {layers} layers")
+def build(kind, config, weights):
+    """A module of a class, made from its config, with weights from a file. Raises RuntimeError if
+    the weights do not fit."""
+    # First without memory: a config that was damaged may ask for terabytes.
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                 # that nothing is copied: so it is meant
+        read_weights(kind(config), weights)
+    module = kind(config)
+    read_weights(module, weights)
+    return module
+
+
+def check_counts(config, weights):
+    """Raise ValueError if a file has fewer tensors than its config has layers or blocks. To build
+    2^63 layers would take forever."""
+    for name in ("layers", "blocks", "unet", "multipliers"):
+        numbers = config.get(name, 0)
+        for number in numbers if isinstance(numbers, (list, tuple)) else [numbers]:
+            if number > max(1024, len(weights)):        # the U-Net's numbers are channels, too
+                raise ValueError(f"it has {len(weights)} tensors, but {name} is {numbers!r:.60}")
+
+
+def typed(kind, options):
+    """An object of a dataclass of settings. Raises TypeError if one of the options, from a file, is
+    not of its field's type: a size of -0.0 would end far from here, in a library's words."""
+    for field in fields(kind):
+        value = options.get(field.name, field.default)
+        if field.type is tuple and type(value) in (list, tuple):
+            right = all(type(number) is int for number in value)
+        else:
+            right = type(value) is field.type
+        if field.name in options and not right:
+            raise TypeError(f"{field.name} cannot be {value!r:.60}")
+    return kind(**options)
+
+
+def check_together(trained):
+    """Raise ValueError if parts of a model.pt do not go together."""
+    config = trained.model.config
+    if trained.kind not in KINDS:
+        raise ValueError(f"a model of the kind {trained.kind!r:.60} is not known")
+    if type(trained.text_share) not in (int, float):
+        raise ValueError(f"its share of text cannot be {trained.text_share!r:.60}")
+    diffusion = trained.diffusion
+    if type(diffusion.T) is not int or not 1 <= diffusion.T <= MOST or config.context > MOST:
+        raise ValueError(f"it cannot have {diffusion.T!r:.60} diffusion steps and a context of "
+                         f"{config.context}")
+    if type(diffusion.shift) not in (int, float) or diffusion.shift <= 0:
+        raise ValueError(f"the shift of its schedule cannot be {diffusion.shift!r:.60}")
+    words = len(trained.tokenizer)
+    codes = trained.vae.config.codes
+    if config.vocabulary not in (words, words + codes):
+        raise ValueError(f"its network knows {config.vocabulary} tokens, but its tokenizer has "
+                         f"{words} and its VAE {codes} codes")
+    if config.latent[0] != trained.vae.config.z:
+        raise ValueError(f"its network draws latents of {config.latent[0]} channels, its VAE has "
+                         f"{trained.vae.config.z}")
 
 
 def save_trained(path, trained):
@@ -236,9 +292,8 @@ def unpack_vae(content):
     """The VAE of `pack_vae`'s dict."""
     config = dict(content["config"])
     config["multipliers"] = tuple(config["multipliers"])        # a file may hold a list
-    vae = VAE(VAEConfig(**config))
-    read_weights(vae, content["weights"])
-    return vae.eval()
+    check_counts(config, content["weights"])
+    return build(VAE, typed(VAEConfig, config), content["weights"]).eval()
 
 
 def load_vae(path, kind="vae"):

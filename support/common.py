@@ -64,9 +64,9 @@ def run_command(main, argv=None, if_stopped=""):
 def one_sentence(mistake):
     """What an error says, on one line, and not for pages."""
     text = str(mistake)
-    if isinstance(mistake, OSError) and mistake.filename is not None:
+    if isinstance(mistake, OSError) and mistake.strerror:
         # Python's own has a number in it: "[Errno 36] File name too long: ...".
-        text = f"{mistake.filename} cannot be read or written: {mistake.strerror}"
+        text = f"{mistake.filename or 'a file'} cannot be read or written: {mistake.strerror}"
     # Names and captions stand in sentences. One may have a line's end in it, or codes that a
     # terminal would obey, or 100,000 letters.
     letters = [letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text]

@@ -253,7 +253,7 @@ def is_ours(problem):
     """Whether the sentence of an error is ours, not that of a library that we called."""
     if isinstance(problem, (UserError, SystemExit)):    # SystemExit: argparse, of an option of ours
         return True
-    if isinstance(problem, OSError) and problem.filename is not None:
+    if isinstance(problem, OSError) and problem.strerror:
         return True                                     # support.common.one_sentence makes it ours
     frames = traceback.extract_tb(problem.__traceback__)
     last = frames[-1]
