@@ -467,7 +467,7 @@ class Saver:
             if rank() == 0:
                 remove(self.path)
             raise UserError(f"{self.path} could not be written ({cause_of(problem)}): is the disk "
-                            f"full? make room, then go on with --resume") from None
+                            f"full? what was saved before is still good") from None
         self.delete_old()
 
     def delete_old(self):

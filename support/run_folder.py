@@ -210,8 +210,8 @@ class Log:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as problem:
-            raise UserError(f"{self.path} could not be written ({problem.strerror}): make room, "
-                            f"then go on with --resume") from None
+            raise UserError(f"{self.path} could not be written ({problem.strerror}): what was "
+                            f"saved before is still good; make room, then go on") from None
 
     def last(self, name):
         """The newest value under a name, or None."""

@@ -18,7 +18,6 @@ VERDICTS    accepted    it ran to its end, or to its first seconds of work
             hang        over 30 s of a core, or 10 s of waiting for what does not come
             changed     a file that was given is not what it was
             wrong       accepted although it is broken, or refused although it is right
-TEST        tests/test_fuzz.py runs a small part
 """
 import argparse
 import collections

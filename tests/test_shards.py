@@ -916,8 +916,8 @@ def test_resume_in_smaller_pieces(packed, tmp_path, monkeypatch):
     """What "out of memory" advises: half the rows, twice as often, are the same rows. Catches a resume that refuses it."""
     monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
     train.main(training(packed, tmp_path / "run", steps=2))
-    one = make_run(parse_arguments(training(packed, tmp_path / "run"))[0], tmp_path / "run")
-    two = make_run(parse_arguments(training(packed, tmp_path / "run", documents=3, accumulate=2))[0], tmp_path / "run")
+    one = make_run(parse_arguments(training(packed, tmp_path / "one"))[0], tmp_path / "one")
+    two = make_run(parse_arguments(training(packed, tmp_path / "two", documents=3, accumulate=2))[0], tmp_path / "two")
     pieces = [draw_batch(two, 1, micro).latents for micro in range(2)]
     assert torch.equal(draw_batch(one, 1, 0).latents, torch.cat(pieces))
     train.main(training(packed, tmp_path / "run", steps=2, documents=3, accumulate=2) + ["--resume"])
@@ -989,7 +989,7 @@ def test_the_rivals_learn_from_shards(coded, packed, tmp_path, monkeypatch, caps
     train.main(training(packed, tmp_path / "l", model="llama", steps=2, samples=2))
     trained = load_trained(tmp_path / "l/model.pt")
     assert trained.kind == "llama" and not (tmp_path / "l/samples.png").exists()
-    run = make_run(parse_arguments(training(packed, tmp_path / "l", model="llama"))[0], tmp_path / "l")
+    run = make_run(parse_arguments(training(packed, tmp_path / "other", model="llama"))[0], tmp_path / "other")
     for step in range(20):
         tokens = draw_batch(run, step, 0).tokens
         assert not torch.isin(tokens, torch.tensor([data.BOI, data.PATCH])).any() and (tokens >= len(data.SPECIAL)).float().mean() > 0.5
