@@ -169,8 +169,8 @@ def run_all(copy):
 
 def prepare(copy):
     """What the README expects of its reader: pictures of their own, a text, a tokenizer; MNIST without the download."""
-    import test_sources
     import test_edits  # noqa: F401
+    import test_sources
     from scale import streams
 
     for name in ("my_pictures", "pictures"):
