@@ -151,7 +151,7 @@ def run_all(copy):
     """Run every command of RUN in the folder `copy`; write results.json there."""
     import experiments
     import train  # noqa: F401  imported once, for all that are forked
-    from autoencoder import train as _  # noqa: F401
+    from autoencoder import train as vae_training  # noqa: F401
     from metrics import coco, likelihood  # noqa: F401
     from scale import pack  # noqa: F401
 
