@@ -16,10 +16,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 120                                             # seconds for one command
@@ -156,9 +158,8 @@ def run_all(copy):
     from scale import pack  # noqa: F401
 
     prepare(copy)
-    # The rows of a table take no options from the command line: fewer steps here. Each row would start Python, too.
+    # The rows of a table take no options from the command line: fewer steps here.
     experiments.BASE = f"{FEW} --gap-every 1"
-    subprocess.run = run_forked
     results = {}
     for command, (more, _) in RUN.items():
         began = time.time()
@@ -199,17 +200,14 @@ def run_line(line, copy):
         return status, said.read()
 
 
-def run_forked(command, stdout, stderr, env):
-    """In place of subprocess.run, for the trainings that experiments.py starts."""
-    return subprocess.CompletedProcess(command, fork(command[1:], stdout))
-
-
 def fork(words, said):
     """The exit status of `python words...` in a fork of this process. said: an open file for what it prints."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
+            os.setsid()                                 # a group of its own: what it starts can be ended with it
+            tqdm.set_lock(threading.RLock())            # tqdm's own is shared between forks: one killed while it holds it, and all wait
             os.dup2(said.fileno(), 1)
             os.dup2(said.fileno(), 2)
             sys.stdout = open(1, "w", closefd=False)
@@ -225,8 +223,10 @@ def fork(words, said):
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
-    os.kill(child, 9)
+    os.killpg(child, 9)
     os.waitpid(child, 0)
+    said.write(f"\nkilled after {LIMIT} s")
+    said.flush()
     return -9
 
 
