@@ -241,10 +241,12 @@ PAPER_DEFAULTS = dict(
     gap_every=1000,
     save_every=1000,
 )
-# Paper: a Chameleon is made stable and learns at 1e-4 (§4.1). A Llama's step has the 1M text tokens
-# of the others' 2M (Table 2, "Batch"). Table 2's third row is --preset 0.76b-llama --stable.
+# Paper: Chameleon's changes for stability come with a rate of 1e-4 (§4.1). So --stable sets it, too:
+# Table 2's third row is --preset 0.76b-llama --stable.
+STABLE_LR = 1e-4
+# Paper: a Llama's step has the 1M text tokens of the others' 2M (Table 2, "Batch").
 PAPER_RIVALS = {
-    "chameleon": dict(model="chameleon", stable=True, lr=1e-4),
+    "chameleon": dict(model="chameleon", stable=True, lr=STABLE_LR),
     "llama": dict(model="llama", accumulate=256),
 }
 for size in PAPER_SIZES:
@@ -252,9 +254,9 @@ for size in PAPER_SIZES:
     PRESETS[size] = run
     for rival, changes in PAPER_RIVALS.items():
         PRESETS[f"{size}-{rival}"] = run | changes
-# Paper: the flagship takes 500k steps of 4M tokens (§4.1). Table 1's 7B is a quarter of it, as long
-# as its rivals: --preset 7b --accumulate 512 --steps 250000.
-PRESETS["7b"] |= dict(accumulate=1024, steps=500000)
+# Paper: the flagship, Table 6 (§4.4): U-Net patches of 2x2, 500k steps of 4M tokens. "7b" is the
+# 7B of Table 1 and Fig. 5: linear patches, a quarter of the tokens, as its rivals have them.
+PRESETS["flagship"] = dict(PRESETS["7b"], encoder="unet", accumulate=1024, steps=500000)
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -270,7 +272,10 @@ def parse_arguments(argv=None):
 
     if preset is None:
         preset = default_preset(given)
-    config = Config(**{"out": f"out/{preset}", **PRESETS[preset], **given})
+    options = {"out": f"out/{preset}", **PRESETS[preset], **given}
+    if given.get("stable") and options.get("size") in PAPER_SIZES and "lr" not in given:
+        options["lr"] = STABLE_LR
+    config = Config(**options)
     check_ranges(config)
     check_together(config, given)
     return config, resume, overwrite, plan if dry_run else None

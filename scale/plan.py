@@ -501,9 +501,10 @@ def total_bytes(lines):
 
 
 if __name__ == "__main__":
-    for size in PAPER_SIZES:
-        # Paper: §4.1, 250k steps of 2M tokens, 512 rows of 4096; the flagship twice both.
-        times = 2 if size == "7b" else 1
-        plan = Plan(paper_model(size), 1, 512 * times, 250_000 * times, gpus=512)
-        print(f"======== {size}")
+    # Paper: §4.1, 250k steps of 2M tokens: 512 rows of 4096.
+    plans = {size: Plan(paper_model(size), 1, 512, 250_000, gpus=512) for size in PAPER_SIZES}
+    # Paper: §4.4, the flagship: U-Net patches, and twice both.
+    plans["flagship"] = Plan(paper_model("7b", "unet"), 1, 1024, 500_000, gpus=512)
+    for name, plan in plans.items():
+        print(f"======== {name}")
         print(*describe(plan), "", sep="\n")

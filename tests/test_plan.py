@@ -203,15 +203,33 @@ def test_dry_run_of_the_rivals(capsys):
 
 @pytest.mark.parametrize("size", PAPER_SIZES)
 def test_presets_are_the_papers_budget(size):
-    """Steps, batch, rate or loss of another run: 0.5T tokens in steps of 2M, the flagship 2T in steps of 4M (§4.1)."""
+    """Steps, batch, rate or loss of another run: 0.5T tokens in steps of 2M, with linear patches (§4.1)."""
     config, *_ = parse_arguments(["--preset", size])
     tokens = config.documents * config.accumulate * config.seq_len
-    large = 2 if size == "7b" else 1
     assert (config.size, config.seq_len, config.lr, config.warmup, config.clip) == (size, 4096, 3e-4, 4000, 1)
     assert (config.lam, config.patch, config.diffusion, config.shift) == (5, 2, "ddpm", 1)
-    assert (tokens, config.steps) == (large * 2 ** 21, large * 250_000)
+    assert (tokens, config.steps, config.encoder) == (2 ** 21, 250_000, "linear")
     assert math.isclose(train.learning_rate(config, config.steps), 1.5e-5)
 
+
+def test_the_flagship_is_a_run_of_its_own():
+    """Table 6's 7B reads 2T tokens through U-Net patches of 2x2 (§4.4). Catches a linear flagship, and Table 1's 7B with its
+    budget: its rivals would have a quarter of the compute."""
+    flagship, seven, chameleon = (parse_arguments(["--preset", name])[0] for name in ("flagship", "7b", "7b-chameleon"))
+    differ = {name for name, value in vars(flagship).items() if vars(seven)[name] != value}
+    assert differ == {"encoder", "accumulate", "steps", "out"}
+    assert (flagship.size, flagship.encoder, flagship.patch, flagship.steps) == ("7b", "unet", 2, 500_000)
+    assert flagship.documents * flagship.accumulate * flagship.seq_len == 2 ** 22
+    assert (seven.steps, seven.accumulate) == (chameleon.steps, chameleon.accumulate)
+
+
+@pytest.mark.parametrize("options, rate", [
+    (["0.76b-llama"], 3e-4), (["0.76b-llama", "--stable"], 1e-4), (["0.76b", "--stable"], 1e-4), (["0.76b-chameleon"], 1e-4),
+    (["0.76b-llama", "--stable", "--lr", "2e-4"], 2e-4), (["llama", "--stable"], 2e-3), (["0.76b-llama", "--no-stable"], 3e-4)])
+def test_what_is_made_stable_learns_at_its_rate(options, rate):
+    """Table 2's third row is a Llama with all of Chameleon's changes (§4.1), its rate of 1e-4 among them. A toy's rate is our
+    own, and a rate that is given counts."""
+    assert parse_arguments(["--preset", *options])[0].lr == rate
 
 @pytest.mark.parametrize("options, words", [
     (["--preset", "scenes"], "not 'toy': name one with --preset"), (["--gpus", "0"], "--gpus must be at least 1"), (["--gpus", "500"], "divides"),

@@ -42,7 +42,7 @@ RUN = {
     "python train.py --data mnist": (FEW + " --vae-steps 1 --samples 0", ["out/mnist/model.pt", "out/mnist/vae.pt"]),
     "python train.py --preset edit": (FEW, ["out/edit/model.pt", "out/edit/report.json"]),
     "python experiments.py 3 --seeds 2": ("--seeds 1 --jobs 1", ["out/experiments/table_3.md"]),
-    "python train.py --preset 7b --dry-run --gpus 512": ("", []),
+    "python train.py --preset flagship --dry-run --gpus 512": ("", []),
     "python -m autoencoder.train": ("--steps 1", ["out/vae/vae.pt", "out/vae/reconstructions.png"]),
     "--data folder --data-dir my_pictures": (FEW + " --vae-steps 1", ["out/folder/model.pt"]),
     "python -m scale.pack --text a.jsonl --pairs pictures/ --tokenizer llama.model --vae vae.pt --out packed": (
