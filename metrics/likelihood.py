@@ -15,13 +15,14 @@ THE RULE    perplexity = exp( - sum of ln p(token | all before it) / number of t
 SHAPES      a request is (context, continuation), two lists of ids. Its answer is (ln p in nats,
             whether greedy decoding would say the same).
 PAPER/HERE  same: perplexity on held-out text (the paper: 20M tokens of C4, and of Wikipedia);
-            answers by ranked classification, 0-shot. The Llama suite's seven tasks come from
-            lm-evaluation-harness (`suite`), which asks `log_likelihood`.
+            answers by ranked classification, 0-shot: of the Llama suite's seven tasks, from files
+            (`choices`, see questions.py) or by lm-evaluation-harness (`suite`), which asks
+            `log_likelihood`.
             our choice: documents are cut where the context ends; each piece begins with <bos>, as
             in training; EOS does not count.
             Run here: shipped models, texts and tasks of the scenes world. Not run: C4, Wikipedia,
             the suite (no network).
-READ NEXT   coco.py, ../evaluate.py        TRY IT  python -m metrics.likelihood
+READ NEXT   questions.py, coco.py        TRY IT  python -m metrics.likelihood
 TEST        tests/test_likelihood.py
 """
 import argparse
@@ -38,15 +39,13 @@ from tqdm import tqdm
 
 import data
 from data import BOS
+from metrics.questions import deduction_questions, read_questions
 from scale import distributed, streams
-from sources import scenes
 from support.checkpoint import device_of, load_trained
 from support.common import (
     ASSETS,
     UserError,
     check_writable,
-    load_json,
-    read_lines,
     run_command,
 )
 
@@ -193,11 +192,12 @@ def ranked(trained, questions, progress=False):
     highest ln p per character; "n", "chance"}. Every process must call it.
 
     questions: list of (context, answers, number of the right one); an answer follows its context
-    after a space."""
+    after a space. A list of contexts has one for each answer."""
     requests = []
     for context, answers, _ in questions:
-        for answer in answers:
-            requests.append(split(trained.tokenizer, context, " " + answer))
+        contexts = context if isinstance(context, list) else [context] * len(answers)
+        for own, answer in zip(contexts, answers, strict=True):
+            requests.append(split(trained.tokenizer, own, " " + answer))
     results = iter(log_likelihood(trained.model, requests, progress))
 
     right = []
@@ -218,12 +218,27 @@ def ranked(trained, questions, progress=False):
     }
 
 
-def suite(trained, tasks=SUITE, **options):
+def rank_files(trained, names, limit=None):
+    """`ranked` of each file of questions, {name: its numbers}, and their "mean", which the paper
+    reports; of a single file its numbers alone. Every process must call it.
+
+    names: as `read_questions` takes them; limit: at most so many questions of each."""
+    # All are read before the first is ranked: a mistake in the last one must not cost hours.
+    files = {name: read_questions(name, limit_of(name, limit)) for name in names}
+    rows = {name: ranked(trained, questions, True) for name, questions in files.items()}
+    if len(rows) == 1:
+        return rows[names[0]]
+    mean = float(np.mean([row["acc"] for row in rows.values()]))
+    return rows | {"mean": {"acc": mean}}
+
+
+def suite(trained, tasks=SUITE, include_path=None, **options):
     """lm-evaluation-harness' own results {task: its numbers}, 0-shot, and their "mean", which the
     paper reports. The library downloads the questions. Every process must call it.
 
-    tasks: names that the library knows; options: as its simple_evaluate, e.g. limit, task_manager.
-    Raises UserError if the library is not there, or does not know a task."""
+    tasks: names that the library knows; include_path: a folder with tasks of your own, .yaml files,
+    e.g. such as read local files; options: as its simple_evaluate, e.g. limit. Raises UserError if
+    the library is not there, or does not know a task."""
     try:
         import lm_eval
         from lm_eval.api.model import LM
@@ -246,11 +261,11 @@ def suite(trained, tasks=SUITE, **options):
             raise UserError("only tasks of ranked classification (multiple choice) can be asked "
                             "here")
 
-    manager = options.pop("task_manager", None) or TaskManager()
+    manager = TaskManager(include_path=include_path)
     for task in tasks:
         if task not in manager.all_tasks:
             raise UserError(f"lm-evaluation-harness has no task {task!r}: `lm_eval ls tasks` lists "
-                            f"them")
+                            f"them, --include-path adds your own")
     answer = lm_eval.simple_evaluate(
         Judge(), tasks=list(tasks), num_fewshot=0, task_manager=manager, **options,
     )
@@ -259,7 +274,7 @@ def suite(trained, tasks=SUITE, **options):
     return results | {"mean": {"acc": mean}}
 
 
-# --------------------------------------------------------------------------- texts and questions
+# ----------------------------------------------------------------------------------------- texts
 def limit_of(name, limit=None):
     """How many of a name of the command line: `limit`, if given; else of scenes 1000, of others
     all (None)."""
@@ -289,61 +304,6 @@ def texts_of(name, n):
             yield text
 
 
-def read_questions(name, n=None, seed=0):
-    """Up to n questions, as `ranked` takes them, of a .jsonl; or, for the word scenes, n of that
-    world. Raises UserError, naming the line, for one that is no question."""
-    if name == "scenes":
-        return deduction_questions(n, seed)
-    wanted = ('{"context": ..., "choices": [at least two], "answer": number of the right one, '
-              'from 0}')
-    questions = []
-    for number, line in read_lines(Path(name), wanted)[:n]:
-        try:
-            questions.append(read_question(load_json(line)))
-        except (ValueError, KeyError, TypeError):
-            where = f"{name} line {number}"
-            raise UserError(f"{where} is not {wanted}: {line[:60]!r}") from None
-    if not questions:
-        raise UserError(f"{name} is empty: it must hold one {wanted} per line")
-    return questions
-
-
-def read_question(entry):
-    """(context, choices, answer) of one line's dict. Raises ValueError, KeyError or TypeError if it
-    is none."""
-    # Raised, not asserted: under PYTHONOPTIMIZE=1 an assert is not there.
-    context = entry["context"]
-    choices = entry["choices"]
-    answer = entry["answer"]
-    if not isinstance(context, str) or not isinstance(choices, list) or len(choices) < 2:
-        raise ValueError("no context, or no choice")
-    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise ValueError("an empty choice")
-    if type(answer) is not int or not 0 <= answer < len(choices):   # True is an int, too
-        raise ValueError("no such answer")
-    return context, choices, answer
-
-
-def deduction_questions(n, seed=0):
-    """n two-choice questions of the scenes world: a fact about two objects, and the same fact seen
-    from the other side."""
-    rng = np.random.default_rng([seed, 10])
-    pairs = scenes.captions("color_attr")
-    relations = list(scenes.RELATIONS)
-    questions = []
-    for k in range(n):
-        _, claim = pairs[rng.integers(len(pairs))]
-        relation = relations[rng.integers(len(relations))]
-        text = scenes.deduction_text(claim.objects, relation)
-        false_text = scenes.deduction_text(claim.objects, relation, wrong=True)
-        context, right = text.rsplit(" is ", 1)
-        _, wrong = false_text.rsplit(" is ", 1)
-        # In turn, the right one first and second: a model that cannot tell takes the first.
-        answers = [right, wrong] if k % 2 == 0 else [wrong, right]
-        questions.append((f"{context} is", answers, k % 2))
-    return questions
-
-
 # --------------------------------------------------------------------------------- command line
 def demo(trained):
     """Both answers to a few of the world's questions, and how probable the model finds them."""
@@ -367,12 +327,14 @@ def parse_arguments(argv=None):
         help="how to judge; without it: a small example")
     add("names", nargs="*",
         help='perplexity: .txt (a document per line), .jsonl with {"text": ...}, folders of them, '
-             "or the word scenes; choices: one .jsonl, or the word scenes; suite: tasks of "
+             "or the word scenes; choices: .jsonl files as the Llama suite's tasks are published "
+             "(labels of x.jsonl in x-labels.lst), or the word scenes; suite: tasks of "
              "lm-evaluation-harness, default: the paper's")
     add("--checkpoint", default=str(ASSETS / "scenes.pt"), help="a model.pt of train.py")
     add("--limit", type=int,
         help="at most so many documents of each name, or questions (of each task); default: all, "
              "of scenes 1000")
+    add("--include-path", help="suite: a folder with tasks of your own, as .yaml files")
     add("--json", help="also write the numbers here")
     args = parser.parse_args(argv)
     check_arguments(args)
@@ -385,15 +347,22 @@ def check_arguments(args):
         raise UserError(f"--limit must be at least 1, got {args.limit}")
     if args.what == "perplexity" and not args.names:
         raise UserError(f"say what to read: {COMMAND} perplexity a.jsonl b.txt")
-    if args.what == "choices" and len(args.names) != 1:
-        raise UserError(f"say what to read, one file: {COMMAND} choices questions.jsonl")
+    if args.what == "choices" and not args.names:
+        raise UserError(f"say what to read: {COMMAND} choices questions.jsonl")
+    if args.include_path and args.what != "suite":
+        raise UserError(f"--include-path is for tasks of the suite: {COMMAND} suite my_task "
+                        f"--include-path {args.include_path}")
+    if args.include_path and not Path(args.include_path).is_dir():
+        raise UserError(f"there is no folder {args.include_path} with tasks")
     if args.json is not None:
         check_writable(args.json)
 
 
 def print_numbers(args, numbers):
     """One line per task, or one line."""
-    rows = numbers if args.what == "suite" else {" ".join(args.names): numbers}
+    # Of several files, or tasks, each has a row; of what is one number there is one.
+    single = args.what == "perplexity" or "acc" in numbers
+    rows = {" ".join(args.names): numbers} if single else numbers
     for name, row in rows.items():
         cells = []
         for key, value in row.items():
@@ -417,11 +386,10 @@ def main(argv=None):
         texts = read_texts(args.names, args.limit)
         numbers = perplexity(trained, texts, progress=True)
     elif args.what == "choices":
-        [name] = args.names
-        questions = read_questions(name, limit_of(name, args.limit))
-        numbers = ranked(trained, questions, progress=True)
+        numbers = rank_files(trained, args.names, args.limit)
     else:
-        numbers = suite(trained, args.names or SUITE, limit=args.limit)
+        tasks = args.names or SUITE
+        numbers = suite(trained, tasks, include_path=args.include_path, limit=args.limit)
 
     if distributed.rank() == 0:
         if args.json:                                   # first: a name may not be printable

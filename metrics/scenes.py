@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import data
 from metrics import drawing, likelihood
+from metrics.questions import deduction_questions
 from scale import distributed
 from sources import scenes
 from support.checkpoint import device_of, encode_pixels
@@ -209,5 +210,5 @@ def deduction_nats(trained, n=500, seed=0):
 def deduction_accuracy(trained, n=200, seed=0):
     """Share of two-choice deductions in which the right relation is likelier than the wrong one.
     Chance: 0.5. Every process must call it."""
-    questions = likelihood.deduction_questions(n, seed)
+    questions = deduction_questions(n, seed)
     return likelihood.ranked(trained, questions)["acc"]

@@ -56,7 +56,7 @@ import train
 import vae as vae_module
 from autoencoder import train as vae_training
 from diffusion import Diffusion
-from metrics import coco, likelihood
+from metrics import coco, likelihood, questions
 from scale import pack, shards, streams
 from sources import edits, folder, mnist, scenes
 from support import checkpoint
@@ -296,7 +296,7 @@ def stop_after_a_while():
 WORK = [(train, "train_step"), (sample, "generate"), (sample, "draw"), (pack, "pack_kind"),
         (vae_training, "train_vae"), (likelihood, "score"), (evaluate, "report"),
         (experiments, "train_all"), (scenes, "load_scenes"), (edits, "scene_edits"),
-        (coco, "draw_scenes"), (likelihood, "deduction_questions"), (likelihood, "read_texts")]
+        (coco, "draw_scenes"), (questions, "deduction_questions"), (likelihood, "read_texts")]
 
 
 # ----------------------------------------------------------------------------- what inputs are made of

@@ -31,7 +31,8 @@ TESTS = {                                               # module: the tests that
     "sources/folder": "test_sources", "sources/feed": "test_train test_chameleon",
     "metrics/gap": "test_evaluate test_chameleon", "metrics/scenes": "test_evaluate",
     "metrics/digits": "test_evaluate", "metrics/mixtures": "test_mixtures",
-    "metrics/likelihood": "test_likelihood", "metrics/coco": "test_coco",
+    "metrics/likelihood": "test_likelihood", "metrics/questions": "test_questions",
+    "metrics/coco": "test_coco",
     "scale/plan": "test_plan", "scale/shards": "test_shards", "scale/pack": "test_shards",
     "scale/streams": "test_shards", "scale/distributed": "test_distributed",
 }

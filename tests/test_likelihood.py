@@ -17,7 +17,6 @@ import torch
 import data
 from data import BOS
 from metrics import likelihood
-from sources import scenes
 from support.common import UserError
 
 WORDS = data.Words("a b c d e f g h i".split())         # V = 16, as make_model has it
@@ -142,44 +141,6 @@ def test_ranked(trained, monkeypatch):
     assert likelihood.ranked(trained, questions[1:2])["acc_norm"] == 0 and likelihood.ranked(trained, questions[2:])["acc"] == 0
 
 
-def test_the_worlds_questions_have_one_right_answer():
-    """Catches a right answer that always stands first (a model that cannot tell would win every tie), or two that are the same."""
-    questions = likelihood.read_questions("scenes", 40)
-    for context, answers, truth in questions:
-        texts = [f"{context} {answer}" for answer in answers]
-        claim = scenes.read_caption(texts[truth].split(" .")[0].replace(" is ", " "))
-        assert texts[truth] == scenes.deduction_text(claim.objects, claim.relation) and len(set(texts)) == 2
-        assert texts[1 - truth] == scenes.deduction_text(claim.objects, claim.relation, wrong=True)
-    assert {truth for *_, truth in questions} == {0, 1} and questions == likelihood.read_questions("scenes", 40)
-
-
-def test_ours_is_lm_evaluation_harness(trained, tmp_path):
-    """The same questions, asked by the library through `suite` and by `ranked`: accuracy, and that per character."""
-    pytest.importorskip("lm_eval")
-    from lm_eval.tasks import TaskManager
-    g = torch.Generator().manual_seed(1)
-
-    def text(most):
-        n = int(torch.randint(1, most, (1,), generator=g))
-        return " ".join(WORDS.vocabulary[7 + int(k)] for k in torch.randint(9, (n,), generator=g))
-
-    rows = [{"context": text(8), "choices": [text(5) for _ in range(4)], "answer": int(torch.randint(4, (1,), generator=g))} for _ in range(30)]
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "ours.yaml").write_text(
-        f"task: ours\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/questions.jsonl}}, cache_dir: {tmp_path}/cache}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{context}}'\ndoc_to_choice: choices\ndoc_to_target: answer\n"
-        "metric_list: [{metric: acc}, {metric: acc_norm}]\n")
-    manager = TaskManager(include_path=str(tmp_path))
-    found = likelihood.suite(trained, ["ours"], task_manager=manager, bootstrap_iters=0)
-    theirs = found["ours"]
-    assert found["mean"]["acc"] == theirs["acc,none"]
-    with pytest.raises(UserError, match="has no task 'theirs'"):
-        likelihood.suite(trained, ["ours", "theirs"], task_manager=manager)
-    ours = likelihood.ranked(trained, likelihood.read_questions(str(tmp_path / "questions.jsonl"), 30))
-    assert (theirs["acc,none"], theirs["acc_norm,none"]) == (ours["acc"], ours["acc_norm"])
-    assert 0.05 < ours["acc"] < 0.9 and ours["acc"] != ours["acc_norm"]     # or the questions tell nothing
-
-
 def test_a_broken_model_says_so(trained):
     """Catches weights that are NaN or inf taken for a model that is right wherever the right answer stands first."""
     for bad in (math.nan, math.inf):
@@ -230,19 +191,3 @@ def test_texts_of_files(tmp_path):
     for limit, scenes_first in ((5, 5), (None, 1000)):
         texts = likelihood.read_texts(["scenes", a], limit)
         assert len(texts) == scenes_first + 2 and texts[-2:] == ["a b", "c"]
-
-
-@pytest.mark.parametrize("line", [
-    "", "{}", "[" * 100000,
-    '{"context": "a", "choices": ["b"], "answer": 0}',
-    '{"context": "a", "choices": "bc", "answer": 0}',
-    '{"context": "a", "choices": ["b", "c"], "answer": 2}',
-    '{"context": "a", "choices": ["b", "c"], "answer": -1}',
-    '{"context": "a", "choices": ["b", "c"], "answer": true}',
-    '{"context": "a", "choices": ["b", "  "], "answer": 0}',
-    '{"context": "a", "choices": ["b", ""], "answer": 0}'], ids=lambda line: line[:60])
-def test_questions_that_are_none(tmp_path, line):
-    """Catches a traceback, or an answer that does not exist taken for a wrong one."""
-    (tmp_path / "q.jsonl").write_text(line)
-    with pytest.raises(UserError, match="q.jsonl.*answer"):
-        likelihood.read_questions(str(tmp_path / "q.jsonl"), 9)
