@@ -146,12 +146,17 @@ def read_question(entry, label=None):
     AttributeError if it is none."""
     if label is not None:
         entry = {"label": label, **entry}
-    fit = [read for keys, read in FORMATS.items() if all(key in entry for key in keys)]
-    if not fit:
-        raise KeyError("a format that is not known")
-    context, answers, truth = fit[0](entry)
+    context, answers, truth = find_format(entry)(entry)
     check_question(context, answers, truth)
     return context, answers, truth
+
+
+def find_format(entry):
+    """The function of FORMATS that reads a line's dict. Raises KeyError if there is none."""
+    for names, read in FORMATS.items():
+        if all(name in entry for name in names):
+            return read
+    raise KeyError("a format that is not known")
 
 
 def check_question(context, answers, truth):
