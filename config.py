@@ -104,7 +104,10 @@ class Config:
     # What is written, and when.
     log_every: int = option(50, "steps between lines of log.jsonl", at_least=1)
     gap_every: int = option(200, "steps between measurements of the conditioning gap", at_least=1)
-    save_every: int = option(500, "steps between checkpoints", at_least=1)
+    save_every: int = option(500, "steps between checkpoints; the last two are kept", at_least=1)
+    # Fig. 5 scores one run after several budgets: scale/export.py makes a model.pt of a checkpoint.
+    keep_every: int = option(0, "steps between checkpoints that are kept for good; 0: none",
+                             at_least=0)
     out: str = option("", "folder of this run; default: out/<preset>")
 
     # The report after the last step.
@@ -118,7 +121,7 @@ class Config:
 # learns (support/run_folder.py compares the rest).
 # The data may lie in another folder by now: run_folder.check_same_data looks at what is in it.
 MAY_CHANGE_ON_RESUME = {
-    "out", "data_dir", "log_every", "gap_every", "save_every",
+    "out", "data_dir", "log_every", "gap_every", "save_every", "keep_every",
     "samples", "sample_steps", "guidance", "sampler",
     "checkpointing", "compile", "shard",
 }
@@ -241,8 +244,8 @@ PAPER_DEFAULTS = dict(
     gap_every=1000,
     save_every=1000,
 )
-# Paper: Chameleon's changes for stability come with a rate of 1e-4 (§4.1). So --stable sets it, too:
-# Table 2's third row is --preset 0.76b-llama --stable.
+# Paper: Chameleon's changes for stability come with a rate of 1e-4 (§4.1). So --stable sets it: the
+# third row of Table 2 is --preset 0.76b-llama --stable.
 STABLE_LR = 1e-4
 # Paper: a Llama's step has the 1M text tokens of the others' 2M (Table 2, "Batch").
 PAPER_RIVALS = {
@@ -361,6 +364,9 @@ def check_together(config, given):
                         f"itself how much text there is")
     if config.codes and config.model != "chameleon":
         raise UserError(f"--codes is for --model chameleon, not for {config.model}")
+    if config.keep_every % config.save_every:
+        raise UserError(f"--keep-every {config.keep_every} must be a multiple of --save-every "
+                        f"{config.save_every}: what is kept must be saved first")
     if config.codes == 1:
         raise UserError("--codes must be at least 2, got 1: a picture of one code says nothing")
 

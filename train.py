@@ -164,7 +164,7 @@ def fit(run, out, heard):
     config = run.config
     first = distributed.rank() == 0                     # one process speaks and writes for all
     log = run_folder.Log(out, run.step, is_log_line)
-    saver = distributed.Saver(out, run.ranks)
+    saver = distributed.Saver(out, run.ranks, keep_every=config.keep_every)
     # (captions, latents, latents before) of pictures that are never trained on. A Llama has none.
     probe = None if config.model == "llama" else run.feed.held_out(128)
     distributed.wait()                                  # all have read log.jsonl: now rewrite it

@@ -24,8 +24,8 @@ START       one node:
 OUT         out/<name>/checkpoints/step_000500/: the format of torch.distributed.checkpoint, one
             file per rank, and .metadata, which is written when they are complete. Without it the
             checkpoint does not count. Then each rank adds the checksum of its file, which --resume
-            compares. The last two are kept. TRAP: torch unpickles .metadata, and what is unpickled
-            may run code: resume only runs of your own.
+            compares. The last two are kept, and those of --keep-every. TRAP: torch unpickles
+            .metadata, and what is unpickled may run code: resume only runs of your own.
 PAPER/HERE  the paper says how large its batches are, not how they are divided: our choice, all of
             it. Run here: CPU and gloo, 1, 2 and 2 x 2 processes (tests). Written for CUDA and
             NCCL, not run there: we had no GPU.
@@ -410,12 +410,16 @@ def not_finite(state):
 
 class Saver:
     """Writes checkpoints while training goes on: the tensors are copied at once, and a thread
-    writes the copy. keep: how many checkpoints stay."""
+    writes the copy.
 
-    def __init__(self, out, ranks, keep=2):
+    keep        how many checkpoints stay, beside those that are kept for good
+    keep_every  steps between the latter; 0: there are none"""
+
+    def __init__(self, out, ranks, keep=2, keep_every=0):
         self.out = Path(out)
         self.ranks = ranks
         self.keep = keep
+        self.keep_every = keep_every
         self.path = None                    # of the checkpoint that is being written
         self.future = None                  # it ends when that is done
         self.thread = ThreadPoolExecutor(1)
@@ -471,12 +475,14 @@ class Saver:
         self.delete_old()
 
     def delete_old(self):
-        """Delete all but the last complete checkpoints."""
+        """Delete all but the last complete checkpoints, and those that are kept for good."""
         if rank() > 0:
             return
         complete, incomplete = list_checkpoints(self.out)
         for step in complete[:-self.keep] + incomplete:
-            remove(folder_of(self.out, step))
+            for_good = self.keep_every and step % self.keep_every == 0
+            if step in incomplete or not for_good:
+                remove(folder_of(self.out, step))
 
 
 def cause_of(problem):

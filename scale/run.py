@@ -78,8 +78,12 @@ class Run:
     def gather_trained(self):
         """checkpoint.Trained of the averaged model: all that sampling needs. Every process must
         call it."""
-        return checkpoint.Trained(self.gather_average(), self.feed.tokenizer, self.feed.vae,
-                                  self.diffusion, self.config.model, self.config.text_share)
+        return self.trained(self.gather_average())
+
+    def trained(self, model):
+        """checkpoint.Trained of a model and what goes with it."""
+        return checkpoint.Trained(model, self.feed.tokenizer, self.feed.vae, self.diffusion,
+                                  self.config.model, self.config.text_share)
 
     def how_to_use(self):
         """The command that uses the run's model.pt."""
@@ -178,7 +182,8 @@ def prepare(config, out, resume, overwrite, view):
         config.steps = run_folder.read_config(out, config)["steps"]     # the rate falls as planned
     if complete and resume and end < complete[-1]:
         raise UserError(f"{out} has already taken {complete[-1]} steps, so it cannot end at "
-                        f"--steps {end}: give --steps {complete[-1]} to end it here")
+                        f"--steps {end}: give --steps {complete[-1]} to end it here, or make a "
+                        f"model of an earlier checkpoint with python -m scale.export")
 
     # 2. Data, then model. --init starts from a trained one: §4.5 fine-tunes it for editing.
     start = checkpoint.load_trained(config.init) if config.init else None
@@ -201,6 +206,8 @@ def prepare(config, out, resume, overwrite, view):
         if not resume:
             clear(config, out)
         run_folder.write_config(out, config, feed.describe())
+        # scale/export.py adds the weights of a checkpoint, while the run goes on.
+        checkpoint.save(out / "parts.pt", checkpoint.parts_of(run.trained(run.average)))
     return run
 
 

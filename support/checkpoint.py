@@ -8,9 +8,10 @@ A PICTURE   model.pt = {config, weights | words | vae | diffusion | about}
                 |  load_trained
                 v
             Trained(model, tokenizer, vae, diffusion)  -->  sample.py, evaluate.py, train.py --init
-THE RULE    Every file is a dict with a "kind": "model", "vae" or "vqvae" (or "vae training", in
-            autoencoder/train.py). It is read with weights_only: a file cannot run code. What is
-            read is what was written (each part has a checksum), and every number of it is finite.
+THE RULE    Every file is a dict with a "kind": "model", "parts" (a model without weights), "vae" or
+            "vqvae" (or "vae training", in autoencoder/train.py). It is read with weights_only: a
+            file cannot run code. What is read is what was written (each part has a checksum), and
+            every number of it is finite.
 SHAPES      pictures (M, h, w, 3 or 1) uint8 --encode_pixels--> latents (M, c, h, w) float32
             latents (M, c, h, w) --decode_latents--> pictures (M, h, w, 3) uint8
 READ NEXT   sample.py        TRY IT  python -m support.checkpoint
@@ -251,19 +252,25 @@ def check_together(trained):
 
 def save_trained(path, trained):
     """Write a Trained as one small file: 2 bytes per parameter."""
+    weights = in_16_bits(trained.model.state_dict())
+    save(path, parts_of(trained) | {"kind": "model", "weights": weights})
+
+
+def parts_of(trained):
+    """All of a Trained but its network's weights: a dict of kind "parts". With the weights of a
+    checkpoint (scale/export.py) it is a model.pt."""
     diffusion = trained.diffusion
     # The VAE travels with the model: latents of another one would be noise to it.
     vae = pack_vae(trained.vae)
     vae["weights"] = in_16_bits(vae["weights"])
-    save(path, {
-        "kind": "model",
+    return {
+        "kind": "parts",
         "config": vars(trained.model.config),
-        "weights": in_16_bits(trained.model.state_dict()),
         "words": dump_tokenizer(trained.tokenizer),     # ids have a meaning in this order only
         "vae": vae,
         "diffusion": {"kind": diffusion.kind, "T": diffusion.T, "shift": diffusion.shift},
         "about": {"kind": trained.kind, "text_share": trained.text_share},
-    })
+    }
 
 
 def in_16_bits(weights):

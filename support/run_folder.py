@@ -6,6 +6,7 @@ THE IDEA    Everything that a run leaves behind lies in out/<name>/. Before any 
             run, and on --resume it holds the same run. Then it keeps the log.
 A PICTURE   out/<name>/  config.json   log.jsonl   curves.png   samples.png   report.json
                          model.pt      checkpoints/
+                         parts.pt      what model.pt has beside its weights
                          vae.pt, vae/  if the run trains its own VAE
                          .lock         while it trains
 READ NEXT   train.py        TEST  tests/test_train.py, tests/test_errors.py, tests/test_trust.py

@@ -23,7 +23,7 @@ import model
 import train
 import vae as vae_module
 from metrics import drawing
-from scale import distributed
+from scale import distributed, export
 from sources.feed import Feed
 from support import checkpoint
 from support.checkpoint import load_trained
@@ -139,6 +139,14 @@ def test_the_small_file_is_whole(folder, encoder):
     average, trained = states(folder / f"two_{encoder}"), load_trained(folder / f"two_{encoder}/model.pt")
     for k, v in trained.model.state_dict().items():
         assert torch.allclose(v, average[f"average.{k}"], rtol=1e-3, atol=1e-6), k
+
+
+def test_an_export_is_whole(folder):
+    """Catches a model.pt of one rank's shards: one process reads what two have written."""
+    two = folder / "two_linear"
+    export.export(distributed.folder_of(two, 6), folder / "exported.pt")
+    exported, last = (checkpoint.load(path, "model")["weights"] for path in (folder / "exported.pt", two / "model.pt"))
+    assert same(exported, last) == []
 
 
 def test_without_an_average_on_two(folder):

@@ -26,7 +26,7 @@ import vae as vae_module
 from config import Config, parse_arguments
 from conftest import draw_batch, make_run
 from metrics import progress
-from scale import distributed
+from scale import distributed, export
 from sources import mnist, scenes
 from support import checkpoint
 from support.checkpoint import load_trained
@@ -453,6 +453,55 @@ def test_without_an_average(command, tmp_path):
     assert same(none, {k: v for k, v in forgets.items() if not k.startswith("average.")}) == []
 
 
+def test_a_kept_checkpoint_becomes_a_model(command, tmp_path, monkeypatch):
+    """Fig. 5 scores one run after several budgets. Catches a checkpoint of --keep-every that is deleted, or any other that is
+    kept; an export of other weights than the average, of the newest step, or only after the run's end."""
+    out = tmp_path / "run"
+    averages, real = {}, train.train_step
+
+    def step(run):
+        if run.step == 5:                               # while it trains: there is no model.pt yet
+            export.main([str(distributed.folder_of(out, 2)), "-o", str(out / "on_its_way.pt")])
+            assert not (out / "model.pt").exists()
+        result = real(run)
+        averages[run.step] = {name: weight.half() for name, weight in run.average.state_dict().items()}
+        return result
+    monkeypatch.setattr(train, "train_step", step)
+    train.main(command(save_every=1, keep_every=2, steps=7))
+    assert distributed.list_checkpoints(out) == ([2, 4, 6, 7], [])
+    for number in (4, 7):
+        export.main([str(distributed.folder_of(out, number))])
+    for name, number in (("on_its_way.pt", 2), ("model_000004.pt", 4), ("model_000007.pt", 7)):
+        assert same(checkpoint.load(out / name, "model")["weights"], averages[number]) == []
+    last, exported = (checkpoint.load(out / name, "model") for name in ("model.pt", "model_000007.pt"))
+    assert last.keys() == exported.keys() and last["words"] == exported["words"]
+    assert last["diffusion"] == exported["diffusion"] and last["about"] == exported["about"]
+    assert load_trained(out / "model_000004.pt").model.config == load_trained(out / "model.pt").model.config
+
+
+def test_exports_that_cannot_be(command, tmp_path):
+    """Catches a traceback, and weights of a checkpoint that is half written or damaged."""
+    train.main(command(save_every=2, ema=0))
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="has .*step_000004, .*step_000006"):
+        export.main([str(out)])
+    with pytest.raises(UserError, match="not a complete checkpoint"):
+        export.main([str(out / "checkpoints/step_000005")])
+    with pytest.raises(UserError, match="--keep-every 3 must be a multiple of --save-every 2"):
+        train.main(command("other", save_every=2, keep_every=3))
+    [weights] = distributed.folder_of(out, 4).glob("__0_*")
+    weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(UserError, match="is damaged"):
+        export.main([str(distributed.folder_of(out, 4))])
+    (out / "parts.pt").unlink()
+    export.main([str(distributed.folder_of(out, 6))])   # a run of an earlier version has model.pt alone
+    last, exported = (checkpoint.load(out / name, "model")["weights"] for name in ("model.pt", "model_000006.pt"))
+    assert same(last, exported) == []                   # without an average, the model itself
+    (out / "model.pt").unlink()
+    with pytest.raises(UserError, match="has no parts.pt"):
+        export.main([str(distributed.folder_of(out, 6))])
+
+
 def test_nothing_to_resume(command, tmp_path):
     """Catches --resume with a misspelt --out that quietly starts from nothing."""
     with pytest.raises(UserError, match="nothing to resume"):
@@ -464,7 +513,7 @@ def test_what_a_run_leaves_behind(command, tmp_path, capsys):
     """Catches a run without its files, with a log that lacks a number, or with a model that sample.py cannot load."""
     train.main(command(log_every=2))
     out = tmp_path / "run"
-    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "curves.png", "model.pt", "checkpoints"}
+    assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "curves.png", "model.pt", "parts.pt", "checkpoints"}
     config = json.loads((out / "config.json").read_text())
     assert config["seed"] == 3 and config["documents"] == 6 and Config(**{name: config[name] for name in config if name != "learned"})
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
