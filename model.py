@@ -62,6 +62,8 @@ TOY_UNET = (64, 1)
 # 0.16B model and 3.8% to the 7B. The first does not fit (0.27 / 0.16 = 169%), the second does.
 PAPER_UNET = (640, 12)
 
+SHORT = 512                                 # up to here, rows have a dense mask on a GPU, too
+
 
 @dataclass
 class ModelConfig:
@@ -377,7 +379,7 @@ class Transfusion(nn.Module):
         xt         (M, c, h, w), noisy latents
         t          (M,) int64, their noise
         Raises ValueError as `embed` does; and as `tile_mask` does, when training on a GPU with
-        T > 128 that is not a multiple of 128."""
+        T > 512 that is not a multiple of 128."""
         # 1. One row of vectors, words and patches.
         x, kept = self.embed(tokens, image_id, xt, t)                   # (B, T, D)
 
@@ -385,8 +387,8 @@ class Transfusion(nn.Module):
         T = tokens.shape[1]
         lo, hi = intervals(image_id, doc_id, self.config.bidirectional)
         # Flex has no backward on CPU and takes multiples of 128 only, so measuring stays dense. So
-        # do the toys' short rows, where the whole mask is smaller than one of flex's tiles.
-        if x.is_cuda and self.training and T > 128:
+        # do the toys' short rows: of 512 positions, the whole mask is a quarter of a megabyte.
+        if x.is_cuda and self.training and T > SHORT:
             mask = tile_mask(lo, hi)
         else:
             mask = dense_mask(lo, hi)                                   # (B, T, T)

@@ -1,25 +1,33 @@
 """
-on_gpu.py: everything that is claimed of a GPU, measured on one, in under ten minutes
+on_gpu.py: everything that is claimed of a GPU, measured on one
 
-    python tests/on_gpu.py --out gpu.json         one GPU, torch 2.11 or newer; exit status 0 if
-                                                  every aim is reached
-    python tests/on_gpu.py --tiny --device cpu    the same functions with tiny numbers, to see that
-                                                  they run
+    python tests/on_gpu.py --out gpu.json               one GPU, torch 2.11 or newer; about ten
+                                                        minutes; exit status 1 if an aim is missed
+    python tests/on_gpu.py --seconds 200                what is worth most, as far as it fits
+    python tests/on_gpu.py --only "flex = dense,where time goes"
+    python tests/on_gpu.py --tiny --device cpu          the same functions with tiny numbers, to see
+                                                        that they run
 
 Not a pytest file: pytest runs its tiny pass only (tests/test_plan.py). Each function measures one
-thing and returns (value, aim, reached, what it means). The aims are the project's own. The numbers
-of a machine belong into docs/SCALE.md, with its name. Written without a GPU at hand: nothing here
-has been measured yet.
+thing. One that fails does not end the others, and the file is written anew after each. Steps of
+training are those of train.train_step, on random rows: half of them text, half text and pictures.
+The aims are the project's own. What a machine gave belongs into docs/SCALE.md, with its name.
 """
 import argparse
+import collections
+import contextlib
+import dataclasses
 import functools
 import gc
 import json
 import math
+import os
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -31,92 +39,151 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import chameleon
 import data
 import train
-import vae
 from attention_mask import attend, dense_mask, intervals, tile_mask
+from config import parse_arguments
 from diffusion import Diffusion
-from model import PAPER_LATENT, ModelConfig, Transfusion, count, losses, sized
+from model import PAPER_LATENT, PAPER_VOCABULARY, count, sized
 from sample import generate
 from scale import distributed, plan
-from sources import choose, scenes
-from support import checkpoint
+from scale.run import build_feed, build_run
+from sources import scenes
 from support.checkpoint import encode_pixels, load_trained
 from support.common import ASSETS, UserError, run_command
 
-DIFFUSION = Diffusion()
+ROOT = Path(__file__).resolve().parents[1]
 GiB = 2 ** 30
-FULL = dict(width=4096, heads=32, layers=6, T=4096, size="7b", words=32000, steps=10,
-            kernel_T=1024, toy_steps=300, documents=64, sample_steps=25)
-TINY = dict(width=64, heads=2, layers=2, T=1024, size="toy", words=500, steps=2,
-            kernel_T=256, toy_steps=3, documents=4, sample_steps=2)
+
+
+@dataclasses.dataclass
+class Numbers:
+    """How much is measured. The defaults are the real sizes, for a GPU.
+
+    T, kernel_T         positions per row; the same where the kernel is compared with the formula
+    latent              (c, h, w) of a picture
+    small, middle       rows of model.SIZES that fit in one GPU whole
+    large               the one that does not fit; `layers` of its layers do
+    rows                per step, of the small one, the middle one and the large one's layers
+    steps               that are timed
+    toy                 documents and steps of the toy, when precisions are compared
+    sample_steps        diffusion steps per picture"""
+    T: int = 4096
+    kernel_T: int = 1024
+    latent: tuple = PAPER_LATENT
+    vocabulary: int = PAPER_VOCABULARY
+    small: str = "0.16b"
+    middle: str = "0.76b"
+    large: str = "7b"
+    layers: int = 4
+    rows: tuple = (16, 8, 4)
+    steps: int = 4
+    toy: tuple = (32, 60)
+    sample_steps: int = 25
+
+
+TINY = Numbers(T=256, kernel_T=256, latent=(4, 16, 16), vocabulary=500, small="toy", middle="toy",
+               large="toy", layers=2, rows=(2, 2, 2), steps=1, toy=(4, 3), sample_steps=2)
+
+
+@dataclasses.dataclass
+class Row:
+    """One line of the report.
+
+    value       a number, or None
+    reached     whether the aim is; None: there is none, or it could not be measured
+    meaning     what the number is
+    more        a dict of further numbers, for the file"""
+    value: float | None
+    reached: bool | None
+    meaning: str
+    aim: object = "-"
+    more: dict = dataclasses.field(default_factory=dict)
 
 
 # --------------------------------------------------------------------------------- what is needed
-@functools.cache
-def vocabulary(words):
-    """data.Words of that many made-up words and the special tokens."""
-    return data.Words([f"w{k}" for k in range(words)])
-
-
-def one_row(config, T, seed, documents=1):
-    """A Batch of one full row of T: documents of captions of 20 words, each with its picture.
-    Random, and always the same."""
+def random_rows(shape, rows, seed):
+    """A data.Batch of full rows of shape.context, with latents. Row 0, 2, ...: three documents of
+    words. Row 1, 3, ...: two documents of captions of 20 words, each with its picture. Of one row,
+    the seed says which."""
     rng = np.random.default_rng(seed)
-    words = vocabulary(config.vocabulary - len(data.SPECIAL))
-    pair = config.patches + 22              # 20 words, BOI, EOI
+    pair = shape.patches + 22               # 20 words, BOI, EOI
 
-    def text(n):
-        numbers = rng.integers(len(data.SPECIAL), len(words), n)
-        return " ".join(words.vocabulary[k] for k in numbers)
+    def words(n):
+        return rng.integers(len(data.SPECIAL), shape.vocabulary, n).tolist()
 
-    cuts = [T * k // documents for k in range(documents + 1)]
-    rows = []
-    for begin, end in zip(cuts, cuts[1:], strict=False):
-        room = end - begin - 2              # without BOS and EOS
-        pictures = (room - int(rng.integers(1, 40))) // pair
-        document = []
-        for m in range(pictures):
-            document += [text(20), ("image", m, 1000)]
-        document.append(text(room - pictures * pair))       # words up to the end
-        rows.append(data.lay_out(document, words, config.patches))
-    batch = data.pack(rows, T)
-    M = len(batch.images)
-    assert batch.tokens.shape == (1, T) and (batch.tokens != data.PAD).all() and M > 0
+    def document(room, pictures):
+        parts = []
+        many = (room - 1 - int(rng.integers(1, 40))) // pair if pictures else 0
+        for m in range(many):
+            parts += [words(20), ("image", m, 1000)]
+        parts.append(words(room - 2 - many * pair))             # BOS and EOS
+        return data.lay_out(parts, None, shape.patches)
 
-    g = torch.Generator().manual_seed(seed)
-    batch.latents, batch.eps = torch.randn(2, M, *config.latent, generator=g)
-    batch.t = torch.randint(1, 1001, (M,), generator=g)
+    laid_out = []
+    for row in range(rows):
+        pictures = (row + (seed if rows == 1 else 0)) % 2 == 1
+        documents = 2 if pictures else 3
+        cuts = [shape.context * k // documents for k in range(documents + 1)]
+        laid_out.append([document(end - begin, pictures)
+                         for begin, end in zip(cuts, cuts[1:], strict=False)])
+    batch = data.to_batch(laid_out, shape.context)
+    assert (batch.tokens != data.PAD).all()
+    batch.latents = torch.randn(len(batch.images), *shape.latent,
+                                generator=torch.Generator().manual_seed(seed))
     return batch
 
 
-def on_one(config, device, checkpointing=False, compiled=False):
-    """The model on one device as train.py has it on many: FSDP over one, weights in fp32,
-    arithmetic in bf16 on a GPU."""
-    with torch.device(device):
-        model = Transfusion(config).train()
-    backend = "inductor" if device.type == "cuda" else "eager"
-    with mock.patch("torch.compile", functools.partial(torch.compile, backend=backend)):
-        distributed.prepare_blocks(model, checkpointing, compiled)
-    mesh = dist.init_device_mesh(device.type, (1,))
-    distributed.shard_weights(model, distributed.Ranks(device, mesh))
-    return model
+class RandomFeed:
+    """`random_rows` as a feed: see sources/feed.py. Four micro-batches, again and again."""
+
+    def __init__(self, shape, rows):
+        self.shape = shape
+        self.vae = torch.nn.Identity()
+        self.kept = [random_rows(shape, rows, seed) for seed in range(4)]
+
+    def batch(self, seed, step, micro):
+        """data.Batch of a micro-batch."""
+        generator = torch.Generator().manual_seed(1000 * step + micro)
+        return dataclasses.replace(self.kept[(step + micro) % 4], generator=generator)
+
+    def learned(self):
+        """The share of the positions at which a word is learned."""
+        has_loss = torch.cat([batch.has_loss.flatten() for batch in self.kept])
+        return has_loss.float().mean().item()
 
 
-def adamw(model, lr=3e-4):
-    """The paper's optimizer."""
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), eps=1e-8,
-                             weight_decay=0.1, fused=True)
+@contextlib.contextmanager
+def eager_on_cpu(device):
+    """Inside, torch.compile compiles for a GPU only: a CPU's compiler takes minutes."""
+    if device.type == "cuda":
+        yield
+        return
+    with mock.patch("torch.compile", functools.partial(torch.compile, backend="eager")):
+        yield
 
 
-def step(model, optimizer, batch):
-    """One step of training. Returns (LM loss per word, diffusion loss per picture)."""
-    lm, words, per_picture = losses(model, batch, DIFFUSION)
-    (lm / words + 5 * per_picture.sum() / max(1, len(per_picture))).backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return lm.detach() / words, per_picture.detach().mean()
+def random_run(n, ranks, size, rows, accumulate, *options, layers=None, padded=False,
+               **changes):
+    """A scale.run.Run at step 0 that trains a size of model.SIZES on random rows.
+
+    rows, accumulate    per micro-batch, and micro-batches per step
+    options             of train.py's command line
+    padded              whether the vocabulary is made a multiple of 128
+    layers, changes     of model.ModelConfig, if not that of the size"""
+    preset = size if size.endswith("b") else "shards"
+    config, *_ = parse_arguments([
+        "--preset", preset, "--documents", str(rows), "--accumulate", str(accumulate), *options])
+    shape = sized(size, vocabulary=n.vocabulary, latent=n.latent, context=n.T,
+                  encoder=config.encoder)
+    if padded:
+        changes["vocabulary"] = 128 * math.ceil(n.vocabulary / 128)
+    shape = dataclasses.replace(shape, layers=layers or shape.layers, **changes)
+    feed = RandomFeed(shape, rows)
+    # Drawn on the GPU: 1B weights take ten seconds on a CPU.
+    with torch.device(ranks.device), eager_on_cpu(ranks.device):
+        return build_run(config, ranks, feed, Diffusion(), None)
 
 
 def wait(device):
@@ -132,45 +199,50 @@ def free(device):
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def seconds(run, device, times, warmup=3):
-    """Seconds per call of run(k)."""
-    for k in range(warmup):
-        run(k)
+    """Seconds per call of run()."""
+    for _ in range(warmup):
+        run()
     wait(device)
     began = time.perf_counter()
-    for k in range(times):
-        run(k)
+    for _ in range(times):
+        run()
     wait(device)
     return (time.perf_counter() - began) / times
 
 
-def wide(n, context=None):
-    """ModelConfig of the 7B's width with few layers: what a layer does, in less memory than 32."""
-    return ModelConfig(vocabulary=n["words"] + len(data.SPECIAL), layers=n["layers"],
-                       width=n["width"], heads=n["heads"], latent=PAPER_LATENT,
-                       context=context or n["T"])
+def memory(device):
+    """(GiB in use now, GiB at most since `free`) on a GPU; (None, None) on a CPU."""
+    if device.type != "cuda":
+        return None, None
+    now = torch.cuda.memory_allocated(device) / GiB
+    return now, torch.cuda.max_memory_allocated(device) / GiB
 
 
 # -------------------------------------------------------------------------------------- attention
-def flex_is_dense(n, device):
+def flex_is_dense(n, ranks):
     """Outputs and gradients of FlexAttention's kernel and of the dense mask, on packed rows,
     float32 and bfloat16."""
-    T = n["kernel_T"]
-    config = ModelConfig(vocabulary=n["words"] + 7, latent=(4, 16, 16), context=T)
+    device = ranks.device
+    T = n.kernel_T
+    shape = sized("toy", vocabulary=n.vocabulary, latent=(4, 16, 16), context=T)
+    batch = random_rows(shape, 2, seed=1).to(device)
+    lo, hi = intervals(batch.image_id, batch.doc_id)
+    apart = {}
     worst = 0.0
     for dtype, allowed in ((torch.float32, 1e-2), (torch.bfloat16, 4e-2)):      # TF32 included
-        batch = one_row(config, T, seed=1, documents=2).to(device)
-        lo, hi = intervals(batch.image_id, batch.doc_id)
-        q, k, v, weights = torch.randn(4, 1, 4, T, 64, device=device, dtype=dtype)
+        q, k, v, weights = torch.randn(4, 2, 4, T, 64, device=device, dtype=dtype)
         flex = outputs_and_gradients(q, k, v, weights, tile_mask(lo, hi))
         dense = outputs_and_gradients(q, k, v, weights, dense_mask(lo, hi)[:, None])
-        for one, two in zip(flex, dense, strict=True):
-            difference = (one - two).float().norm() / two.float().norm()
-            worst = max(worst, difference.item() / allowed)
-    return worst, 1.0, worst <= 1.0, ("largest relative difference, in units of 0.01 (float32) or "
-                                      "0.04 (bfloat16)")
+        for name, one, two in zip("y q k v".split(), flex, dense, strict=False):
+            difference = ((one - two).float().norm() / two.float().norm()).item()
+            apart[f"{name} {dtype}"] = difference
+            worst = max(worst, difference / allowed)
+    return Row(worst, worst <= 1, "largest relative difference, in units of 0.01 (float32) or 0.04 "
+               "(bfloat16)", 1, apart)
 
 
 def outputs_and_gradients(q, k, v, weights, mask):
@@ -184,158 +256,291 @@ def outputs_and_gradients(q, k, v, weights, mask):
     return [y, *torch.autograd.grad((y * weights).sum(), inputs)]
 
 
-def kernel_against_flash(n, device):
+def kernel_against_flash(n, ranks):
     """Forward and backward of one layer's attention: FlexAttention with pictures in the row,
     against causal flash."""
-    torch._dynamo.reset()                   # else the kernel fits several shapes, and is slower
-    T = n["T"]
-    K = n["width"] // n["heads"]
-    batch = one_row(wide(n), T, seed=2).to(device)
-    mask = tile_mask(*intervals(batch.image_id, batch.doc_id))
+    device = ranks.device
+    shape = sized(n.large, vocabulary=n.vocabulary, latent=n.latent, context=n.T)
     cuda = device.type == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
-    *inputs, weights = torch.randn(4, 1, n["heads"], T, K, device=device, dtype=dtype)
+    K = shape.width // shape.heads
+    *inputs, weights = torch.randn(4, 1, shape.heads, n.T, K, device=device, dtype=dtype)
     inputs = [x.clone().requires_grad_(cuda) for x in inputs]
 
     def backward(y):
         if cuda:
             torch.autograd.grad(y, inputs, weights)
 
-    def flash(_):
+    def flash():
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
             backward(F.scaled_dot_product_attention(*inputs, is_causal=True))
 
-    def flex(_):
-        backward(attend(*inputs, mask))
+    took = {"flash": seconds(flash, device, 10)}
+    batch = random_rows(shape, 1, seed=1).to(device)                # two documents, pictures
+    one = torch.zeros_like(batch.doc_id)
+    rows = {"two documents with pictures": (batch.image_id, batch.doc_id),
+            "one causal document": (one - 1, one)}
+    for name, ids in rows.items():
+        mask = tile_mask(*intervals(*ids))
 
-    ratio = seconds(flash, device, n["steps"]) / seconds(flex, device, n["steps"])
-    return ratio, 0.6, ratio >= 0.6, "speed of FlexAttention's kernel / of a causal flash kernel"
+        def flex(mask=mask):
+            backward(attend(*inputs, mask))
+
+        took[name] = seconds(flex, device, 10)
+    ratio = took["flash"] / took["one causal document"]
+    return Row(ratio, ratio >= 0.6, "speed of FlexAttention's kernel / of a causal flash kernel, "
+               "both on one causal document", 0.6, took)
 
 
 # --------------------------------------------------------------------------------------- training
-def steps_of_width_7b(n, device, dense=False):
-    """(seconds per step, graphs compiled after the warm-up, FLOPs per token): bf16, compiled,
-    another layout each step. dense: with the dense mask instead of FlexAttention."""
-    torch._dynamo.reset()
-    config = wide(n)
-    T = n["T"]
-    model = on_one(config, device, compiled=True)
-    optimizer = adamw(model)
-    batches = [one_row(config, T, seed=k, documents=1 + k % 3).to(device) for k in range(4)]
-    with mock.patch("model.tile_mask", dense_mask if dense else tile_mask):
-        for k in range(3):
-            step(model, optimizer, batches[k])
-        before = counters["stats"]["unique_graphs"]
+def train_case(n, ranks, size, rows, in_all, *options, aim=None, **changes):
+    """The Row of one way to take a step: MFU, seconds, memory beside the plan's.
 
-        def run(k):
-            step(model, optimizer, batches[k % 4])
+    rows, in_all    per micro-batch, and per step
+    options         of train.py; changes: of the model's shape"""
+    device = ranks.device
+    began = time.perf_counter()
+    run = random_run(n, ranks, size, rows, max(1, in_all // rows), *options, **changes)
+    wait(device)
+    built = time.perf_counter() - began
 
-        took = seconds(run, device, n["steps"], warmup=1)
-    # The head works only where a word is to be learned, here in an eighth of the places, and six
-    # layers are few beside it. Counted at every place, as `flops_per_token` does, it would flatter
-    # the MFU by a twelfth.
-    learned = sum(int(batch.has_loss.sum()) for batch in batches) / (len(batches) * T)
-    flops = plan.flops_per_token(model) - 6 * (1 - learned) * count(model.head)
-    return took, counters["stats"]["unique_graphs"] - before, flops
+    taken = [train.train_step(run)]
+    wait(device)
+    first = time.perf_counter() - began - built
+    taken.append(train.train_step(run))
+    graphs = counters["stats"]["unique_graphs"]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)      # without the compiler's own
+    took = seconds(lambda: taken.append(train.train_step(run)), device, n.steps, warmup=1)
+    rest, most = memory(device)
 
-
-def training_speed(n, device):
-    """Three rows of the report from two models: MFU, recompiles, and the step against one with the
-    dense mask."""
-    flex, graphs, flops = steps_of_width_7b(n, device)
-    mfu = plan.mfu(flops, n["T"] / flex, plan.device_name(device))
-    free(device)
-    dense, _, _ = steps_of_width_7b(n, device, dense=True)
-    return {
-        "MFU, 7B's width": (mfu, 0.46, None if mfu is None else mfu >= 0.46,
-                            f"{n['layers']} layers, T = {n['T']}; aim at 0.5"),
-        "recompiles over new layouts": (graphs, 0, graphs == 0,
-                                        "graphs compiled after the warm-up"),
-        "step against dense mask": (dense / flex, 1.4, dense / flex >= 1.4,
-                                    "time with the dense mask / with FlexAttention"),
+    tokens = run.config.accumulate * rows * n.T
+    # The head works only where a word is learned. `flops_per_token` counts it at every place, as
+    # the literature does; here that would flatter the MFU by a twentieth.
+    flops = plan.flops_per_token(run.average)
+    flops -= 6 * (1 - run.feed.learned()) * count(run.model.head)
+    mfu = plan.mfu(flops, tokens / took, plan.device_name(device))
+    lines = plan.memory(run.average, 1, rows, run.config.checkpointing, run.config.ema > 0,
+                        ranks.dtype.itemsize)
+    more = {
+        "seconds": took, "tokens_per_s": tokens / took, "built": built, "first_step": first,
+        "rest_GiB": rest, "peak_GiB": most, "plan_GiB": plan.total_bytes(lines) / GiB,
+        "plan": {what: number / GiB for what, number, _ in lines},
+        "new_graphs": counters["stats"]["unique_graphs"] - graphs,
+        "losses": [[step["lm"] / step["words"], step["each"].mean().item()] for step in taken],
+        "parameters": count(run.average),
     }
+    finite = all(math.isfinite(loss) for losses in more["losses"] for loss in losses)
+    reached = None if aim is None or mfu is None else mfu >= aim
+    if not finite or more["new_graphs"]:
+        reached = False
+    memory_words = "" if most is None else f"{most:.1f} GiB, planned {more['plan_GiB']:.1f}; "
+    return Row(mfu, reached, f"MFU; {tokens / took:,.0f} tokens/s; {memory_words}first step after "
+               f"{built + first:.0f} s", aim or "-", more)
 
 
-def full_size(n, device):
+def case(which, rows, *options, aim=None, **changes):
+    """A measurement: `train_case` of one of the three sizes. rows: per micro-batch; 0: as many as
+    there are per step."""
+    def measurement(n, ranks):
+        size = (n.small, n.middle, n.large)[which]
+        in_all = n.rows[which]
+        if which == 2:
+            changes["layers"] = n.layers
+        return train_case(n, ranks, size, min(rows, in_all) or in_all, in_all, *options, aim=aim,
+                          **changes)
+    return measurement
+
+
+def where_time_goes(n, ranks):
+    """Of the small model's step: which kernels take how long, how long the GPU has nothing to do,
+    and where Python waits for the GPU."""
+    device = ranks.device
+    run = random_run(n, ranks, n.small, n.rows[0] // 2, 2)
+    for _ in range(3):
+        train.train_step(run)
+    wait(device)
+    if device.type != "cuda":
+        return Row(None, None, "a GPU's only")
+
+    # 1. Where Python waits.
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        train.train_step(run)
+        torch.cuda.set_sync_debug_mode("default")
+    places = collections.Counter()
+    for warning in caught:
+        if "synchroniz" in str(warning.message):
+            places[f"{Path(warning.filename).name}:{warning.lineno}"] += 1
+
+    # 2. Which kernels take how long.
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        began = time.perf_counter()
+        train.train_step(run)
+        wait(device)
+        took = time.perf_counter() - began
+    kernels = []
+    for event in profile.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kernels.append((event.self_device_time_total / 1e6, event.count, event.key[:90]))
+    kernels.sort(reverse=True)
+    busy = sum(time for time, _, _ in kernels) / took
+
+    # 3. What the CPU does alone.
+    def draw():
+        batch = run.feed.batch(0, 1, 0)
+        train.draw_noise(batch)
+        return batch
+
+    drawing = seconds(draw, device, 5, warmup=1)
+    batch = draw()
+    sending = seconds(lambda: batch.to(device), device, 5, warmup=1)
+    more = {"seconds": took, "busy": busy, "kernels": kernels[:40], "syncs": dict(places),
+            "drawing_a_micro_batch": drawing, "sending_it": sending}
+    per_micro = sum(places.values()) / 2
+    return Row(per_micro, per_micro <= 3, f"times that Python waits for the GPU, per micro-batch; "
+               f"the GPU is busy {busy:.0%} of a step (profiled)", 3, more)
+
+
+def dense_is_slower(n, ranks):
+    """A step at the large width with the dense mask, against FlexAttention."""
+    size, rows = n.large, n.rows[2]
+    took = []
+    for function in (tile_mask, dense_mask):
+        with mock.patch("model.tile_mask", function):
+            row = train_case(n, ranks, size, 1, rows, layers=n.layers)
+        took.append(row.more["seconds"])
+        free(ranks.device)
+    ratio = took[1] / took[0]
+    return Row(ratio, ratio >= 1.4, "time with the dense mask / with FlexAttention", 1.4)
+
+
+def full_size(n, ranks):
     """The whole 7B with fp32 AdamW on one GPU: does it train, and in how much memory?"""
-    cuda = device.type == "cuda"
-    if cuda:
-        memory = torch.cuda.get_device_properties(device).total_memory / GiB
-        if memory < 120:
-            return None, "102-109", None, f"skipped: needs about 110 GiB, this GPU has {memory:.0f}"
-        torch.cuda.reset_peak_memory_stats(device)
-    torch._dynamo.reset()
-    config = sized(n["size"], vocabulary=n["words"] + len(data.SPECIAL), latent=PAPER_LATENT,
-                   context=n["T"])
-    model = on_one(config, device, checkpointing=True, compiled=True)
-    optimizer = adamw(model, 1e-5)          # there is no warm-up: 3e-4 could overshoot
-    batch = one_row(config, n["T"], seed=5).to(device)
-    sums = []
-    for _ in range(4):
-        lm, diffusion = step(model, optimizer, batch)
-        sums.append(lm.item() + diffusion.item())
-    used = torch.cuda.max_memory_allocated(device) / GiB if cuda else None
-
-    falls = all(map(math.isfinite, sums)) and sums[-1] < sums[0]
-    reached = falls and (used is None or used <= 109)
-    planned = plan.total_bytes(plan.memory(model, 1)) / GiB
-    seen = ", ".join(f"{value:.3f}" for value in sums)
-    return used, "102-109", reached, (f"GiB at most; the plan says {planned:.1f}; losses of one "
-                                      f"batch: {seen}")
+    device = ranks.device
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory / GiB
+        if there < 120:
+            return Row(None, None, f"skipped: needs about 110 GiB, this GPU has {there:.0f}",
+                       "102-109")
+    options = ("--checkpointing", "--ema", "0")
+    return train_case(n, ranks, n.large, 1, 1, *options)
 
 
-def toy_in_bf16(n, device):
-    """The one-object toy, the same weights, batches and noise, in float32 and as above: do the
-    losses stay together?"""
-    pairs = choose.load_pairs("scenes", None, 32, n=512, seed=0, categories=scenes.WORLDS["one"],
+# ------------------------------------------------------------------- the same numbers as on the CPU
+def toy_run(n, ranks, folder):
+    """The Run of `python train.py`, with few pictures."""
+    documents, steps = n.toy
+    config, *_ = parse_arguments(["--pairs", "512", "--documents", str(documents), "--steps",
+                                  str(steps), "--warmup", "10", "--out", str(folder)])
+    diffusion = Diffusion(config.diffusion, shift=config.shift)
+    view = functools.partial(chameleon.view, config.model)
+    with mock.patch("sources.choose.load_source", small_source):
+        feed = build_feed(config, Path(folder), diffusion, None, False, view)
+    return build_run(config, ranks, feed, diffusion, None)
+
+
+def small_source(config, split, n=None, progress=True):
+    """512 pictures of one object each."""
+    return scenes.load_scenes(512, seed=split != "train", categories=scenes.WORLDS["one"],
                               progress=False)
-    words = data.Words(pairs.vocabulary())
-    encoder = checkpoint.load_vae(ASSETS / "scenes_vae.pt")
-    mean, _ = vae.encode_all(encoder, pairs.pixels, progress=False)
-    config = sized("toy", vocabulary=len(words), latent=tuple(mean.shape[1:]), context=128)
-    documents = data.Documents(pairs, config.patches, drop=0.1, t_limit=500)
-
-    def batch_of(k):
-        rng = np.random.default_rng([0, k])
-        g = torch.Generator().manual_seed(k)
-        rows = [data.lay_out(documents.draw(rng), words, config.patches) for _ in range(32)]
-        batch = data.pack(rows, 128)
-        M = len(batch.images)
-        batch.latents = mean[batch.images]
-        batch.eps = torch.randn(M, *config.latent, generator=g)
-        batch.t = 1 + (torch.rand(M, generator=g) * batch.t_max).long()
-        return batch.to(device)
-
-    def curve(model):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
-        rows = [torch.stack(step(model, optimizer, batch_of(k))) for k in range(n["toy_steps"])]
-        return torch.stack(rows).cpu()      # (steps, 2): LM, diffusion
-
-    torch.manual_seed(0)
-    plain = Transfusion(config).to(device).train()
-    start = {name: p.detach().clone() for name, p in plain.named_parameters()}
-    sharded = on_one(config, device)
-    with torch.no_grad():                   # drawn on a GPU, the same seed gives other weights
-        for name, p in sharded.named_parameters():
-            p.to_local().copy_(start[name])
-
-    quarter = max(1, n["toy_steps"] // 4)
-    exact = curve(plain)[-quarter:].mean(0)
-    half = curve(sharded)[-quarter:].mean(0)
-    apart = ((half - exact).abs() / exact).max().item()
-    return apart, 0.02, apart <= 0.02, (
-        f"relative, over the last quarter of {n['toy_steps']} steps; float32 {exact[0]:.4f} and "
-        f"{exact[1]:.4f}, bfloat16 {half[0]:.4f} and {half[1]:.4f}")
 
 
-def a_whole_run(n, device):
-    """train.py from the first step to the report, as it runs on this machine: FSDP, checkpoints,
-    sampling. Then its last checkpoint is lost, and it is resumed: does it end with the same
-    weights?"""
+def curve(run, steps):
+    """(steps, 2): both losses of so many steps."""
+    rows = []
+    for _ in range(steps):
+        step = train.train_step(run)
+        rows.append([step["lm"] / step["words"], step["each"].mean().item()])
+    return torch.tensor(rows)
+
+
+def toy_on_both(n, ranks):
+    """The toy's losses in float32 on the CPU, in float32 here, and as train.py computes here."""
+    device = ranks.device
+    steps = n.toy[1]
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--out", folder, "--seq-len", "256", "--pairs", "256",
-                   "--documents", str(n["documents"]), "--steps", "4", "--save-every", "2",
-                   "--samples", "2", "--sample-steps", "2"]
+        alone = distributed.Ranks(torch.device("cpu"))
+        cpu = curve(toy_run(n, alone, folder), min(steps, 15))
+        moved = toy_run(n, alone, folder)
+        for module in (moved.model, moved.average):
+            module.to(device)
+        moved.ranks = distributed.Ranks(device)
+        exact = curve(moved, steps)
+        half = curve(toy_run(n, ranks, folder), steps)
+    same = ((exact[:len(cpu)] - cpu).abs() / cpu).max().item()
+    last = max(1, steps // 4)
+    two, three = exact[-last:].mean(0), half[-last:].mean(0)
+    apart = ((three - two).abs() / two).max().item()
+    fine = same <= 1e-3 and apart <= 0.02
+    return Row(apart, fine, f"relative, bfloat16 against float32 over the last quarter of {steps} "
+               f"steps; float32 here against the CPU, {len(cpu)} steps: {same:.1e} (aim: 1e-3)",
+               0.02, {"float32": two.tolist(), "as trained": three.tolist(), "cpu": same})
+
+
+def sampling(n, ranks):
+    """Prompts to the shipped model: the same picture as on the CPU? And 16 mixed prompts, as one
+    batch and one at a time."""
+    device = ranks.device
+    trained = load_trained(ASSETS / "scenes.pt", device)
+    options = dict(max_words=20, steps=n.sample_steps, sampler="dpm++")
+    prompt = [["a red circle"]]
+    here = generate(trained, prompt, draw_now=True, seed=1, **options)
+    there = generate(load_trained(ASSETS / "scenes.pt"), prompt, draw_now=True, seed=1, **options)
+    one, two = (first_picture(document[0]) for document in (here, there))
+    apart = ((one.cpu() - two).norm() / two.norm()).item()
+
+    pairs = scenes.load_scenes(16, 0, progress=False)
+    pictures = encode_pixels(trained, pairs.pixels)
+    prompts = []
+    for k in range(16):                     # words; a picture; both; and a second caption
+        caption = pairs.captions[k]
+        after = pairs.captions[(k + 1) % 16]
+        kinds = [[caption], [pictures[k]], [caption, pictures[k]], [caption, pictures[k], after]]
+        prompts.append(kinds[k % 4])
+
+    def write(numbers):
+        generate(trained, [prompts[k] for k in numbers], seed=numbers, **options)
+
+    def one_by_one():
+        for k in range(4):                  # one of each kind
+            write([k])
+
+    # One call each before the clock runs: the first time is the kernels' first, too.
+    alone = 4 * seconds(one_by_one, device, times=1, warmup=1)
+    together = seconds(lambda: write(list(range(16))), device, times=1, warmup=1)
+    faster = alone / together
+    return Row(faster, faster >= 4 and apart <= 1e-2, f"times faster, 16 mixed prompts as one "
+               f"batch ({together:.2f} s); the picture of one seed differs by {apart:.1e} from the "
+               f"CPU's (aim: 0.01)", 4, {"together": together, "apart": apart})
+
+
+def first_picture(document):
+    """The first latent of a document."""
+    return next(part for part in document if isinstance(part, torch.Tensor))
+
+
+# -------------------------------------------------------------------------------------- whole runs
+def chameleon_preset(n, ranks):
+    """`train.py --preset chameleon`, whose rows of 160 positions are no multiple of 128."""
+    with tempfile.TemporaryDirectory() as folder:
+        train.main(["--preset", "chameleon", "--out", folder, "--pairs", "256", "--steps", "6",
+                    "--documents", str(n.toy[0] // 2), "--samples", "0", "--log-every", "1"])
+        losses = read_losses(folder)
+    return Row(losses[-1][0], losses[-1][0] < losses[0][0], "its LM loss after 6 steps, from "
+               f"{losses[0][0]:.3f}", "falls")
+
+
+def a_whole_run(n, ranks):
+    """train.py from the first step to the last, as it runs on this machine: FSDP, checkpoints,
+    compiled blocks, FlexAttention. Then its last checkpoint is lost, and it is resumed:
+    does it end with the same weights?"""
+    compiled = ["--compile"] if ranks.device.type == "cuda" else []
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--out", folder, "--seq-len", "640", "--pairs", "256", "--steps", "4",
+                   "--documents", str(4 * n.toy[0]), "--save-every", "2", "--samples", "0", *compiled]
         ends = []
         for resume in ([], ["--resume"]):
             train.main(options + resume)
@@ -346,104 +551,160 @@ def a_whole_run(n, device):
     for name, weight in whole.items():
         size = weight.norm().clamp(min=1e-6)
         apart = max(apart, ((weight - resumed[name]).norm() / size).item())
-    return apart, 0.01, apart <= 0.01, ("largest relative difference of a weight, resumed against "
-                                        "uninterrupted")
+    return Row(apart, apart <= 0.01, "largest relative difference of a weight, resumed against "
+               "uninterrupted", 0.01)
 
 
-# --------------------------------------------------------------------------------------- sampling
-def mixed_batch(n, device):
-    """16 mixed prompts to the shipped model, as one batch and one at a time. Two CPU cores, which a
-    single picture keeps half busy already, reach 2.9."""
-    trained = load_trained(ASSETS / "scenes.pt", device)
-    pairs = scenes.load_scenes(16, 0, progress=False)
-    pictures = encode_pixels(trained, pairs.pixels)
+def two_gpus(n, ranks):
+    """Two processes with NCCL take the steps of one."""
+    if ranks.device.type != "cuda" or torch.cuda.device_count() < 2:
+        return Row(None, None, "skipped: needs two GPUs", 1e-2)
+    ends = []
+    with tempfile.TemporaryDirectory() as folder:
+        for processes in (1, 2):
+            out = f"{folder}/{processes}"
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                       "--nproc-per-node", str(processes), "train.py", "--accumulate", "2",
+                       "--pairs", "256", "--steps", "6", "--documents", "16", "--samples", "0",
+                       "--log-every", "1", "--out", out]
+            subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+            ends.append(torch.tensor(read_losses(out)))
+    apart = ((ends[1] - ends[0]).abs() / ends[0]).max().item()
+    return Row(apart, apart <= 1e-2, "largest relative difference of a loss, 6 steps", 1e-2)
 
-    prompts = []
-    for k in range(16):                     # words; a picture; both; and a second caption
-        caption = pairs.captions[k]
-        after = pairs.captions[(k + 1) % 16]
-        kinds = [[caption], [pictures[k]], [caption, pictures[k]], [caption, pictures[k], after]]
-        prompts.append(kinds[k % 4])
 
-    def write(numbers):
-        generate(trained, [prompts[k] for k in numbers], seed=numbers, max_words=20,
-                 steps=n["sample_steps"], sampler="dpm++")
-
-    def one_by_one(_):
-        for k in range(16):
-            write([k])
-
-    def together(_):
-        write(list(range(16)))
-
-    # One call each before the clock runs: the first time is the kernels' first, too.
-    alone = seconds(one_by_one, device, times=1, warmup=1)
-    faster = alone / seconds(together, device, times=1, warmup=1)
-    return faster, 4, faster >= 4, f"times faster, {n['sample_steps']} steps"
+def read_losses(folder):
+    """[(LM, diffusion loss or 0)] of the lines of a run's log."""
+    lines = (Path(folder) / "log.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [(row["lm"], row["diffusion"] or 0.0) for row in rows]
 
 
 # ------------------------------------------------------------------------------------- the report
-MEASUREMENTS = {                            # small models first
-    "FlexAttention is the dense mask": flex_is_dense,
-    "kernel against causal flash": kernel_against_flash,
-    "toy in bf16 against fp32": toy_in_bf16,
-    "training speed": training_speed,       # three rows
-    "memory of the 7B with AdamW": full_size,
-    "16 mixed prompts as a batch": mixed_batch,
-    "train.py resumed": a_whole_run,        # it leaves the process group: last
+# What is worth most comes first. The seconds are those of an H100 with 16 CPU cores; a step's
+# compiler takes most of them. `case`: 0 is the small size, 1 the middle one, 2 layers of the 7B.
+NO_COMPILE = "--no-compile"
+AGAIN = "--checkpointing"
+MEASUREMENTS = {
+    "flex = dense": (flex_is_dense, 15),
+    "7B layers: 1 row": (case(2, 1, "--no-checkpointing", aim=0.46), 20),
+    "7B layers: 1 row checkpointed": (case(2, 1, aim=0.36), 15),
+    "0.16B: 8 rows": (case(0, 8, aim=0.4), 15),
+    "where time goes": (where_time_goes, 12),
+    "0.16B: 1 row": (case(0, 1), 12),
+    "0.76B: 1 row": (case(1, 1), 15),
+    "kernel against causal flash": (kernel_against_flash, 8),
+    "Chameleon: rows of 160": (chameleon_preset, 12),
+    "toy on both devices": (toy_on_both, 15),
+    "0.76B: 8 rows checkpointed": (case(1, 8, AGAIN, aim=0.4), 15),
+    "0.16B: 16 rows": (case(0, 0, aim=0.4), 15),
+    "sampling": (sampling, 10),
+    "0.16B U-Net: 4 rows": (case(0, 4, "--encoder", "unet"), 20),
+    "0.76B: 4 rows": (case(1, 4, aim=0.4), 15),
+    "7B layers: 4 rows checkpointed": (case(2, 4, aim=0.36), 15),
+    "0.16B: 8 rows vocabulary padded": (case(0, 8, padded=True), 8),
+    "0.16B: 8 rows not compiled": (case(0, 8, NO_COMPILE), 6),
+    "0.16B: 16 rows checkpointed": (case(0, 0, AGAIN), 15),
+    "7B layers: 2 rows": (case(2, 2, "--no-checkpointing", aim=0.46), 15),
+    "7B layers: 1 row not compiled": (case(2, 1, "--no-checkpointing", NO_COMPILE), 8),
+    "0.16B: 2 rows": (case(0, 2), 12),
+    "0.16B U-Net: 1 row": (case(0, 1, "--encoder", "unet"), 15),
+    "train.py resumed": (a_whole_run, 20),
+    "step against dense mask": (dense_is_slower, 25),
+    "two GPUs": (two_gpus, 60),
+    "memory of the 7B with AdamW": (full_size, 60),
 }
-VERDICTS = {True: "reached", False: "NOT REACHED", None: "skipped"}
+VERDICTS = {True: "reached", False: "NOT REACHED", None: "-"}
 
 
-def measure(n, device):
-    """{what: (value, aim, reached, meaning)} of everything above, printed as it comes."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+def run_one(name, n, ranks):
+    """The Row of one measurement, also if it fails: one must not cost the others."""
+    function, _ = MEASUREMENTS[name]
+    try:
+        row = function(n, ranks)
+    except Exception as problem:
+        traceback.print_exc()
+        lines = str(problem).splitlines() or [""]
+        row = Row(None, False, f"{type(problem).__name__}: {lines[0]}", "runs",
+                  {"traceback": traceback.format_exc()})
+    free(ranks.device)
+    return row
+
+
+def measure(n, ranks, names, budget, report):
+    """{name: Row as a dict} of the named measurements, printed as they come.
+
+    budget      seconds; what would take longer than what is left of it is skipped
+    report      called with the results after each"""
     results = {}
-    for name, function in MEASUREMENTS.items():
-        began = time.time()
-        try:
-            answer = function(n, device)
-        except Exception as problem:        # one row must not cost the others; it is not reached
-            traceback.print_exc()
-            lines = str(problem).splitlines() or [""]
-            answer = None, "runs", False, f"{type(problem).__name__}: {lines[0]}"
-        free(device)
-        rows = answer if isinstance(answer, dict) else {name: answer}
-        for what, (value, aim, reached, meaning) in rows.items():
-            results[what] = dict(value=value, aim=aim, reached=reached, meaning=meaning)
-            number = "-" if value is None else f"{value:.3f}"
-            print(f"{what:34s} {number:>9s}   aim {aim!s:8s} {VERDICTS[reached]:12s} {meaning}",
-                  flush=True)
-        print(f"   ({time.time() - began:.0f} s)", flush=True)
+    began = time.monotonic()
+    for name in names:
+        start = time.monotonic()
+        left = budget - (start - began)
+        if MEASUREMENTS[name][1] > left:
+            row = Row(None, None, f"skipped: {left:.0f} s are left")
+        else:
+            row = run_one(name, n, ranks)
+        took = time.monotonic() - start
+        results[name] = dataclasses.asdict(row) | {"took": took}
+        number = "-" if row.value is None else f"{row.value:.3f}"
+        print(f"{name:34s} {number:>8s}  aim {row.aim!s:8s} {VERDICTS[row.reached]:11s} "
+              f"{row.meaning}  ({took:.0f} s)", flush=True)
+        report(results)
     return results
 
 
-def main(argv=None):
-    """Measure, print, write. Returns the results."""
+def start(device):
+    """The distributed.Ranks of a world of one, with a mesh: as train.py has it on a GPU."""
+    if device.type == "cuda":
+        return distributed.start()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return distributed.Ranks(device, dist.init_device_mesh("cpu", (1,), mesh_dim_names=("shard",)))
+
+
+def parse(argv):
+    """The command line's options. Raises UserError for a machine or a name that is not there."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="write the results here, as JSON")
+    parser.add_argument("--out", help="write the results here, as JSON, after each")
+    parser.add_argument("--only", help="names of measurements, with commas between them")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="in all; what does not "
+                        "fit is skipped")
     parser.add_argument("--device", default="cuda", help="cuda or cpu")
     parser.add_argument("--tiny", action="store_true",
                         help="tiny numbers: only to see that everything runs")
     options = parser.parse_args(argv)
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    options.names = options.only.split(",") if options.only else list(MEASUREMENTS)
+    unknown = [name for name in options.names if name not in MEASUREMENTS]
+    if unknown:
+        raise UserError(f"there is no measurement {unknown[0]!r}: choose from "
+                        f"{'; '.join(MEASUREMENTS)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch finds no GPU here; --tiny --device cpu only checks that the "
                         "script runs")
-    if device.type == "cpu" and not options.tiny:
+    if options.device == "cpu" and not options.tiny:
         raise UserError("the full sizes need a GPU: add --tiny to run on a CPU")
-    if device.type == "cuda":
-        device = torch.device("cuda", 0)
+    return options
 
-    name = plan.device_name(device)
-    tiny = ", TINY: these numbers mean nothing" if options.tiny else ""
-    print(f"{name}, torch {torch.__version__}{tiny}")
-    results = measure(TINY if options.tiny else FULL, device)
-    if options.out:
-        about = dict(device=name, torch=torch.__version__, tiny=options.tiny, results=results)
-        Path(options.out).write_text(json.dumps(about, indent=1))
+
+def main(argv=None):
+    """Measure, print, write. Returns the results."""
+    options = parse(argv)
+    ranks = start(torch.device(options.device))
+    about = {"device": plan.device_name(ranks.device), "torch": torch.__version__,
+             "cores": os.cpu_count(), "tiny": options.tiny}
+    print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
+
+    def report(results):
+        if options.out:
+            text = json.dumps(about | {"results": results}, indent=1)
+            Path(options.out).write_text(text)
+
+    try:
+        n = TINY if options.tiny else Numbers()
+        results = measure(n, ranks, options.names, options.seconds, report)
+    finally:
+        distributed.stop()
     if not options.tiny and any(row["reached"] is False for row in results.values()):
         sys.exit(1)
     return results

@@ -270,23 +270,35 @@ def test_each_file_shows_its_idea(capsys, tmp_path, monkeypatch, module, words):
 
 
 # ------------------------------------------------------------------------------------------------------- the GPU's script
-def test_the_gpu_script_runs(tmp_path):
+def test_the_gpu_script_runs(tmp_path, monkeypatch):
     """A script for a machine that is not here rots unseen. On CPU its speeds mean nothing, and models stay with the dense
-    mask, so that only the kernel's row sees FlexAttention; but what must be equal is."""
-    found = on_gpu.main(["--tiny", "--device", "cpu", "--out", str(tmp_path / "gpu.json")])
-    assert json.loads((tmp_path / "gpu.json").read_text())["results"] == found
-    assert found["FlexAttention is the dense mask"]["value"] < 0.5
-    assert found["toy in bf16 against fp32"]["value"] < 1e-4            # on CPU both are float32: sharded by one = plain
-    assert found["recompiles over new layouts"]["value"] == 0
-    assert found["train.py resumed"]["value"] == 0
-    assert found["memory of the 7B with AdamW"]["reached"]              # its losses fall
-    assert found["kernel against causal flash"]["value"] > 0 and found["step against dense mask"]["value"] > 0
+    mask, so that only the kernel's rows see FlexAttention; but what must be equal is. One that fails must not end the others."""
+    monkeypatch.setitem(on_gpu.MEASUREMENTS, "breaks", (lambda n, ranks: 1 / 0, 0))
+    names = ["flex = dense", "breaks", "7B layers: 1 row checkpointed", "0.16B U-Net: 4 rows", "where time goes", "toy on both devices",
+             "two GPUs", "step against dense mask"]
+    out = tmp_path / "gpu.json"
+    found = on_gpu.main(["--tiny", "--device", "cpu", "--out", str(out), "--only", ",".join(names)])
+    assert json.loads(out.read_text())["results"] == found and list(found) == names
+    assert found["breaks"]["reached"] is False and "ZeroDivisionError" in found["breaks"]["meaning"]
+    assert found["flex = dense"]["value"] < 0.5
+    for name in names[2:4]:
+        assert found[name]["more"]["new_graphs"] == 0 and len(found[name]["more"]["losses"]) == 4, name
+    assert found["toy on both devices"]["value"] < 1e-4                 # on CPU all is float32: sharded by one = plain
+    assert found["two GPUs"]["reached"] is None and found["step against dense mask"]["value"] > 0
+
+
+def test_the_gpu_script_keeps_to_its_time(capsys):
+    """Minutes of a lent machine are over, and what was measured is lost with them."""
+    found = on_gpu.main(["--tiny", "--device", "cpu", "--seconds", "10", "--only", "flex = dense,kernel against causal flash"])
+    assert "10 s are left" in found["flex = dense"]["meaning"] and found["kernel against causal flash"]["value"] > 0
 
 
 def test_the_gpu_script_says_what_is_missing():
     """Hours of the full sizes on a CPU, or a traceback on a machine without a GPU."""
     with pytest.raises(UserError, match="add --tiny"):
         on_gpu.main(["--device", "cpu"])
+    with pytest.raises(UserError, match="no measurement 'flex'"):
+        on_gpu.main(["--only", "flex"])
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="finds no GPU"):
             on_gpu.main([])
