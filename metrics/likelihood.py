@@ -18,8 +18,8 @@ PAPER/HERE  same: perplexity on held-out text (the paper: 20M tokens of C4, and 
             answers by ranked classification, 0-shot: of the Llama suite's seven tasks, from files
             (`choices`, see questions.py) or by lm-evaluation-harness (`suite`), which asks
             `log_likelihood`.
-            our choice: documents are cut where the context ends; each piece begins with <bos>, as
-            in training; EOS does not count.
+            our choice: over a document that is longer than the context a window slides
+            (`--stride`). Each window begins with <bos>, as in training; EOS does not count.
             Run here: shipped models, texts and tasks of the scenes world. Not run: C4, Wikipedia,
             the suite (no network).
 READ NEXT   questions.py, coco.py        TRY IT  python -m metrics.likelihood
@@ -167,24 +167,61 @@ def score_batch(model, sequences, T):
 
 
 # ----------------------------------------------------------------------- what is measured with it
-def perplexity(trained, texts, progress=False):
-    """{"perplexity", per token; "tokens"} of a list of texts. Every process must call it."""
-    room = trained.model.config.context - 1
-    # Our choice: a text is cut where the context ends. Every token is predicted once, the first of
-    # a piece from <bos> alone. A window that slides would be kinder to the model, and slower.
+def perplexity(trained, texts, progress=False, stride=None, tokens=None):
+    """What a list or generator of texts costs: {"perplexity" per token, "word_perplexity",
+    "bits_per_byte"; "tokens", "words", "bytes"}. Every process must call it.
+
+    stride    how far the window moves over a text that is longer than the context; None: half of it
+    tokens    stop after the text in which this many are reached; None: read all
+    Models of different tokenizers can be compared per word and per byte, not per token.
+    Raises UserError if there is no text, and for a stride that is longer than the window."""
+    room = trained.model.config.context - 1             # beside <bos>
+    stride = stride or max(1, room // 2)
+    if stride > room:
+        raise UserError(f"--stride {stride} is longer than this model's window of {room} tokens: "
+                        f"those between two windows would not be read")
     pieces = []
+    numbers = {"tokens": 0, "words": 0, "bytes": 0}
     for text in texts:
         ids = trained.tokenizer.encode(text)
-        for k in range(0, len(ids), room):
-            pieces.append(([], ids[k: k + room]))
+        pieces += windows(ids, room, stride)
+        numbers["tokens"] += len(ids)
+        numbers["words"] += len(text.split())
+        numbers["bytes"] += len(text.encode())
+        if tokens and numbers["tokens"] >= tokens:
+            break
     if not pieces:
         raise UserError("there is no text to read: all documents are empty")
 
     results = log_likelihood(trained.model, pieces, progress)
     nats = -sum(log_p for log_p, _ in results)
-    tokens = sum(len(ids) for _, ids in pieces)
-    # The mean over all tokens. A mean over documents would weigh those of short ones more.
-    return {"perplexity": math.exp(nats / tokens), "tokens": tokens}
+    # Means over all tokens. A mean over documents would weigh those of short ones more.
+    # In torch, where exp() of a language without spaces, one word a line, is inf and no error.
+    nats_per_word = torch.tensor(nats / max(1, numbers["words"]))
+    return {
+        "perplexity": math.exp(nats / numbers["tokens"]),
+        "word_perplexity": nats_per_word.exp().item(),
+        "bits_per_byte": nats / math.log(2) / numbers["bytes"],
+        **numbers,
+    }
+
+
+def windows(ids, room, stride):
+    """[(context, answer)] of one text, so that the answers are its ids, each once.
+
+    ids       the text's
+    room      how many ids the model can read at once
+    stride    how many of them are new, from the second window on"""
+    # Our choice: a window that slides, of which the older part is context only. So no token but
+    # the first `room` is predicted from fewer than room - stride others. Cut into independent
+    # pieces (stride = room), every piece would begin as if nothing had been said before.
+    if not ids:
+        return []
+    pieces = [([], ids[:room])]
+    for k in range(room, len(ids), stride):
+        context = ids[k - (room - stride): k]
+        pieces.append((context, ids[k: k + stride]))
+    return pieces
 
 
 def ranked(trained, questions, progress=False):
@@ -284,15 +321,13 @@ def limit_of(name, limit=None):
 
 
 def read_texts(names, limit=None):
-    """List of texts, up to `limit` of each name: a .txt with one per line, a .jsonl with {"text":
-    ...}, a folder of them, or the word scenes, as `python -m scale.pack` takes them. Raises
-    UserError, naming the line, for one that cannot be read."""
-    texts = []
+    """Generator of texts, up to `limit` of each name: a .txt with one per line, a .jsonl with
+    {"text": ...}, a folder of them, or the word scenes, as `python -m scale.pack` takes them.
+    Raises UserError, naming the line, for one that cannot be read."""
     for name in names:
         # Counted by name: else the first could use up the limit, and the next would go unread.
         n = limit_of(name, limit)
-        texts += itertools.islice(texts_of(name, n), n)
-    return texts
+        yield from itertools.islice(texts_of(name, n), n)
 
 
 def texts_of(name, n):
@@ -334,6 +369,11 @@ def parse_arguments(argv=None):
     add("--limit", type=int,
         help="at most so many documents of each name, or questions (of each task); default: all, "
              "of scenes 1000")
+    add("--tokens", type=int,
+        help="perplexity: read no further than the document with this token (the paper: 20000000)")
+    add("--stride", type=int,
+        help="perplexity: by how many tokens the window moves over a long document; default: half "
+             "the model's context")
     add("--include-path", help="suite: a folder with tasks of your own, as .yaml files")
     add("--json", help="also write the numbers here")
     args = parser.parse_args(argv)
@@ -343,8 +383,12 @@ def parse_arguments(argv=None):
 
 def check_arguments(args):
     """Raise UserError for options that do not make sense, before any work is done."""
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit must be at least 1, got {args.limit}")
+    for name in ("limit", "tokens", "stride"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    if (args.tokens or args.stride) and args.what != "perplexity":
+        raise UserError("--tokens and --stride are for perplexity")
     if args.what == "perplexity" and not args.names:
         raise UserError(f"say what to read: {COMMAND} perplexity a.jsonl b.txt")
     if args.what == "choices" and not args.names:
@@ -384,7 +428,7 @@ def main(argv=None):
 
     if args.what == "perplexity":
         texts = read_texts(args.names, args.limit)
-        numbers = perplexity(trained, texts, progress=True)
+        numbers = perplexity(trained, texts, True, args.stride, args.tokens)
     elif args.what == "choices":
         numbers = rank_files(trained, args.names, args.limit)
     else:

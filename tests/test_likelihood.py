@@ -79,19 +79,49 @@ def test_a_long_context_loses_its_beginning(trained):
         likelihood.log_likelihood(trained.model, [([], [7] * 20)])
 
 
-def test_perplexity(trained):
+@pytest.mark.parametrize("stride, contexts", [(None, 10), (19, 0), (1, 18), (7, 12)])
+def test_perplexity(trained, stride, contexts):
     """Of a model that knows nothing: V, whatever the text. Of any: the mean over all tokens, each predicted once, also those of
-    a text longer than the context. Catches a mean of means, and a token between two pieces that is lost."""
-    texts = ["a b c", "", "a " * 50 + "b", "d"]
-    found = likelihood.perplexity(trained, texts)
-    ids = [WORDS.encode(text) for text in texts]
-    nats = -sum(slowly(trained, [], row[k: k + 19]) for row in ids for k in range(0, len(row), 19))
-    assert found["tokens"] == 55 and math.log(found["perplexity"]) == pytest.approx(nats / 55, abs=1e-4)
+    a text longer than the context, which follow at least `contexts` others. Catches a mean of means, a token between two
+    windows that is lost or counted twice, and a long text that is cut into independent pieces."""
+    texts = ["a b c", "", "a c i g d f " * 8 + "b", "d"]
+    found = likelihood.perplexity(trained, texts, stride=stride)
+    nats, step = 0.0, stride or 9
+    for ids in map(WORDS.encode, texts):
+        nats -= slowly(trained, [], ids[:19])
+        for k in range(19, len(ids), step):
+            nats -= slowly(trained, ids[k - contexts: k], ids[k: k + step])
+    assert found["tokens"] == 53 and math.log(found["perplexity"]) == pytest.approx(nats / 53, abs=1e-4)
     trained.model.head.weight.zero_()
-    found = likelihood.perplexity(trained, texts)
+    found = likelihood.perplexity(trained, texts, stride=stride)
     assert found["perplexity"] == pytest.approx(16, rel=1e-5)
     with pytest.raises(UserError, match="empty"):
         likelihood.perplexity(trained, ["", " "])
+    with pytest.raises(UserError, match="--stride 20 is longer than this model's window of 19"):
+        likelihood.perplexity(trained, texts, stride=20)
+
+
+def test_perplexity_per_word_and_byte(trained):
+    """What models of different tokenizers are compared by. Catches letters for bytes, tokens for words, bits for nats."""
+    class Letters:
+        def encode(self, text):
+            return [7 + ord(letter) % 9 for letter in text]
+    trained.tokenizer = Letters()
+    trained.model.head.weight.zero_()                   # ln 16 nats, 4 bits, for each letter
+    found = likelihood.perplexity(trained, ["äb c", "dd"])
+    assert (found["tokens"], found["words"], found["bytes"]) == (6, 3, 7)
+    assert found["bits_per_byte"] == pytest.approx(4 * 6 / 7) and found["word_perplexity"] == pytest.approx(16 ** 2)
+    assert likelihood.perplexity(trained, ["x" * 2000])["word_perplexity"] == math.inf
+
+
+def test_perplexity_of_so_many_tokens(trained):
+    """§4.1, "on 20M held-out tokens". Catches a limit that cuts nothing, counts texts, or reads the whole corpus first."""
+    def corpus():
+        for _ in range(3):
+            yield "a b c d"
+        pytest.fail("read further than it needs to")
+    for tokens, wanted in ((1, 4), (4, 4), (5, 8), (9, 12)):
+        assert likelihood.perplexity(trained, corpus(), tokens=tokens)["tokens"] == wanted
 
 
 class Joining:
@@ -160,6 +190,8 @@ def test_the_command_line_on_a_shipped_model(tmp_path, capsys):
         assert json.loads(numbers.read_text()) == found and 1 < found["perplexity"] < 5
         assert found["tokens"] == pytest.approx(tokens, abs=1)          # a deduction has 18 words, or 20
         assert f"tokens {found['tokens']}" in capsys.readouterr().out
+    found = likelihood.main(["perplexity", "scenes", "--tokens", "100", "--stride", "20"])
+    assert 100 <= found["tokens"] < 120 and "bits_per_byte" in capsys.readouterr().out
     found = likelihood.main(["choices", "scenes", "--limit", "6", "--json", str(numbers)])
     assert json.loads(numbers.read_text()) == found == {"acc": 1, "acc_norm": 1, "n": 6, "chance": 0.5}
     likelihood.main([])
@@ -184,10 +216,10 @@ def test_texts_of_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a b"}\n\n{"text": "c"}\n')
     (tmp_path / "b.txt").write_text("d e\nf\nbad \xff", encoding="latin-1")
     a, b = str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")
-    assert likelihood.read_texts([a, b], 2) == ["a b", "c", "d e", "f"] and likelihood.read_texts([a, a]) == ["a b", "c"] * 2
-    assert likelihood.read_texts(["scenes"], 5) == likelihood.read_texts(["scenes"], 9)[:5]
+    assert [*likelihood.read_texts([a, b], 2)] == ["a b", "c", "d e", "f"] and [*likelihood.read_texts([a, a])] == ["a b", "c"] * 2
+    assert [*likelihood.read_texts(["scenes"], 5)] == [*likelihood.read_texts(["scenes"], 9)][:5]
     with pytest.raises(UserError, match="b.txt line 3"):
-        likelihood.read_texts([b], 3)
+        list(likelihood.read_texts([b], 3))
     for limit, scenes_first in ((5, 5), (None, 1000)):
-        texts = likelihood.read_texts(["scenes", a], limit)
+        texts = list(likelihood.read_texts(["scenes", a], limit))
         assert len(texts) == scenes_first + 2 and texts[-2:] == ["a b", "c"]
