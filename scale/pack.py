@@ -47,7 +47,7 @@ from scale.shards import KINDS, cut_row, fingerprint, read_header
 from scale.streams import collect_words, find_sources, items_of, stamp_of
 from sources import scenes
 from support import checkpoint
-from support.common import UserError, pick_device, run_command
+from support.common import UserError, pick_device, run_command, whole_file, write_json
 
 LARGEST = 2 ** 16                           # ids and codes are stored in 16 bits
 AT_ONCE = 64                                # pictures that the VAE reads together
@@ -350,7 +350,8 @@ def put_tokenizer(out, tokenizer):
     if path.exists():
         check_same(path, checkpoint.load_tokenizer(path), tokenizer, "tokenizer")
     else:
-        write_whole(path, content)
+        with whole_file(path) as file:
+            file.write(content)
 
 
 def put_vae(out, vae, source):
@@ -360,7 +361,8 @@ def put_vae(out, vae, source):
     if path.exists():
         check_same(path, checkpoint.load_vae(path, checkpoint.ANY_VAE), vae, "VAE")
     else:
-        write_whole(path, Path(source).read_bytes())
+        with whole_file(path) as file:
+            file.write(Path(source).read_bytes())
 
 
 def check_same(path, existing, given, name):
@@ -368,14 +370,6 @@ def check_same(path, existing, given, name):
     if fingerprint(existing) != fingerprint(given):
         raise UserError(f"{path.parent} was packed with another {name} ({fingerprint(existing)}, "
                         f"this one is {fingerprint(given)}): name another --out")
-
-
-def write_whole(path, content):
-    """Write bytes so that the path holds the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_suffix(".tmp")
-    building.write_bytes(content)
-    os.replace(building, path)
 
 
 def picture_settings(vae, args):
@@ -488,7 +482,7 @@ def main(argv=None):
     # 4. The list of them, last: a folder with index.json is finished.
     total = add_up(headers, args.seq_len)
     index = {"shards": shard_names(headers), "totals": total}
-    write_whole(out / "index.json", json.dumps(index, indent=1).encode())
+    write_json(out / "index.json", index)
     print_totals(out, args.seq_len, total, headers, vae)
     print_missing(headers)
     return total

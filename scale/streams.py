@@ -240,11 +240,11 @@ def find_sources(kind, names, n):
 def check_encoding(source):
     """Raise UserError if a source is no file, or text in UTF-16, as Windows' editors may save
     it."""
+    if source == "scenes":
+        return
     path = Path(source)
     if path.is_dir():
         path = path / "captions.jsonl"
-    if source == "scenes":
-        return
     check_ordinary(path)
     if path.suffix == ".tar":
         return
@@ -268,10 +268,10 @@ def stamp_of(source, size):
         files = [captions, *pictures_named(captions)]
     stamp = hashlib.blake2b(digest_size=8)
     for file in files:
-        if file.exists():
+        try:
             status = file.stat()
             stamp.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
-        else:
+        except (OSError, ValueError):       # it is missing, or its name cannot be one
             stamp.update(b"missing ")
     return [size, stamp.hexdigest()]
 
@@ -283,8 +283,7 @@ def pictures_named(captions):
             [name] = parse_line(line, where, ["image"])
         except UserError:                   # a bad line is counted and named when it is packed
             continue
-        if "\0" not in name:                # no path has that
-            yield captions.parent / name
+        yield captions.parent / name
 
 
 def is_text_or_tars(kind, path):
