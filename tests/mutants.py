@@ -1,56 +1,84 @@
 """
 mutants.py: plants bugs, one at a time, and asks whether a module's own tests see them
 
+    python tests/mutants.py diffusion model --n 12          two modules, on one core
+    python tests/mutants.py --jobs 16 --seconds 540 --json mutants.json     all of them, on 16
+    python tests/mutants.py --table mutants.json            the score of each module, as a table
+
 THE IDEA    A test that cannot fail proves nothing. So a copy of the repository gets one small bug, such as
             a comparison turned round, a sign swapped, a term dropped, an index shifted, a detach lost;
             then the tests of that module run. A bug that no test sees "survives" and is listed.
-THE RULE    score = bugs seen / bugs planted; a bug that changes nothing (an equivalent one) has to be
-            argued away by hand, in docs/RESULTS.md
-TRY IT      python tests/mutants.py diffusion model --n 12 --seed 0
+A PICTURE   module --its tests, watched--> which test runs which line, and how long it takes
+            module --one bug in line 41--> the tests that run line 41, the quickest first, until one fails
+THE RULE    score = bugs seen / bugs planted. A bug that changes nothing (an equivalent one) has to be
+            argued away by hand, in docs/RESULTS.md.
+            Time is counted in processor seconds: another program beside this one makes no bug "seen".
 """
 import argparse
 import ast
+import collections
+import importlib
+import json
 import os
 import random
+import resource
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from pathlib import Path
+
+import pytest
 
 HOME = Path(__file__).resolve().parents[1]
 TESTS = {                                               # module: the tests that are its own
     "data": "test_data", "attention_mask": "test_attention_mask", "diffusion": "test_diffusion",
     "patchify": "test_patchify", "vae": "test_vae test_train_vae", "model": "test_model",
     "train": "test_train", "sample": "test_sample", "evaluate": "test_evaluate",
-    "chameleon": "test_chameleon", "config": "test_errors test_train",
-    "autoencoder/losses": "test_vae_losses test_train_vae",
-    "autoencoder/perceptual": "test_vae_losses", "autoencoder/train": "test_train_vae test_trust",
+    "chameleon": "test_chameleon", "experiments": "test_experiments",
+    "config": "test_errors test_train test_trust test_plan",
+    "autoencoder/losses": "test_vae_losses test_train_vae", "autoencoder/perceptual": "test_vae_losses",
+    "autoencoder/train": "test_train_vae test_trust",
     "sources/scenes": "test_scenes", "sources/edits": "test_edits", "sources/mnist": "test_sources",
-    "sources/folder": "test_sources", "sources/feed": "test_train test_chameleon",
+    "sources/folder": "test_sources", "sources/pairs": "test_sources test_data",
+    "sources/choose": "test_sources test_trust", "sources/feed": "test_sources test_train test_chameleon",
     "metrics/gap": "test_evaluate test_chameleon", "metrics/scenes": "test_evaluate",
-    "metrics/digits": "test_evaluate", "metrics/mixtures": "test_mixtures",
-    "metrics/likelihood": "test_likelihood", "metrics/questions": "test_questions",
-    "metrics/coco": "test_coco",
+    "metrics/digits": "test_evaluate", "metrics/drawing": "test_evaluate",
+    "metrics/progress": "test_train test_trust", "metrics/mixtures": "test_mixtures",
+    "metrics/likelihood": "test_likelihood", "metrics/questions": "test_questions", "metrics/coco": "test_coco",
     "scale/plan": "test_plan", "scale/shards": "test_shards", "scale/pack": "test_shards",
-    "scale/streams": "test_shards", "scale/distributed": "test_distributed",
+    "scale/streams": "test_shards", "scale/feed": "test_shards", "scale/run": "test_train test_trust",
+    "scale/distributed": "test_distributed test_trust",
+    "support/common": "test_sources test_trust test_errors",
+    "support/run_folder": "test_trust test_train", "support/checkpoint": "test_trust test_sample test_errors",
+    "support/figures": "test_train test_vae", "support/sample_options": "test_sample test_errors",
 }
 FLIPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
            ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot,
            ast.IsNot: ast.Is}
 SWAPPED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
            ast.FloorDiv: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd}
-TURNED = {"min": "max", "max": "min", "cumsum": "cumprod", "any": "all", "all": "any",
-          "zeros": "ones", "ones": "zeros", "zeros_like": "ones_like", "ones_like": "zeros_like"}
-DROPPED = ("detach", "clamp", "sqrt", "square", "flip", "clone")
+TURNED = {"min": "max", "max": "min", "cumsum": "cumprod", "any": "all", "all": "any", "minimum": "maximum",
+          "maximum": "minimum", "zeros": "ones", "ones": "zeros", "zeros_like": "ones_like", "ones_like": "zeros_like"}
+DROPPED = ("detach", "clamp", "sqrt", "square", "flip", "clone", "round", "floor", "ceil", "sort", "exp", "log")
+HEAVY = ("numpy", "torch", "torch.nn.functional", "torch.distributed.checkpoint", "torch.distributed.fsdp", "PIL.Image",
+         "einops", "tqdm", "matplotlib.pyplot", "filelock")
+CPU_SECONDS = 20                                        # at least, of one bug; more for slow tests
+QUICK = 3.0                                             # seconds of a test that need not run the line
+WAIT_SECONDS = 90                                       # in which nothing computes: it waits for ever
 
 
 # ------------------------------------------------------------------------------------- planting
 def places(tree):
     """[(node, kind)]: where a bug can be planted, and which."""
+    skip = ignored(tree)
     found = []
     for node in ast.walk(tree):
+        if id(node) in skip:
+            continue
         if isinstance(node, ast.Compare) and type(node.ops[0]) in FLIPPED:
             found.append((node, "comparison"))
         elif isinstance(node, ast.BinOp) and type(node.op) in SWAPPED and is_arithmetic(node):
@@ -62,28 +90,44 @@ def places(tree):
             found.append((node, "and / or"))
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not, ast.Invert)):
             found.append((node, "sign dropped"))
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            if node.func.attr in TURNED:
+        elif isinstance(node, ast.Call):
+            if name_of(node) in TURNED:
                 found.append((node, "function"))
-            elif node.func.attr in DROPPED:
+            elif name_of(node) in DROPPED and kept_of(node) is not None:
                 found.append((node, "call dropped"))
     return found
 
 
+def name_of(call):
+    """"clamp" of x.clamp(0) and of clamp(x, 0)."""
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
+
+
+def kept_of(call):
+    """What is left of a call that is dropped: x of x.detach(), torch.sqrt(x), round(x)."""
+    of_module = isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") in ("torch", "np", "math", "F")
+    if isinstance(call.func, ast.Attribute) and not of_module:
+        return call.func.value
+    return call.args[0] if call.args else None
+
+
 def is_arithmetic(node):
-    """Whether an expression is no text: texts are added up, too, but only in messages."""
-    return not any(isinstance(part, (ast.JoinedStr, ast.Constant)) and
-                   not isinstance(getattr(part, "value", 0), (int, float))
-                   for part in ast.walk(node))
+    """Whether an expression is no text or list: those are added up, too, but seldom compute."""
+    texts = (ast.JoinedStr, ast.List, ast.ListComp, ast.Tuple)
+    for part in ast.walk(node):
+        if isinstance(part, texts) or isinstance(part, ast.Constant) and not isinstance(part.value, (int, float)):
+            return False
+    return True
 
 
 def ignored(tree):
-    """Nodes in which a bug would be no bug: messages, docstrings, decorators, the demo at the end."""
+    """Ids of nodes in which a bug would be no bug: messages, decorators, annotations, and what runs
+    only when the file itself is run."""
     skip = set()
     for node in ast.walk(tree):
         demo = isinstance(node, ast.If) and "__main__" in ast.dump(node.test)
-        message = isinstance(node, ast.Raise)
-        printing = isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("print", "tqdm")
+        message = isinstance(node, (ast.Raise, ast.JoinedStr))
+        printing = isinstance(node, ast.Call) and name_of(node) in ("print", "tqdm", "say", "UserError", "add_argument", "add")
         if demo or message or printing:
             skip |= {id(part) for part in ast.walk(node)}
     return skip
@@ -96,98 +140,333 @@ def plant(node, kind):
     elif kind == "operator":
         node.op = SWAPPED[type(node.op)]()
     elif kind == "number":
-        node.value = node.value + 1 if isinstance(node.value, int) else node.value * 1.5
+        node.value = node.value + 1 if isinstance(node.value, int) else node.value * 1.5 + (node.value == 0)
     elif kind == "and / or":
         node.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
     elif kind == "function":
-        node.func.attr = TURNED[node.func.attr]
-    return {"term dropped": getattr(node, "left", None), "sign dropped": getattr(node, "operand", None),
-            "call dropped": getattr(getattr(node, "func", None), "value", None)}.get(kind, node)
-
-
-class Put(ast.NodeTransformer):
-    """Put `new` in place of `old`."""
-
-    def __init__(self, old, new):
-        self.old, self.new = old, new
-
-    def visit(self, node):
-        """The new node instead of the old one; the others stay."""
-        return self.new if node is self.old else self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute):
+            node.func.attr = TURNED[node.func.attr]
+        else:
+            node.func.id = TURNED[node.func.id]
+    elif kind == "term dropped":
+        return node.left
+    elif kind == "sign dropped":
+        return node.operand
+    elif kind == "call dropped":
+        return kept_of(node)
+    return node
 
 
 def mutants(source, n, seed):
-    """Up to n (line, kind, code before, source with one bug), chosen by the seed."""
-    random.seed(seed)
-    count = len(places(ast.parse(source)))
-    order = random.sample(range(count), count)
+    """Up to n bugs, chosen by the seed: dicts of "line", "lines" (first and last of the statement),
+    "kind", "change" in words, and "text", the whole source with the bug."""
+    tree = ast.parse(source)
+    count = len(places(tree))
+    order = random.Random(seed).sample(range(count), count)
     chosen = []
-    for k in order:
+    for k in order[:n]:
         tree = ast.parse(source)
         node, kind = places(tree)[k]
-        if id(node) in ignored(tree) or isinstance(getattr(node, "value", None), bool):
-            continue
-        line, before = node.lineno, ast.unparse(node)
-        after = plant(node, kind)
-        if after is not node:
-            tree = Put(node, after).visit(tree)
-        text = ast.unparse(ast.fix_missing_locations(tree))
-        chosen.append((line, kind, f"{before}  ->  {ast.unparse(after)}", text))
-        if len(chosen) == n:
-            break
+        begin, end = offset(source, node.lineno, node.col_offset), offset(source, node.end_lineno, node.end_col_offset)
+        first, last = statement_of(tree, node)
+        before = ast.unparse(node)
+        after = ast.unparse(plant(node, kind))
+        raw = source.encode()
+        # Within brackets: it keeps its place among the other operators. Its lines stay, too.
+        blank = "\n" * raw[begin:end].count(b"\n")
+        text = raw[:begin] + f"({after}{blank})".encode() + raw[end:]
+        chosen.append(dict(line=node.lineno, lines=(first, last), kind=kind, change=f"{before}  ->  {after}",
+                           text=text.decode()))
     return chosen
 
 
-# -------------------------------------------------------------------------------------- running
-def copy_of_the_house():
+def offset(source, line, column):
+    """Where a place of ast's, a line and its bytes, is in the bytes of a source."""
+    lines = source.encode().split(b"\n")
+    return sum(len(text) + 1 for text in lines[: line - 1]) + column
+
+
+def statement_of(tree, node):
+    """(first, last) line of the innermost statement around a node; of its head, if it has a body."""
+    inside = [part for part in ast.walk(tree) if isinstance(part, ast.stmt)
+              and part.lineno <= node.lineno and node.end_lineno <= part.end_lineno]
+    inner = min(inside, key=lambda part: part.end_lineno - part.lineno)
+    body = getattr(inner, "body", None)
+    if body:
+        return inner.lineno, max(node.end_lineno, body[0].lineno - 1)
+    return inner.lineno, inner.end_lineno
+
+
+# ---------------------------------------------------------------- the tests of a module, in a fork
+class Watch:
+    """A plugin of pytest's: which test runs which lines of a file, and the seconds it takes.
+
+    path    the file, or None to watch nothing
+    order   names of tests: these run, in this order; None: all"""
+
+    def __init__(self, path, order):
+        self.path = str(path) if path else None
+        self.order = order
+        self.lines = collections.defaultdict(set)       # {name of a test, or "import": lines}
+        self.shared = collections.defaultdict(set)      # {file of tests: lines of what it prepares}
+        self.seconds = {}
+        self.starts = set()                             # tests that start a process: it is not watched
+        self.failed = []
+        self.now = self.lines["import"]
+        self.name = "import"
+        if path:
+            sys.settrace(self.on_call)
+            threading.settrace(self.on_call)
+            sys.addaudithook(self.on_event)
+
+    def on_call(self, frame, event, _):
+        return self.on_line if frame.f_code.co_filename == self.path else None
+
+    def on_line(self, frame, event, _):
+        self.now.add(frame.f_lineno)
+        return self.on_line
+
+    def on_event(self, event, _):
+        if event in ("subprocess.Popen", "os.fork", "os.posix_spawn"):
+            self.starts.add(self.name)
+
+    def pytest_collection_modifyitems(self, items):
+        if self.order is not None:
+            place = {name: k for k, name in enumerate(self.order)}
+            items[:] = sorted((item for item in items if item.nodeid in place), key=lambda item: place[item.nodeid])
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.name = nodeid
+        self.began = cpu()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item):
+        self.now = self.shared[item.nodeid.split("::")[0]]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(self, item):
+        self.now = self.lines[item.nodeid]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_teardown(self, item):
+        self.now = self.shared[item.nodeid.split("::")[0]]
+
+    def pytest_runtest_logfinish(self, nodeid):
+        self.seconds[nodeid] = cpu() - self.began
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.failed.append(report.nodeid)
+
+    def tests_of(self, first, last):
+        """The names of tests to run for a bug in these lines: those that run one of them, the
+        quickest first; then quick ones that do not."""
+        wanted = set(range(first, last + 1))
+        near = []
+        far = []
+        for name, seconds in self.seconds.items():
+            runs = (self.lines["import"] | self.lines[name] | self.shared[name.split("::")[0]]) & wanted
+            if runs or name in self.starts:
+                near.append((name not in self.starts, seconds, name))
+            elif seconds < QUICK:                       # a cached result hides what it ran through
+                far.append((True, seconds, name))
+        in_order = sorted(near, key=lambda entry: (not entry[0], entry[1])) + sorted(far, key=lambda entry: entry[1])
+        return [name for *_, name in in_order]
+
+
+def cpu():
+    """Processor seconds of this process and of those that it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def run_tests(house, module, order, seconds, answer):
+    """Run tests in this process, a fork, and write what became of them to the file `answer`.
+
+    order   the names of the tests; None: all of the module's, watched"""
+    os.setsid()                                         # what it starts can be killed with it
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 1))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.chdir(house)
+    said = os.open(house.parent / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    sys.path[:] = [str(house), str(house / "tests"), *(path for path in sys.path if not path.startswith(str(HOME)))]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    files = [f"tests/{name}.py" for name in TESTS[module].split() if (house / f"tests/{name}.py").exists()]
+    if order is not None:
+        files = [name for name in files if any(test.startswith(f"{name}::") for test in order)]
+    watch = Watch(None if order is not None else house / f"{module}.py", order)
+    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=",
+                          "--basetemp", str(house.parent / "pytest"), *files], plugins=[watch])
+    sys.settrace(None)
+    result = dict(status=int(status), failed=watch.failed[:1], seconds=watch.seconds, starts=sorted(watch.starts))
+    if order is None:
+        result["lines"] = {name: sorted(lines) for name, lines in watch.lines.items()}
+        result["shared"] = {name: sorted(lines) for name, lines in watch.shared.items()}
+    answer.write_text(json.dumps(result))
+
+
+class Running:
+    """Tests at work in a fork. module, mutant (None: no bug), order, seconds: as in `run_tests`."""
+
+    def __init__(self, house, module, mutant, order, seconds):
+        self.house, self.module, self.mutant = house, module, mutant
+        self.path = house / f"{module}.py"
+        self.source = self.path.read_text()
+        if mutant:
+            put(self.path, mutant["text"])
+        self.answer = house.parent / "answer.json"
+        self.answer.unlink(missing_ok=True)
+        self.seen_at = time.time()                      # when it was last seen to compute
+        self.used = 0.0
+        self.child = os.fork()
+        if self.child == 0:
+            try:
+                run_tests(house, module, order, seconds, self.answer)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+
+    def poll(self):
+        """The dict of `run_tests`, or None while it runs; {"status": "hang"} if it did not end."""
+        done, _, usage = os.wait4(self.child, os.WNOHANG)
+        if not done:
+            used = cpu_of_session(self.child)
+            if used > self.used:
+                self.used, self.seen_at = used, time.time()
+            if time.time() - self.seen_at < WAIT_SECONDS:
+                return None
+        try:
+            os.killpg(self.child, signal.SIGKILL)       # a process that a test has left, too
+        except ProcessLookupError:
+            pass
+        if not done:
+            _, _, usage = os.wait4(self.child, 0)
+        if self.mutant:
+            put(self.path, self.source)
+        result = json.loads(self.answer.read_text()) if self.answer.exists() else {"status": "hang", "failed": []}
+        return result | {"cpu": round(usage.ru_utime + usage.ru_stime, 1)}
+
+
+def put(path, text):
+    """Write a source. Its time is always another one: Python must not take the compiled old one."""
+    path.write_text(text)
+    put.time = getattr(put, "time", 10 ** 9) + 10
+    os.utime(path, (put.time, put.time))
+
+
+def cpu_of_session(session):
+    """Ticks that the living processes of a session have computed."""
+    ticks = 0
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            try:
+                fields = Path(entry.path, "stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:                             # it has just ended
+                continue
+            if int(fields[3]) == session:
+                ticks += int(fields[11]) + int(fields[12])
+    return ticks
+
+
+def copy_of_the_house(place):
     """A copy of the repository without what is large and not needed."""
-    copy = Path(tempfile.mkdtemp()) / "house"
+    house = place / "house"
     skip = shutil.ignore_patterns(".git", "out", "notebooks", "__pycache__", ".pytest_cache", "packed")
-    shutil.copytree(HOME, copy, ignore=skip)
-    return copy
+    shutil.copytree(HOME, house, ignore=skip)
+    return house
 
 
-def is_seen(copy, tests, seconds):
-    """Whether one of the tests fails, or does not end."""
-    files = [f"tests/{name}.py" for name in tests.split() if (copy / f"tests/{name}.py").exists()]
-    line = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
-            "-o", "addopts=", *files]
-    try:
-        done = subprocess.run(line, cwd=copy, timeout=seconds, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    except subprocess.TimeoutExpired:
-        return True
-    return done.returncode != 0
+# -------------------------------------------------------------------------------------- all of them
+def run_all(args, place):
+    """Yields a dict for every bug of every module that is not in args.done."""
+    free = [copy_of_the_house(place / str(k)) for k in range(args.jobs)]
+    waiting = collections.deque((module, None, None, 3000) for module in args.modules)
+    running = []
+    began = time.time()
+    while running or waiting:
+        while waiting and free and time.time() - began < args.seconds:
+            module, mutant, order, seconds = waiting.popleft()
+            running.append(Running(free.pop(), module, mutant, order, seconds))
+        if not running:
+            return
+        for case in list(running):
+            result = case.poll()
+            if result is None:
+                continue
+            running.remove(case)
+            free.append(case.house)
+            if case.mutant:
+                shown = {name: case.mutant[name] for name in ("line", "kind", "change")}
+                yield dict(module=case.module, **shown, seen=result["status"] != 0, by=result["failed"], cpu=result["cpu"])
+            elif result["status"] != 0:
+                print(f"{case.module}: its tests fail without a bug ({result['failed']}); skipped", flush=True)
+                print((case.house.parent / "said.txt").read_text()[-2000:], file=sys.stderr)
+            else:
+                for bug in reversed(mutants(case.source, args.n, args.seed)):
+                    if (case.module, bug["line"], bug["change"]) not in args.done:
+                        waiting.appendleft((case.module, bug, *plan(result, bug)))
+        time.sleep(0.05)
+
+
+def plan(result, bug):
+    """(names of the tests to run, the seconds that they may take) for a bug. result: of the module's
+    tests without a bug."""
+    watch = Watch(None, None)
+    watch.seconds, watch.starts = result["seconds"], set(result["starts"])
+    for name in ("lines", "shared"):
+        kept = getattr(watch, name)
+        for test, lines in result[name].items():
+            kept[test] = set(lines)
+    order = watch.tests_of(*bug["lines"])
+    seconds = sum(watch.seconds[name] for name in order)
+    return order, CPU_SECONDS + 3 * seconds
+
+
+def table(outcomes):
+    """The score of each module, as lines of markdown."""
+    planted, seen = collections.Counter(), collections.Counter()
+    for outcome in outcomes:
+        for name in (outcome["module"], "all"):
+            planted[name] += 1
+            seen[name] += outcome["seen"]
+    lines = ["| module | planted | seen | |", "|---|---|---|---|"]
+    for name in [*(name for name in TESTS if planted[name]), "all"]:
+        lines.append(f"| {name} | {planted[name]} | {seen[name]} | {seen[name] / max(1, planted[name]):.0%} |")
+    return lines
 
 
 def main():
     """Plant bugs in the modules that the command line names; print which survive."""
     parser = argparse.ArgumentParser(description="Which planted bugs do a module's own tests see?")
-    parser.add_argument("modules", nargs="*", default=list(TESTS), help="default: all")
-    parser.add_argument("--n", type=int, default=12, help="bugs per module")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("modules", nargs="*", help="default: all")
+    add("--n", type=int, default=12, help="bugs per module")
+    add("--seed", type=int, default=0)
+    add("--jobs", type=int, default=1, help="how many at a time, each on a core")
+    add("--seconds", type=float, default=1e9, help="start no more after this time")
+    add("--json", help="write every outcome here; those that are there already are not planted again")
+    add("--table", help="only print the table of such a file")
     args = parser.parse_args()
-    copy = copy_of_the_house()
-    planted, seen = 0, 0
-    for module in args.modules:
-        path = copy / f"{module}.py"
-        source = path.read_text()
-        began = time.time()
-        if is_seen(copy, TESTS[module], 1200):
-            print(f"{module}: its tests fail without a bug; skipped")
-            continue
-        seconds = 60 + 5 * (time.time() - began)
-        caught = 0
-        for line, kind, change, text in (chosen := mutants(source, args.n, args.seed)):
-            path.write_text(text)
-            if is_seen(copy, TESTS[module], seconds):
-                caught += 1
-            else:
-                print(f"  survives: {module}.py line {line}, {kind}: {change[:150]}", flush=True)
-        path.write_text(source)
-        print(f"{module}: {caught} of {len(chosen)} seen", flush=True)
-        planted, seen = planted + len(chosen), seen + caught
-    print(f"all: {seen} of {planted} seen ({seen / max(1, planted):.0%})")
+    if args.table:
+        print(*table(json.loads(Path(args.table).read_text())), sep="\n")
+        return
+    args.modules = args.modules or list(TESTS)
+    for name in HEAVY:                                  # once, for all forks
+        importlib.import_module(name)
+    kept = Path(args.json) if args.json else None
+    outcomes = json.loads(kept.read_text()) if kept and kept.exists() else []
+    args.done = {(outcome["module"], outcome["line"], outcome["change"]) for outcome in outcomes}
+    with tempfile.TemporaryDirectory(prefix="mutants_") as place:
+        for outcome in run_all(args, Path(place)):
+            outcomes.append(outcome)
+            if kept:
+                kept.write_text(json.dumps(outcomes, indent=1))
+            if not outcome["seen"]:
+                print("  survives: {module}.py line {line}, {kind}: {change:.150}".format(**outcome), flush=True)
+    print(*table(outcomes), sep="\n")
 
 
 if __name__ == "__main__":
