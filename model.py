@@ -63,6 +63,7 @@ TOY_UNET = (64, 1)
 PAPER_UNET = (640, 12)
 
 SHORT = 512                                 # up to here, rows have a dense mask on a GPU, too
+WIDE = 1024                                 # from here on, a vocabulary is padded for the head
 
 
 @dataclass
@@ -239,6 +240,21 @@ class Cache:
         self.v[:, index] = other.v
 
 
+class WordHead(nn.Linear):
+    """The way out for words, (..., D) -> logits (..., V)."""
+
+    def forward(self, x):
+        """(..., D) -> (..., V)"""
+        V = len(self.weight)
+        if V < WIDE:
+            return super().forward(x)
+        # Our choice: rows of zeros make V a multiple of 128, which is what GPUs multiply fast; ours
+        # is odd, 32,007. What these rows say is cut off again: it is never chosen, and no softmax
+        # counts it. So the weights, and the files that hold them, are those without it.
+        weight = F.pad(self.weight, (0, 0, 0, -V % 128))                # (multiple of 128, D)
+        return F.linear(x, weight)[..., :V]                             # (..., V)
+
+
 # --------------------------------------------------------------------------------- the whole model
 class Transfusion(nn.Module):
     """The whole model: `forward` for training; `read` and `denoise` for decoding with a cache.
@@ -269,7 +285,7 @@ class Transfusion(nn.Module):
         # Paper: §4.1, "the standard settings from Llama". Llama's head has a matrix of its own: it
         # is not tied to the embedding table.
         self.norm = nn.RMSNorm(D, eps=1e-5)
-        self.head = nn.Linear(D, config.vocabulary, bias=False)
+        self.head = WordHead(D, config.vocabulary, bias=False)
         self.init_weights()
 
     def init_weights(self):

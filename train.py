@@ -61,16 +61,17 @@ def train_step(run):
     batches = [run.feed.batch(config.seed, run.step, micro) for micro in run.micros]
     for batch in batches:
         draw_noise(batch)                               # t and eps, one of each per picture
-    batches = [batch.to(run.ranks.device) for batch in batches]
 
-    # 2. What eq. 4 divides by.
+    # 2. What eq. 4 divides by. Counted before the batches leave: to ask a GPU is to wait for it.
     # TRAP: counted over the whole step and over all processes, before anything is divided. A mean
     # of micro-batch means would give the words of short batches more weight (docs/PAPER.md §4.10).
     words = sum(int(batch.has_loss.sum()) for batch in batches)
     pictures = sum(len(batch.latents) for batch in batches)
+    tokens = sum(int((batch.tokens != data.PAD).sum()) for batch in batches)
     all_words, all_pictures = words, pictures
     if sharded:
         all_words, all_pictures = distributed.total([words, pictures])
+    batches = [batch.to(run.ranks.device) for batch in batches]
 
     # 3. Forward and backward, one micro-batch at a time: only one set of activations is in memory.
     #    The gradients add up in the weights.
@@ -100,7 +101,8 @@ def train_step(run):
         norm = distributed.gather(norm)
     # TRAP: one step with NaN ruins every weight, and then all that is saved. The losses, too: with
     # --lam 0 a loss can be infinite while the gradient is finite.
-    finite = all(math.isfinite(number) for number in (norm, *micro_losses))
+    lm, grad_norm, *parts = torch.stack([lm_sum, norm, *micro_losses]).tolist()     # one wait
+    finite = all(math.isfinite(number) for number in (grad_norm, *parts))
     if sharded:                                         # if one process must stop, all must
         finite = not any(distributed.total([not finite]))
     if not finite:
@@ -113,12 +115,12 @@ def train_step(run):
     update_average(run)
 
     return {
-        "lm": lm_sum.item(),
+        "lm": lm,
         "words": words,
-        "tokens": sum(int((batch.tokens != data.PAD).sum()) for batch in batches),
+        "tokens": tokens,
         "each": torch.cat(per_picture),
         "t": torch.cat([batch.t for batch in batches]),
-        "grad_norm": norm.item(),
+        "grad_norm": grad_norm,
     }
 
 

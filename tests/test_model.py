@@ -7,6 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import data
+import model as model_module
 from attention_mask import dense_mask, intervals, tile_mask
 from data import BOI, BOS, DROP, EOI, EOS, PAD, PATCH
 from diffusion import Diffusion
@@ -470,6 +471,32 @@ def test_blocks_compile_once(make_model):
             lo, hi = intervals(batch.image_id, batch.doc_id)
             model.trunk(torch.randn(1, 128, 32), torch.arange(128) - lo, tile_mask(lo, hi))
             assert compiled.frame_count == 1, documents
+
+
+def test_a_wide_vocabulary_is_padded_and_nobody_sees_it(make_model, monkeypatch):
+    """Padding that is chosen, that a softmax counts (ln 1152 in place of ln 1025), or that changes the files."""
+    model, batch = make_model(vocabulary=1025), make_batch([LONG, SHORT])
+    with torch.no_grad():
+        model.head.weight.copy_(-model.norm(torch.ones(32)))            # the padding's zeros would be the largest logits
+    x = torch.ones(3, 32)
+    real, rows, found = torch.nn.functional.linear, [], []
+
+    def linear(x, weight, bias=None):
+        rows.append(len(weight))
+        return real(x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear)
+    for wide in (1024, 1026):                           # padded, as it is
+        monkeypatch.setattr(model_module, "WIDE", wide)
+        logits = model.head(x)
+        lm, _, _ = losses(model, batch, Diffusion())
+        gradient, = torch.autograd.grad(lm, [model.head.weight])
+        found.append((logits, lm, gradient))
+        assert logits.shape == (3, 1025) and gradient.shape == (1025, 32)
+    assert {1152, 1025} <= set(rows)
+    for padded, plain in zip(*found, strict=True):
+        assert torch.allclose(padded, plain, rtol=1e-5, atol=1e-6)
+    assert model.state_dict()["head.weight"].shape == (1025, 32)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has no backward on CPU")
