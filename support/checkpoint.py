@@ -18,7 +18,6 @@ READ NEXT   sample.py        TRY IT  python -m support.checkpoint
 TEST        tests/test_sample.py, tests/test_vae.py, tests/test_errors.py, tests/test_trust.py
 """
 import math
-import warnings
 import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -134,14 +133,6 @@ def is_finite(value):
     return bool(value.isfinite().all())
 
 
-def read_weights(module, weights):
-    """Put the weights of a file, a dict of tensors in 16 bits, into a module."""
-    today = {}
-    for name, tensor in weights.items():
-        today[new_name(name)] = tensor.float()          # 16 bits are for the disk only
-    module.load_state_dict(today)
-
-
 def new_name(name):
     """Today's name of a tensor in an older file."""
     for old, new in OLD_NAMES.items():
@@ -193,13 +184,25 @@ def load_trained(path, device="cpu"):
 
 def build(kind, config, weights):
     """A module of a class, made from its config, with weights from a file. Raises RuntimeError if
-    the weights do not fit."""
-    # First without memory: a config that was damaged may ask for terabytes.
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")                 # that nothing is copied: so it is meant
-        read_weights(kind(config), weights)
-    module = kind(config)
-    read_weights(module, weights)
+    the weights do not fit.
+
+    weights     {name: tensor in 16 bits}; it is emptied. At 7B, all of it beside all of the module
+                would be 40 GB for each process that reads the file. So it is never more than the
+                module and one tensor."""
+    # Shapes only: no first weights are drawn, and a config that was damaged may ask for terabytes.
+    with torch.device("meta"):
+        module = kind(config)
+    wanted = module.state_dict()
+    today = {}
+    for old in list(weights):
+        name = new_name(old)
+        tensor = weights.pop(old)
+        if name not in wanted or wanted[name].shape != tensor.shape:
+            raise RuntimeError(f"{name} of the shape {tuple(tensor.shape)} has no place")
+        # 16 bits are for the disk only.
+        today[name] = tensor.to(wanted[name].dtype, copy=True,
+                                memory_format=torch.contiguous_format)
+    module.load_state_dict(today, assign=True)
     return module
 
 
