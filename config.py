@@ -38,11 +38,14 @@ def option(default, help, choices=None, at_least=-math.inf, at_most=math.inf):
 class Config:
     """Every number of a run. The defaults are the paper's process at toy size."""
 
+    # Which of the options below the command line names. No option, so it has no type.
+    named = frozenset()
+
     # What is trained. The rivals read pictures as codes, or no pictures (§4.1, Table 2).
     model: str = option("transfusion", "Transfusion, or a rival; at a paper's size take its "
                         "preset, e.g. 0.76b-chameleon, which sets what belongs to it", MODELS)
     size: str = option("toy", "a row of model.SIZES")
-    init: str = option("", "fine-tune this model.pt: its shape, words, VAE, diffusion stay (§4.5)")
+    init: str = option("", "fine-tune this model.pt: its shape, VAE and diffusion stay (§4.5)")
 
     # What it learns from.
     data: str = option("scenes", "what to learn from", DATA)
@@ -279,6 +282,7 @@ def parse_arguments(argv=None):
     if given.get("stable") and options.get("size") in PAPER_SIZES and "lr" not in given:
         options["lr"] = STABLE_LR
     config = Config(**options)
+    config.named = frozenset(given)
     check_ranges(config)
     check_together(config, given)
     return config, resume, overwrite, plan if dry_run else None

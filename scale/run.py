@@ -25,9 +25,12 @@ from config import MAY_CHANGE_ON_RESUME, Config
 from diffusion import Diffusion
 from model import Transfusion
 from scale import distributed
+from scale.shards import same_in_16_bits
 from sources import choose
 from support import checkpoint, run_folder
+from support.checkpoint import ANY_VAE
 from support.common import Stopped, UserError, finish_step_first
+from support.start import DECIDED_BY_INIT, take_over
 
 # For Run.explain_memory: what is going on, and the bytes per parameter that it takes (bfloat16: 2).
 WHOLE_MODEL = ("a whole copy of the model is measured", 2)
@@ -178,7 +181,9 @@ def prepare(config, out, resume, overwrite, view):
     run_folder.check_start(out, complete, resume, overwrite)
     end = config.steps
     if resume:
-        run_folder.check_same_run(out, config, MAY_CHANGE_ON_RESUME)
+        # What --init decides is in config.json, but not yet in these options.
+        decided = DECIDED_BY_INIT if config.init else set()
+        run_folder.check_same_run(out, config, MAY_CHANGE_ON_RESUME | decided)
         config.steps = run_folder.read_config(out, config)["steps"]     # the rate falls as planned
     if complete and resume and end < complete[-1]:
         raise UserError(f"{out} has already taken {complete[-1]} steps, so it cannot end at "
@@ -190,6 +195,8 @@ def prepare(config, out, resume, overwrite, view):
     if start and start.kind != config.model:
         raise UserError(f"{config.init} is a {start.kind}, not a {config.model}: --model must be "
                         f"what the checkpoint is")
+    if start:
+        take_over(config, start)
     diffusion = start.diffusion if start else Diffusion(config.diffusion, shift=config.shift)
     feed = build_feed(config, out, diffusion, start, resume, view)
     run = build_run(config, ranks, feed, diffusion, start)
@@ -257,6 +264,9 @@ def build_feed(config, out, diffusion, start, resume, view):
 def find_vae(config, out, start, resume):
     """The VAE, or for a Chameleon the VQ-VAE, that the run uses. None: there is none yet."""
     if start:
+        if config.vae and not same_in_16_bits(checkpoint.load_vae(config.vae, ANY_VAE), start.vae):
+            raise UserError(f"{config.init} has learned with another VAE than {config.vae}: leave "
+                            f"--vae out, or train a new model without --init")
         return start.vae
     # --resume: reuse out/vae.pt, which this run has trained. Otherwise ignore it: it belongs to an
     # earlier run.

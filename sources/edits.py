@@ -24,7 +24,11 @@ PAPER/HERE  same: fine-tuning on 8,000 triples, with both losses, as in pretrain
             our choice: a quarter of the documents ask "what changed ?". Of the others, one in ten
             has its instruction dropped, and one in ten has pure noise as its first picture. So
             guidance can be over words, over the picture, or both (`sample.edit`).
-READ NEXT   ../sample.py        TRY IT  python -m sources.edits        TEST  tests/test_edits.py
+READ NEXT   ../sample.py        TEST  tests/test_edits.py, tests/test_start.py
+TRY IT      python -m sources.edits
+            your own: captions first, then edits (words that are new to the first model may follow)
+            python train.py --data folder --data-dir my_pictures
+            python train.py --preset edit --data-dir my_edits --init out/folder/model.pt
 """
 import itertools
 from dataclasses import dataclass, field

@@ -27,6 +27,7 @@ from diffusion import Diffusion
 from model import sized
 from sources import choose, edits
 from support.common import UserError
+from support.start import add_words, describe_words
 
 
 # ------------------------------------------------------------------------------ what training reads
@@ -167,8 +168,13 @@ def build_feed(config, test, diffusion, start, vae, train_vae, view, progress=Tr
     # 1. Check. A mistake found here costs seconds; after the VAE's training it costs minutes.
     source = choose.load_source(config, "train", progress=progress)
     vocabulary = source.vocabulary()
-    tokenizer = start.tokenizer if start else data.Words(vocabulary)
-    tokenizer.encode(" ".join(sorted(vocabulary)))      # does --init know all words?
+    if start:
+        new = add_words(start, vocabulary, config.seed)
+        tokenizer = start.tokenizer
+        if new and progress:
+            print(describe_words(new, tokenizer))
+    else:
+        tokenizer = data.Words(vocabulary)
     vae_config = vae.config if vae else new_vae_config(config, source)
     check_vae(config, vae_config, source)
     side = source.pixels.shape[2] // vae_config.f

@@ -844,6 +844,37 @@ def test_lengths_are_measured_in_tokens(pieces, vae_path, tmp_path, monkeypatch)
     train.main([str(word) for word in [*options, "--seq-len", need]])
 
 
+def test_editing_with_the_papers_tokenizer(pieces, vae_path, tmp_path, monkeypatch):
+    """§4.5 at size: pack, train, fine-tune on edits of the world and of a folder, all in pieces. Catches an instruction whose
+    length is counted in words, found too long in step 2, and one that is lower-cased on its way."""
+    monkeypatch.setitem(model.SIZES, "toy", (1, 32, 2))
+    pack.main(command(vae_path, tmp_path / "packed", tokenizer=pieces, seq_len=192, shard_rows=2))
+    train.main(training(tmp_path / "packed", tmp_path / "run", steps=1, documents=2, seq_len=192))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lines = []
+    for k in range(12):
+        (folder / f"{k}.png").write_bytes(picture((20 * k, 0, 0)))
+        (folder / f"{k}_after.png").write_bytes(picture((20 * k, 99, 0)))
+        lines.append(json.dumps({"before": f"{k}.png", "instruction": f"Unforeseeably GREEN {k}", "after": f"{k}_after.png"}))
+    (folder / "edits.jsonl").write_text("\n".join(lines))
+    tokenizer = shards.Shards(tmp_path / "packed").tokenizer
+    longest = max(len(tokenizer.encode(f"Unforeseeably GREEN {k}")) for k in range(12))
+    need = 2 * (P + 2) + longest + 2
+    edit = ["--preset", "edit", "--init", tmp_path / "run/model.pt", "--documents", 4, "--steps", 2, "--samples", 0, "--gap-every", 2]
+    mine = [*edit, "--data-dir", folder]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", lambda run: pytest.fail("trained before it measured"))
+        with pytest.raises(UserError, match=f"edits.jsonl line 1[12]: a caption of {longest} tokens is too long.* takes {need} positions"):
+            train.main([str(word) for word in [*mine, "--out", tmp_path / "short", "--seq-len", need - 1]])
+    train.main([str(word) for word in [*mine, "--out", tmp_path / "mine", "--seq-len", need]])
+    train.main([str(word) for word in [*edit, "--out", tmp_path / "world", "--seq-len", 192, "--pairs", 40]])
+    tuned = load_trained(tmp_path / "mine/model.pt").tokenizer
+    assert tuned.model == pieces.read_bytes() and longest > 6
+    [first] = sample.read_prompt(" Unforeseeably  GREEN 3 ", None)
+    assert tuned.encode(first) == tokenizer.encode("Unforeseeably GREEN 3") != tokenizer.encode("unforeseeably green 3")
+
+
 # ------------------------------------------------------------------------------------------------------------------ training
 def training(folder, out, **options):
     """The argument list of a small training on a packed folder."""
