@@ -23,11 +23,9 @@ READ NEXT   metrics/scenes.py, metrics/gap.py        TRY IT  python evaluate.py 
 TEST        tests/test_evaluate.py
 """
 import argparse
-import json
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -41,7 +39,14 @@ from sample import GUIDE_OVER
 from sources import choose, edits, mnist, scenes
 from sources.feed import probe
 from support.checkpoint import decode_latents, encode_pixels, load_trained
-from support.common import ASSETS, UserError, check_writable, pick_device, run_command
+from support.common import (
+    ASSETS,
+    UserError,
+    check_writable,
+    pick_device,
+    run_command,
+    write_json,
+)
 
 
 # ------------------------------------------------------------------------- what there is to measure
@@ -299,7 +304,7 @@ def check_arguments(args):
         raise UserError(f"--guide-over {args.guide_over} is for --data edits: elsewhere no "
                         f"picture stands before the words")
     if args.json is not None:
-        check_writable(args.json)
+        check_writable(args.json, ".json")
 
 
 def check_kind(trained, args):
@@ -343,7 +348,7 @@ def main(argv=None):
     numbers, lines, _ = report(trained, args.data, scenes.WORLDS[args.world], test, args.n,
                                args.seed, **options)
     if args.json:                                       # first: nothing can be lost any more
-        Path(args.json).write_text(json.dumps(numbers, indent=1))
+        write_json(args.json, numbers)
     print("\n".join(lines))
 
 

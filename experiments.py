@@ -25,7 +25,6 @@ READ NEXT   docs/RESULTS.md     TRY IT  python experiments.py      TEST  tests/t
 import argparse
 import math
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -36,7 +35,15 @@ import numpy as np
 from tqdm import tqdm
 
 from config import Config, option_name, parse_arguments
-from support.common import UserError, read_json, run_command
+from support.common import (
+    Children,
+    Stopped,
+    UserError,
+    read_json,
+    run_command,
+    signal_of,
+    whole_file,
+)
 
 TRAIN = Path(__file__).parent / "train.py"
 
@@ -114,8 +121,9 @@ def folder_of(root, options, seed):
     return Path(root) / f"{name}_seed{seed}"
 
 
-def train_row(root, options, seed):
+def train_row(root, options, seed, children=None):
     """Train one row with one seed, unless its report is there. Returns report.json's dict.
+    children: the support.common.Children among which it runs.
 
     A run that was stopped goes on. Raises UserError, naming the log, if train.py fails; and if the
     folder holds a run of other options, because the row has changed since."""
@@ -133,8 +141,9 @@ def train_row(root, options, seed):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # Several runs at a time would mix on the screen, so each writes to a file of its own.
     with open(out / "output.txt", "w") as output:
-        done = subprocess.run(command, stdout=output, stderr=output, env=environment)
-    if done.returncode != 0 or not report.exists():
+        status = (children or Children()).run(command, stdout=output, stderr=output,
+                                              env=environment)
+    if status != 0 or not report.exists():
         raise UserError(f"a row failed or was stopped; {out}/output.txt says how, and the same "
                         f"command goes on from there")
     return read_report(report)
@@ -178,14 +187,18 @@ def check_options(out, argv):
 
 def train_all(root, runs, jobs):
     """Train all runs, `jobs` at a time. runs: list of (options, seed). The first that fails raises
-    UserError; the others that run are finished first, those that wait are not started."""
+    UserError; the others that run are finished first, those that wait are not started. After Ctrl-C
+    or SIGTERM those that run save and stop."""
     pool = ThreadPoolExecutor(jobs)
+    children = Children()
     try:
-        futures = [pool.submit(train_row, root, options, seed) for options, seed in runs]
+        futures = [pool.submit(train_row, root, *run, children) for run in runs]
         for future in tqdm(as_completed(futures), total=len(runs), desc="runs"):
             future.result()
-    except KeyboardInterrupt:                           # train.py has heard it, too, and saves
-        raise UserError("stopped: the same command goes on from there") from None
+    except KeyboardInterrupt as stop:
+        children.stop()
+        raise Stopped("every run is saved; the same command goes on from there",
+                      [signal_of(stop)]) from None
     finally:
         pool.shutdown(cancel_futures=True)              # or the runs that wait would still start
 
@@ -278,7 +291,8 @@ def make_table(root, number, seeds):
         ratios = [f"{heading} {ratio}" for heading, ratio in parity(rows).items()]
         lines += ["", "Share of its 3,000 steps at which Transfusion is as good as the Chameleon: "
                   + ", ".join(ratios)]
-    (Path(root) / f"table_{number}.md").write_text("\n".join(lines) + "\n")
+    with whole_file(Path(root) / f"table_{number}.md") as file:
+        file.write(("\n".join(lines) + "\n").encode())
     return lines
 
 

@@ -28,7 +28,6 @@ NOTEBOOK    notebooks/6_write_and_draw.ipynb
 TEST        tests/test_sample.py
 """
 import re
-import sys
 import time
 from dataclasses import dataclass
 
@@ -700,9 +699,6 @@ def main(argv=None, decoder=Decoder):
     that reads and draws; chameleon.py calls this with its own."""
     # Loads matplotlib: for those who write pictures, not for those who import `draw`.
     from support import figures, sample_options
-    if hasattr(sys.stdout, "reconfigure"):
-        # A name may have letters that stdout cannot print: spell them out.
-        sys.stdout.reconfigure(errors="backslashreplace")
     # 1. What is asked for, and of which model.
     args = sample_options.parse_arguments(argv, GUIDE_OVER)
     path = args.checkpoint or ASSETS / ("scenes_edit.pt" if args.edit else "scenes.pt")

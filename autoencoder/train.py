@@ -43,7 +43,14 @@ from tqdm import tqdm
 from autoencoder import losses, perceptual
 from sources import choose
 from support.checkpoint import load, pack_vae, save
-from support.common import Stopped, UserError, finish_step_first, pick_device, run_command
+from support.common import (
+    Stopped,
+    UserError,
+    finish_step_first,
+    pick_device,
+    run_command,
+    write_image,
+)
 from support.figures import grid
 from support.run_folder import Log, lock
 from vae import (
@@ -321,7 +328,7 @@ def show_reconstructions(vae, pixels, path, columns=16):
     sheet = grid(np.concatenate([pixels[:columns], drawn[:columns]]), columns)
     height, width, _ = sheet.shape
     image = Image.fromarray(sheet)
-    image.resize((2 * width, 2 * height), Image.Resampling.NEAREST).save(path)
+    write_image(path, image.resize((2 * width, 2 * height), Image.Resampling.NEAREST))
     return float(np.abs(drawn.astype(int) - pixels).mean())
 
 

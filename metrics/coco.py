@@ -39,7 +39,6 @@ TEST        tests/test_coco.py (ours = pycocoevalcap, scipy)
 import argparse
 import functools
 import hashlib
-import json
 import math
 import re
 from collections import Counter
@@ -66,9 +65,13 @@ from support.common import (
     check_writable,
     load_json,
     open_picture,
+    read_json,
     read_lines,
     read_records,
     run_command,
+    whole_file,
+    write_image,
+    write_json,
 )
 
 COMMAND = "python -m metrics.coco"
@@ -448,7 +451,7 @@ def draw_geneval(trained, path, out, each=4, limit=None, seed=0, **options):
     distributed.wait()                                  # before the first writes, all have looked
     if distributed.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "settings.json").write_text(json.dumps(settings))
+        write_json(out / "settings.json", settings)
 
     # 3. Draw. `first` makes the noise that of the prompt's place, whatever is drawn before it.
     def draw_part(part, _):
@@ -458,9 +461,10 @@ def draw_geneval(trained, path, out, each=4, limit=None, seed=0, **options):
             pictures = sample.draw(trained, [prompts[k]] * each, seed=seed, first=each * k,
                                    decoder=decoder, **options)
             for j, picture in enumerate(pictures):
-                Image.fromarray(picture).save(folder / "samples" / f"{j:04d}.png")
+                write_image(folder / "samples" / f"{j:04d}.png", Image.fromarray(picture))
             # Last, for it says that the folder is whole.
-            (folder / "metadata.jsonl").write_text(lines[k])
+            with whole_file(folder / "metadata.jsonl") as file:
+                file.write(lines[k].encode())
 
     distributed.split_work(draw_part, missing)
     return len(prompts)
@@ -477,6 +481,8 @@ def read_prompts(path, limit):
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not GenEval's evaluation_metadata.jsonl: every line must be "
                         f'{{"prompt": ..., ...}}') from None
+    if not prompts:
+        raise UserError(f"{path} is empty: it must hold one {wanted} per line")
     return lines, prompts
 
 
@@ -490,9 +496,14 @@ def fingerprint(model):
 def check_settings(out, settings):
     """Raise UserError if the folder `out` has pictures that were drawn with other settings."""
     path = out / "settings.json"
-    new = json.dumps(settings)
-    if path.exists() and path.read_text() != new:
-        raise UserError(f"{out} has pictures of {path.read_text()}, these would be of {new}: name "
+    if not path.exists():
+        return
+    try:
+        before = read_json(path)
+    except ValueError:
+        before = "settings that cannot be read"
+    if before != settings:
+        raise UserError(f"{out} has pictures of {before}, these would be of {settings}: name "
                         f"another --out")
 
 
@@ -504,7 +515,7 @@ def folder_of(out, k):
 def is_finished(folder, line):
     """Whether the pictures of a prompt have all been drawn, and of this very line."""
     path = folder / "metadata.jsonl"
-    return path.exists() and path.read_text() == line
+    return path.exists() and path.read_bytes() == line.encode()
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -569,7 +580,7 @@ def check_arguments(args):
     if not 0 <= args.seed < 2 ** 32:
         raise UserError(f"--seed must be between 0 and {2 ** 32 - 1}, got {args.seed}")
     if args.json is not None:
-        check_writable(args.json)
+        check_writable(args.json, ".json")
     if is_geneval(args):
         if args.inception or args.clip or args.only or args.json:
             raise UserError("GenEval's pictures are judged by its own script: --inception, --clip, "
@@ -636,7 +647,7 @@ def main(argv=None):
     numbers, captions = measure(trained, items, features, clip, args.only != "pictures", **options)
     if distributed.rank() == 0:
         if args.json:                                   # first: a caption may not be printable
-            Path(args.json).write_text(json.dumps(numbers, indent=1))
+            write_json(args.json, numbers)
         print_numbers(args, numbers, captions)
     return numbers
 

@@ -47,6 +47,7 @@ from support.common import (
     UserError,
     check_writable,
     run_command,
+    whole_file,
 )
 
 # Paper: App. B.1, note 4. The Llama suite.
@@ -399,7 +400,7 @@ def check_arguments(args):
     if args.include_path and not Path(args.include_path).is_dir():
         raise UserError(f"there is no folder {args.include_path} with tasks")
     if args.json is not None:
-        check_writable(args.json)
+        check_writable(args.json, ".json")
 
 
 def print_numbers(args, numbers):
@@ -437,7 +438,8 @@ def main(argv=None):
 
     if distributed.rank() == 0:
         if args.json:                                   # first: a name may not be printable
-            Path(args.json).write_text(json.dumps(numbers, indent=1, default=str))
+            with whole_file(args.json) as file:         # str: the harness's own objects
+                file.write(json.dumps(numbers, indent=1, default=str).encode())
         print_numbers(args, numbers)
     return numbers
 

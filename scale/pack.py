@@ -47,7 +47,14 @@ from scale.shards import KINDS, cut_row, fingerprint, read_header
 from scale.streams import collect_words, find_sources, items_of, stamp_of
 from sources import scenes
 from support import checkpoint
-from support.common import UserError, pick_device, run_command, whole_file, write_json
+from support.common import (
+    UserError,
+    full_disk_named,
+    pick_device,
+    run_command,
+    whole_file,
+    write_json,
+)
 
 LARGEST = 2 ** 16                           # ids and codes are stored in 16 bits
 AT_ONCE = 64                                # pictures that the VAE reads together
@@ -161,16 +168,32 @@ class ShardWriter:
 
     def write(self, path, header):
         """Write the shard as a folder that appears whole or not at all. header: a dict of what is
-        known beside the counts."""
+        known beside the counts. Raises UserError if a latent does not fit in 16 bits, or the disk
+        is full."""
         self.encode()
         arrays = self.arrange()
+        if self.kind == "pairs" and not np.isfinite(arrays["latents"]).all():
+            raise UserError(f"{path} was not written: the VAE makes latents that float16 cannot "
+                            f"hold, beyond {np.finfo(np.float16).max:,.0f}; its training went "
+                            f"wrong, or its scale: pack with another --vae")
         # A rename is all or nothing. So whoever finds the folder finds all of it.
         building = path.with_suffix(".tmp")
         shutil.rmtree(building, ignore_errors=True)         # left by a packing that was killed
-        building.mkdir(parents=True)
+        try:
+            with full_disk_named(path):
+                self.fill(building, arrays, header)
+            shutil.rmtree(path, ignore_errors=True)         # a broken one of that name
+            os.replace(building, path)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)     # it would keep a full disk full
+
+    def fill(self, folder, arrays, header):
+        """Write a new folder with all that belongs to the shard. arrays: see `arrange`; header: see
+        `write`."""
+        folder.mkdir(parents=True)
         sizes = {}
         for name, array in arrays.items():
-            file = building / f"{name}.npy"
+            file = folder / f"{name}.npy"
             np.save(file, array)
             sizes[file.name] = file.stat().st_size
         counts = {
@@ -182,9 +205,7 @@ class ShardWriter:
             "deviation_squared": self.deviation_squared,
         }
         content = json.dumps({**header, **counts, "bytes": sizes}, indent=1)
-        (building / "header.json").write_text(content)
-        shutil.rmtree(path, ignore_errors=True)             # a broken one of that name
-        os.replace(building, path)
+        (folder / "header.json").write_text(content)
 
 
 def bounds(lists):

@@ -171,7 +171,9 @@ def choose_member(members, suffixes, where, what):
 
 
 def read_member(tar, member, where):
-    """The bytes of a tar's member. Raises UserError if they are too many."""
+    """The bytes of a tar's member. Raises UserError if they are too many, or full of holes."""
+    if member.issparse():                   # a map of a million holes takes hours to follow
+        raise UserError(f"{where} is a sparse file, which no picture or caption is")
     if member.size > MOST_BYTES:            # a few bytes of a sparse file can promise gigabytes
         raise UserError(f"{where} has more than {MOST_BYTES:,} bytes")
     return tar.extractfile(member).read()

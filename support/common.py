@@ -2,16 +2,18 @@
 common.py: what every room needs
 
 THE IDEA    A user's mistake becomes one sentence, before any work is done. Here are the error that
-            carries the sentence, Ctrl-C that waits for the end of a step, files that are written
-            whole or not at all, the choice of a device, and the readers of files that come from
-            elsewhere: pictures, and JSON lines.
+            carries the sentence, Ctrl-C that waits for the end of a step and reaches the programs
+            that this one has started, files that are written whole or not at all, the choice of a
+            device, and the readers of files that come from elsewhere: pictures, and JSON lines.
 READ NEXT   checkpoint.py        TEST  tests/test_sources.py, tests/test_trust.py
 """
 import contextlib
+import io
 import json
 import os
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import warnings
@@ -49,6 +51,11 @@ def run_command(main, argv=None, if_stopped=""):
     Anything else is a bug of ours and keeps its traceback.
 
     if_stopped      how to go on after Ctrl-C, where the program has not said it"""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # A name may have letters that a terminal in ASCII cannot show: spell them out. They are
+            # no reason to lose what was drawn.
+            stream.reconfigure(errors="backslashreplace")
     try:
         with hear_sigterm():
             main(argv)
@@ -123,6 +130,34 @@ def handled(numbers, handler):
             signal.signal(number, before[number] or signal.SIG_DFL)
 
 
+class Children:
+    """Programs that this one has started. They can be stopped with it, and save."""
+
+    def __init__(self):
+        self.processes = []
+        self.stopped = False
+        self.lock = threading.Lock()                    # several threads may start one
+
+    def run(self, command, **options):
+        """Run a command to its end, as subprocess.run. Returns its exit status. Raises Stopped if
+        this program was stopped before."""
+        with self.lock:
+            if self.stopped:
+                raise Stopped
+            # In a group of its own: Ctrl-C in a terminal reaches all of a group, and with `stop` it
+            # would come twice. The second one could fall into what the first one saves.
+            process = subprocess.Popen(command, process_group=0, **options)
+            self.processes.append(process)
+        return process.wait()
+
+    def stop(self):
+        """Tell those that are still at work to save and stop, and start no more."""
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                process.terminate()                     # SIGTERM; nothing if it has ended
+
+
 # ------------------------------------------------------------------------------------ writing files
 @contextlib.contextmanager
 def whole_file(path):
@@ -132,21 +167,32 @@ def whole_file(path):
     path = Path(path)
     building = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(building, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())     # or a power cut could leave the new name with no content
-        os.replace(building, path)      # in one step
+        with full_disk_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(building, "wb") as file:
+                yield file
+                file.flush()
+                # Or a power cut could leave the new name with no content.
+                os.fsync(file.fileno())
+            os.replace(building, path)                  # in one step
+    finally:
+        building.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def full_disk_named(path):
+    """Inside, what the system says of a write that failed becomes a UserError that names `path`."""
+    try:
+        yield
     except Exception as problem:
-        # torch.save hides a full disk behind an error of its own, "unexpected pos".
+        # torch.save hides a full disk behind an error of its own, "unexpected pos"; numpy has words
+        # of its own, and no strerror.
         reason = problem if isinstance(problem, OSError) else problem.__context__
         if not isinstance(reason, OSError):
             raise
-        raise UserError(f"{path} could not be written ({reason.strerror or reason}): what was "
-                        f"there before is still there; make room, then go on") from None
-    finally:
-        building.unlink(missing_ok=True)
+        reason = reason.strerror or "is the disk full?"
+        raise UserError(f"{path} could not be written ({reason}): what was there before is still "
+                        f"there; make room, then go on") from None
 
 
 def write_json(path, content):
@@ -155,10 +201,24 @@ def write_json(path, content):
         file.write(json.dumps(content, indent=1).encode())
 
 
-def check_writable(path):
-    """Raise UserError if no file can be written at this path. Called before the work whose result
-    goes there: found out afterwards, the result would be lost."""
+def write_image(path, image, **options):
+    """Write a PIL image, whole or not at all. The path's ending names its type; options: of PIL's
+    `save`."""
+    kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    content = io.BytesIO()              # Pillow says nothing of use when a disk is full
+    image.save(content, kind, **options)
+    with whole_file(path) as file:
+        file.write(content.getvalue())
+
+
+def check_writable(path, ending=""):
+    """Raise UserError if no file can be written at this path, or its name has another ending than
+    this one. Called before the work whose result goes there: found out afterwards, the result would
+    be lost."""
     place = Path(path)
+    if place.suffix.lower() != (ending or place.suffix.lower()):
+        # `evaluate.py --json model.pt` would overwrite the model that it measures.
+        raise UserError(f"cannot write {str(path)!r}: its name must end in {ending}")
     if place.is_dir():                                  # "" is the folder we are in
         raise UserError(f"cannot write {str(path)!r}: name a file, not a folder")
     if not place.parent.is_dir():

@@ -11,6 +11,7 @@ HERE        matplotlib's Figure is used without pyplot. No window opens and no b
             so a notebook that imports this keeps its own figures.
 READ NEXT   sample.py        TRY IT  python sample.py "a red circle" --film film.png --trace
 """
+import io
 import textwrap
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from support.checkpoint import decode_latents
+from support.common import whole_file, write_image
 
 
 # -------------------------------------------------------------------------------- a training run
@@ -78,7 +80,7 @@ def plot_curves(log, path):
     for axis in axes.values():
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def plot_samples(samples, path, columns=6, rows=4):
@@ -103,7 +105,15 @@ def plot_samples(samples, path, columns=6, rows=4):
         color = "black" if right else "red"
         # Captions from the web have dollar signs, which matplotlib would read as formulas.
         axis.set_title(two_lines(prompt), fontsize=9, color=color, parse_math=False)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path):
+    """Write a matplotlib figure as a .png, whole or not at all."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    with whole_file(path) as file:
+        file.write(content.getvalue())
 
 
 def two_lines(text, length=60):
@@ -123,7 +133,7 @@ def save_picture(pixels, path, enlarge=8):
     """Save (h, w, 3) uint8, enlarged without smoothing so that small pictures can be seen."""
     h, w, _ = pixels.shape
     size = (w * enlarge, h * enlarge)
-    Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(path)
+    write_image(path, Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST))
 
 
 def save_film(trained, frames, path):
@@ -153,7 +163,7 @@ def save_film(trained, frames, path):
         film.append(image.resize((256, 256), Image.Resampling.NEAREST))
     film += [film[-1]] * 5                              # the finished picture stays for a second
     first, *others = film
-    first.save(path, save_all=True, append_images=others, duration=200, loop=0)
+    write_image(path, first, save_all=True, append_images=others, duration=200, loop=0)
 
 
 def print_event(trained, event):

@@ -198,6 +198,8 @@ def judge(kind, number, shelf, place):
     outcome.input = case.about
     (place / "about.txt").write_text(case.about, encoding="utf-8", errors="backslashreplace")
     before = contents(given)
+    for path in case.own:
+        before.pop(path, None)
 
     os.chdir(place / "out")
     said = open(place / "said.txt", "w+", encoding="utf-8", errors="backslashreplace")
@@ -205,7 +207,10 @@ def judge(kind, number, shelf, place):
     os.dup2(said.fileno(), 2)
     sys.stdout = sys.stderr = said
     outcome.verdict, outcome.text, outcome.traceback = verdict_of(case.action)
-    if contents(given) != before:
+    after = contents(given)
+    for path in case.own:
+        after.pop(path, None)
+    if after != before:
         outcome.verdict = "changed"
         outcome.text = "a file that was given is not what it was"
     elif outcome.verdict == "accepted" and case.wanted == NEVER:
@@ -314,6 +319,7 @@ class Case:
     action: object
     wanted: str = EITHER
     about: str = ""
+    own: tuple = ()                                     # files that it is told to write
 
 
 def pick(rng, options):
@@ -961,6 +967,7 @@ def prompt_case(rng, given, shelf):
 NUMBERS = ("-1", "0", "1", "2", "3", "many", "", " ", "1.5", "1e3", "nan", "inf", "-inf", "1e308", "1e-320", "0x10", "１２",
            "99999999999999999999", "2147483648", "1000000000", "1000000000000", "18446744073709551616", "-0.0", "1_000", "+5",
            "True", "9" * 5000)
+OUTPUTS = {"json": ".json", "out": ".png", "film": ".png"}                      # a user may overwrite a file of that kind
 PLACES = ("", " ", ".", "..", "/", "absent", "absent/x", "/dev/null", "/dev/full", "/dev/zero", "/proc/self/mem", "a\nb", "ü/猫",
           "x" * 300, "x/" * 3000, "[1]", "-", "--", "~", "\udcff", "con:", "GIVEN/pipe", "GIVEN/folder", "GIVEN/good.png",
           "GIVEN/text.json", "GIVEN/loop", "GIVEN/model.pt", "GIVEN/vae.pt", "GIVEN/pictures", "GIVEN/packed", "GIVEN/mnist")
@@ -983,11 +990,14 @@ def flag_case(rng, given, shelf):
     argv = [word.replace("SHELF", str(shelf)) for word in base]
     wanted = EITHER
     actions = options_of(parser)
+    own = []
     for _ in range(1 if rng.random() < 0.8 else 2):
         action = pick(rng, actions)
         value = None
         if action.nargs != 0:
             value = pick(rng, values_for(action)).replace("GIVEN", str(given)).replace("\0", "")
+            if OUTPUTS.get(action.dest) == Path(value).suffix:
+                own.append(value)
         option = pick(rng, action.option_strings) if action.option_strings else None
         if option and value is None:
             argv.append(option)
@@ -1003,7 +1013,7 @@ def flag_case(rng, given, shelf):
         stop_after_a_while()
         main(argv)
 
-    return Case(run, wanted, f"{program} {' '.join(argv)}"[:2000])
+    return Case(run, wanted, f"{program} {' '.join(argv)}"[:2000], tuple(own))
 
 
 def values_for(action):

@@ -277,6 +277,7 @@ def test_resume_with_a_changed_option(capsys, monkeypatch, tmp_path, shelf):
     ("evaluate.py", ["--steps", "0"], ["0"]),
     ("evaluate.py", ["--world", "seven"], ["--world", "seven"]),
     ("evaluate.py", ["--json", "nowhere/numbers.json"], ["nowhere/numbers.json"]),
+    ("evaluate.py", ["--json", "model.pt"], ["model.pt", "must end in .json"]),
     ("evaluate.py", ["--data", "mnist", "--data-dir", "absent"], ["absent"]),
 ], ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else v)
 def test_vae_and_evaluate(capsys, monkeypatch, tmp_path, shelf, program, arguments, words):

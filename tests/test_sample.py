@@ -19,7 +19,7 @@ from model import Transfusion, count, sized
 from sample import Decoder, choose, generate
 from support import checkpoint
 from support.checkpoint import Trained
-from support.common import ASSETS, UserError
+from support.common import ASSETS, UserError, run_command
 from vae import VAE, VAEConfig
 
 WORDS = data.Words("a and blue circle red square the".split())
@@ -654,9 +654,14 @@ def here(make_trained, tmp_path, monkeypatch):
     return checkpoint.load_trained(tmp_path / "model.pt")       # in 16 bits, as the command line loads it
 
 
-def command(*arguments):
+def command_line(arguments):
     """Run sample.py's main on model.pt, in few steps."""
     sample.main([*arguments, "--checkpoint", "model.pt", "--steps", "2"])
+
+
+def command(*arguments):
+    """The same, with words as arguments."""
+    command_line(arguments)
 
 
 def test_prompts_with_pictures(here, capsys):
@@ -735,7 +740,7 @@ def test_names_of_pictures(here, tmp_path, monkeypatch, name):
     Image.new("RGB", (20, 12), "red").save(name)
     said = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, encoding="ascii", write_through=True))
-    command("--image", name, "--edit", "the blue square")
+    run_command(command_line, ["--image", name, "--edit", "the blue square"])
     assert (tmp_path / "sample.png").exists() and b"converted" in said.getvalue()
     assert f"{name}: [picture] the blue square [picture]".encode("ascii", "backslashreplace") in said.getvalue()
     command("--image", name)

@@ -36,6 +36,7 @@ from support import checkpoint
 from support.checkpoint import load_trained
 from support.common import UserError, open_picture, run_command
 from test_errors import check_sentence, contents
+from test_trust import full_disk
 
 ROOT = Path(__file__).resolve().parents[1]
 T, P = 64, 16                                           # latents of 8x8 in patches of 2x2
@@ -88,6 +89,29 @@ def documents_of(batch):
     """The documents of each row as (list of ids, ...) of a Batch, padding left out."""
     return [[batch.tokens[b, batch.doc_id[b] == d].tolist() for d in range(int(batch.doc_id[b].max()) + 1)
              if int(batch.tokens[b, batch.doc_id[b] == d][0]) != PAD] for b in range(len(batch.tokens))]
+
+
+@pytest.mark.parametrize("what", ["latents", "disk"])
+def test_a_shard_that_cannot_be_kept(vae_path, tmp_path, monkeypatch, what):
+    """Catches latents beyond float16's range that are stored as infinities, one bad VAE counted as thousands of bad pictures, and
+    numpy's "196608 requested and 0 written" for a full disk, with a .tmp that keeps it full."""
+    vae = checkpoint.load_vae(vae_path)
+    if what == "latents":
+        vae.scale.fill_(1e-6)
+        checkpoint.save(tmp_path / "vae.pt", checkpoint.pack_vae(vae))
+        with pytest.raises(UserError, match="pairs-000000 was not written: the VAE makes latents that float16 cannot hold, beyond 65,504"):
+            pack.main(command(tmp_path / "vae.pt", tmp_path / "packed", text=None, scenes=20))
+    else:
+        write = pack.ShardWriter.write
+
+        def write_on_a_full_disk(*args):
+            with full_disk(1000):
+                write(*args)
+
+        monkeypatch.setattr(pack.ShardWriter, "write", write_on_a_full_disk)
+        with pytest.raises(UserError, match="pairs-000000 could not be written"):
+            pack.main(command(vae_path, tmp_path / "packed", text=None, scenes=20))
+    assert [path.name for path in (tmp_path / "packed").iterdir() if path.is_dir()] == []
 
 
 # ------------------------------------------------------------------------------------------------------- disk against memory
@@ -695,6 +719,10 @@ def test_a_line_or_a_member_of_gigabytes(tmp_path, monkeypatch):
     items = streams.members_of(path, 8)
     text, pixels = next(items)[1]()
     assert text == "one"
+    info = tarfile.TarInfo("1.png")
+    info.sparse = [(k, 0) for k in range(10 ** 6)]      # no content, and a map that takes hours to follow
+    with pytest.raises(UserError, match="sparse file"):
+        streams.read_member(None, info, "c.tar:1.png")
     with pytest.raises(UserError, match="c.tar:1.png has more than 10 bytes"):
         pixels()
 

@@ -34,7 +34,7 @@ from metrics import progress
 from scale import distributed, pack, shards
 from scale.run import words_of_culprit
 from sources import choose, scenes
-from support import checkpoint, common, run_folder
+from support import checkpoint, common, figures, run_folder
 from support.checkpoint import load_trained, load_vae
 from support.common import UserError, run_command, whole_file
 from test_train import log, same, small_run, states
@@ -723,10 +723,13 @@ def full_disk(n):
 def test_a_full_disk_while_a_file_is_written(whole, tmp_path, n):
     """Catches a traceback without the cause, a .tmp that keeps the disk full, and an old model.pt or vae.pt that is lost."""
     trained = load_trained(whole / "model.pt")
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     shutil.copy(whole / "model.pt", tmp_path / "model.pt")
     writes = {"model.pt": lambda path: checkpoint.save_trained(path, trained),
               "vae.pt": lambda path: checkpoint.save(path, checkpoint.pack_vae(trained.vae)),
-              "config.json": lambda path: common.write_json(path, list(range(2000)))}
+              "config.json": lambda path: common.write_json(path, list(range(2000))),
+              "curves.png": lambda path: figures.plot_curves([dict(step=1, lm=1, diffusion=1, by_t=[1] * 5)], path),
+              "a.bmp": lambda path: figures.save_picture(pixels, path)}
     for name, write in writes.items():
         with full_disk(n), pytest.raises(UserError, match=f"{name} could not be written .File too large"):
             write(tmp_path / name)
