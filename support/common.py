@@ -58,6 +58,7 @@ def run_command(main, argv=None, if_stopped=""):
             stream.reconfigure(errors="backslashreplace")
     try:
         with hear_sigterm():
+            check_words(sys.argv[1:] if argv is None else argv)
             main(argv)
     except (ValueError, OSError) as mistake:
         print(f"error: {one_sentence(mistake)}", file=sys.stderr)
@@ -66,6 +67,13 @@ def run_command(main, argv=None, if_stopped=""):
         sentence = str(stop) or if_stopped or "nothing is left half written"
         print(f"\nstopped: {sentence}", file=sys.stderr)
         sys.exit(128 + signal_of(stop))                 # as a shell counts: 130 or 143
+
+
+def check_words(words):
+    """Raise UserError for an option whose value is "--": argparse makes an empty list of it."""
+    for word in words:
+        if str(word).startswith("--") and str(word).endswith("=--"):
+            raise UserError(f"{word} gives no value: two dashes end the options")
 
 
 def one_sentence(mistake):
