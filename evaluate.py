@@ -349,7 +349,7 @@ def main(argv=None):
                                args.seed, **options)
     if args.json:                                       # first: nothing can be lost any more
         write_json(args.json, numbers)
-    print("\n".join(lines))
+    print("\n".join([*trained.origin.lines(), *lines]))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from scale.run import WHOLE_MODEL, prepare, sole_run
 from sources import scenes
 from support import checkpoint, figures, run_folder
 from support.common import Stopped, finish_step_first, run_command, write_json
+from support.origin import command_line
 
 
 # ---------------------------------------------------------------------------------------- one step
@@ -247,16 +248,16 @@ def main(argv=None):
         return None
 
     with sole_run(config):                              # no other training writes to its folder
-        return train(config, resume, overwrite)
+        return train(config, resume, overwrite, command_line("train.py", argv))
 
 
-def train(config, resume, overwrite):
-    """All of `main` after the command line. config: config.Config."""
+def train(config, resume, overwrite, command):
+    """All of `main` after the command line. config: config.Config; command: that line."""
     # 1. Data, model, optimizer. Every mistake of the user's is found here, before the first step.
     began = time.time()
     out = Path(config.out)
     view = partial(chameleon.view, config.model)        # how a rival sees a document
-    run = prepare(config, out, resume, overwrite, view)
+    run = prepare(config, out, resume, overwrite, view, command)
     say(f"{config.data}: {run.feed.pictures:,} pictures, {len(run.feed.tokenizer)} words; model: "
         f"{count(run.average):,} parameters, {run.feed.shape.patches} patches per picture; "
         f"{run.end - run.step} steps to go; {distributed.size()} processes on "

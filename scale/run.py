@@ -13,7 +13,7 @@ TEST        tests/test_train.py, tests/test_distributed.py, tests/test_trust.py
 """
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from sources import choose
 from support import checkpoint, run_folder
 from support.checkpoint import ANY_VAE
 from support.common import Stopped, UserError, finish_step_first
+from support.origin import Origin, begin
 from support.start import DECIDED_BY_INIT, take_over
 
 # For Run.explain_memory: what is going on, and the bytes per parameter that it takes (bfloat16: 2).
@@ -53,6 +54,7 @@ class Run:
     optimizer   AdamW
     end         the step after which it ends: config.steps, or an earlier one
     step        how many steps have been taken
+    origin      where its model comes from: command, commit, device
     """
     config: Config
     ranks: distributed.Ranks
@@ -64,6 +66,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     end: int
     step: int = 0
+    origin: Origin = field(default_factory=Origin)
 
     def explain_memory(self, activity="", bytes_per_parameter=0):
         """Turn "out of memory" into a sentence about this run: see distributed.explain_memory."""
@@ -86,7 +89,8 @@ class Run:
     def trained(self, model):
         """checkpoint.Trained of a model and what goes with it."""
         return checkpoint.Trained(model, self.feed.tokenizer, self.feed.vae, self.diffusion,
-                                  self.config.model, self.config.text_share)
+                                  self.config.model, self.config.text_share,
+                                  self.origin.until_now())
 
     def how_to_use(self):
         """The command that uses the run's model.pt."""
@@ -166,16 +170,18 @@ def how_to_go_on(out):
     return "nothing was learned yet; the same command starts again"
 
 
-def prepare(config, out, resume, overwrite, view):
+def prepare(config, out, resume, overwrite, view, command=""):
     """The Run that a command line asks for: new, or where its last checkpoint ends. Everything that
     can be wrong is found here, before the first step.
 
     config, out           the run's numbers, and its folder
     resume, overwrite     whether --resume or --overwrite was given
     view                  see `build_feed`
+    command               what its model.pt says of where it comes from
     Raises UserError."""
     # 1. Is the folder free, or does it hold this very run?
     ranks = distributed.start(config.shard)
+    origin = begin(command, ranks.device, distributed.size())
     distributed.micro_batches(config.accumulate)            # can they be dealt out evenly?
     complete, incomplete = distributed.list_checkpoints(out)
     run_folder.check_start(out, complete, resume, overwrite)
@@ -201,6 +207,7 @@ def prepare(config, out, resume, overwrite, view):
     feed = build_feed(config, out, diffusion, start, resume, view)
     run = build_run(config, ranks, feed, diffusion, start)
     run.end = end
+    run.origin = origin
 
     # 3. Go on where the last checkpoint ends, or clear the folder.
     if resume and complete:

@@ -19,7 +19,7 @@ TEST        tests/test_sample.py, tests/test_vae.py, tests/test_errors.py, tests
 """
 import math
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from data import SPECIAL, Pieces
 from diffusion import Diffusion
 from model import ModelConfig, Transfusion, count
 from support.common import ASSETS, UserError, read_json, read_whole, whole_file
+from support.origin import Origin
 from vae import VAE, VAEConfig
 
 ANY_VAE = ("vae", "vqvae")                              # for `load_vae`: either kind
@@ -159,6 +160,7 @@ class Trained:
     diffusion: Diffusion
     kind: str = "transfusion"                           # or a rival's name (chameleon.py)
     text_share: float = -1.0                            # of its training: see data.Documents
+    origin: Origin = field(default_factory=Origin)      # where it comes from
 
 
 def load_trained(path, device="cpu"):
@@ -173,7 +175,8 @@ def load_trained(path, device="cpu"):
         vae = unpack_vae(content["vae"])
         diffusion = Diffusion(**content["diffusion"])
         about = content.get("about", {})                # the oldest files have none
-        trained = Trained(model.eval(), tokenizer, vae, diffusion, **about)
+        origin = typed(Origin, content.get("origin", {}))
+        trained = Trained(model.eval(), tokenizer, vae, diffusion, **about, origin=origin)
         check_together(trained)
     except UNFIT as problem:
         raise of_another_version(path, problem) from None
@@ -219,14 +222,14 @@ def check_counts(config, weights):
 def typed(kind, options):
     """An object of a dataclass of settings. Raises TypeError if one of the options, from a file, is
     not of its field's type: a size of -0.0 would end far from here, in a library's words."""
-    for field in fields(kind):
-        value = options.get(field.name, field.default)
-        if field.type is tuple and type(value) in (list, tuple):
+    for known in fields(kind):
+        value = options.get(known.name, known.default)
+        if known.type is tuple and type(value) in (list, tuple):
             right = all(type(number) is int for number in value)
         else:
-            right = type(value) is field.type
-        if field.name in options and not right:
-            raise TypeError(f"{field.name} cannot be {value!r:.60}")
+            right = type(value) is known.type
+        if known.name in options and not right:
+            raise TypeError(f"{known.name} cannot be {value!r:.60}")
     return kind(**options)
 
 
@@ -273,6 +276,7 @@ def parts_of(trained):
         "vae": vae,
         "diffusion": {"kind": diffusion.kind, "T": diffusion.T, "shift": diffusion.shift},
         "about": {"kind": trained.kind, "text_share": trained.text_share},
+        "origin": asdict(trained.origin),
     }
 
 

@@ -1,0 +1,93 @@
+"""
+test_origin.py: does a model.pt say where it comes from?                                  (support/origin.py; ours)
+"""
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import train
+from support import checkpoint, origin
+from support.common import ASSETS, UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+FEW = ["--pairs", "40", "--documents", "2", "--steps", "1", "--samples", "0"]
+
+
+def git(folder, *words):
+    """Run git in a folder, as someone."""
+    someone = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    return subprocess.run(["git", *someone, *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository with a train.py in it."""
+    if not shutil.which("git"):
+        pytest.skip("there is no git")
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    (folder / "train.py").write_text("1\n", encoding="utf-8")
+    git(folder, "init", "-q")
+    git(folder, "add", ".")
+    git(folder, "commit", "-qm", "one")
+    return folder
+
+
+def test_the_commit(repository, tmp_path, monkeypatch):
+    """Catches changed code that passes for a commit's, notes that count as a change, a commit of somebody's repository around a
+    copy, and an error where there is no git."""
+    commit = git(repository, "rev-parse", "--short", "HEAD")
+    (repository / "notes.txt").write_text("not code", encoding="utf-8")
+    assert origin.commit_of(repository) == commit
+    (repository / "train.py").write_text("2\n", encoding="utf-8")
+    assert origin.commit_of(repository) == f"{commit} (changed)"
+    copy = repository / "copy"
+    copy.mkdir()
+    (copy / "train.py").write_text("1\n", encoding="utf-8")
+    assert origin.commit_of(copy) == ""
+    assert origin.commit_of(tmp_path) == ""             # outside of any repository
+    monkeypatch.setenv("PATH", str(copy))
+    assert origin.commit_of(repository) == ""           # no git
+
+
+def test_a_run_writes_it_and_evaluate_prints_it(tmp_path, capsys, monkeypatch):
+    """Catches a command that lost an option or its quotes, seconds that are not the run's, and a file that forgets on the way."""
+    monkeypatch.setattr(origin, "commit_of", lambda folder: "abc1234 (changed)")
+    monkeypatch.setattr(evaluate, "load_test", lambda *_: None)
+    monkeypatch.setattr(evaluate, "report", lambda *a, **k: ({}, ["  measured"], []))
+    out = tmp_path / "my run"
+    began = time.time()
+    train.main([*FEW, "--out", str(out)])
+    found = checkpoint.load_trained(out / "model.pt").origin
+    assert found.command == f"python train.py {' '.join(FEW)} --out '{out}'"
+    assert (found.commit, found.torch) == ("abc1234 (changed)", torch.__version__) and found.device.startswith("1 x cpu")
+    assert 0 < found.seconds <= time.time() - began and began <= found.began
+    trained = checkpoint.load_trained(out / "model.pt")
+    checkpoint.save_trained(tmp_path / "again.pt", trained)             # its seconds do not grow any more
+    assert checkpoint.load_trained(tmp_path / "again.pt").origin == found
+    assert checkpoint.load(out / "parts.pt", "parts")["origin"]["command"] == found.command
+    capsys.readouterr()
+    evaluate.main(["--checkpoint", str(out / "model.pt"), "--n", "6"])
+    said = capsys.readouterr().out
+    assert f"trained by: {found.command}\n  commit abc1234 (changed), torch {torch.__version__}, 1 x cpu" in said
+
+
+def test_older_files_say_nothing(capsys):
+    """Catches a file of yesterday that is refused."""
+    found = checkpoint.load_trained(ASSETS / "scenes.pt").origin
+    assert found == origin.Origin() == found.until_now()
+    assert found.lines() == ["this checkpoint does not say where it comes from"]
+
+
+@pytest.mark.parametrize("damaged", [{"command": 3}, {"seconds": "long"}, {"began": None}, {"new": ""}, [], "x"], ids=str)
+def test_a_damaged_origin_is_a_sentence(tmp_path, damaged):
+    """Catches a traceback, hours later, when it is printed."""
+    content = checkpoint.load(ASSETS / "scenes.pt", "model") | {"origin": damaged}
+    checkpoint.save(tmp_path / "model.pt", content)
+    with pytest.raises(UserError, match="another version"):
+        checkpoint.load_trained(tmp_path / "model.pt")
