@@ -51,6 +51,10 @@ class Config:
     data: str = option("scenes", "what to learn from", DATA)
     data_dir: str = option("", "folder of MNIST's files, of pictures and captions.jsonl, of "
                            "edits.jsonl, or of shards")
+    # Paper: §4.1, the flagship reads people more often, and beautiful pictures in the last 1%.
+    mixture: str = option("", "shards: how often folders in --data-dir are read per epoch, e.g. "
+                          "people=2,web=0.5; any other: once")
+    mixture_end: str = option("", "the same in the last 1% of the steps, e.g. beautiful=8")
     world: str = option("one", "captions of scenes: one object, or six categories", tuple(WORLDS))
     image_size: int = option(32, "pixels per side (scenes, folder, edits)", at_least=1)
     pairs: int = option(20000, "how many scenes, or triples, to draw (scenes, edits)", at_least=1)
@@ -368,6 +372,8 @@ def check_together(config, given):
                         f"itself how much text there is")
     if config.codes and config.model != "chameleon":
         raise UserError(f"--codes is for --model chameleon, not for {config.model}")
+    if config.data != "shards" and (config.mixture or config.mixture_end):
+        raise UserError(f"--mixture is for --data shards, not for {config.data}")
     if config.keep_every % config.save_every:
         raise UserError(f"--keep-every {config.keep_every} must be a multiple of --save-every "
                         f"{config.save_every}: what is kept must be saved first")

@@ -13,6 +13,8 @@ from typing import Callable
 import numpy as np
 import torch
 
+from scale import distributed
+from scale.mixture import last_from, read_weights
 from scale.shards import Shards
 from sources.feed import digest, noise_limits, shape_of
 from support.common import UserError
@@ -83,7 +85,12 @@ def build_feed(config, diffusion, start, view):
     if the shards are missing or broken, or do not fit the options."""
     # 1. The rows, and whether they are what this model reads.
     limits = noise_limits(config, diffusion)
-    shards = Shards(config.data_dir or "packed", **limits, text_only=config.model == "llama")
+    shards = Shards(
+        config.data_dir or "packed", **limits, text_only=config.model == "llama",
+        mixture=read_weights(config.mixture),
+        at_the_end=read_weights(config.mixture_end, "--mixture-end"),
+        last_from=last_from(config.steps))
+    say_mixture(config, shards)
     check_codes(config, shards)
     shards.check_setting("seq_len", config.seq_len)
     if config.model == "transfusion":
@@ -102,6 +109,19 @@ def build_feed(config, diffusion, start, view):
     codes = shards.codes if config.model == "chameleon" else 0
     shape = shape_of(config, words + codes, tuple(shards.settings["latent"]), start)
     return ShardFeed(shards, vae, shape, config.documents, config.accumulate, view(words))
+
+
+def say_mixture(config, shards):
+    """Print how often the rows of each folder come, if that is not once per epoch."""
+    phases = {}
+    if config.mixture:
+        phases["an epoch"] = shards.phase
+    if shards.last_phase:
+        phases[f"an epoch from step {shards.last_from:,} on"] = shards.last_phase
+    for name, phase in phases.items():
+        for kind, order in phase.orders.items():
+            if order.n:
+                distributed.say(f"{name}, {kind}: {order.describe()}")
 
 
 def check_codes(config, shards):

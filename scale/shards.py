@@ -33,8 +33,7 @@ PAPER/HERE  same: rows of 4096, 32,000 pieces, 1 : 1, captions first in 80%, els
             the paper's 3.5B. Its deviation would double that. With assets/scenes_vae.pt it is 0.005
             of the latents' own, less than the noise of the first diffusion step (0.006). float16
             rounds by 0.002 at most. Packing prints the deviation for your VAE.
-            left out: the up-weighting of beautiful pictures in the last 1%. It would be a third
-            kind with its own s.
+            Some folders may come more often than others, and others in the last 1%: mixture.py.
 READ NEXT   pack.py, feed.py        TEST  tests/test_shards.py
 TRY IT      python -m scale.shards; python -m scale.shards packed
 """
@@ -44,6 +43,7 @@ import itertools
 import json
 import sys
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,7 @@ from tqdm import tqdm
 import data
 import vae as vae_module
 from data import Pieces
+from scale.mixture import Order, Source, check_folders
 from support import checkpoint
 from support.common import UserError, read_json, run_command
 
@@ -223,17 +224,33 @@ def shuffled(k, n, key):
 
 
 # ------------------------------------------------------------------------------- a folder of shards
+@dataclass
+class Phase:
+    """How rows are drawn during a part of a run.
+
+    orders      {kind: mixture.Order}
+    share       s, the share of rows of text, in units of 2^-32
+    key         what tells its order from another phase's
+    """
+    orders: dict
+    share: int
+    key: str
+
+
 class Shards:
     """Packed shards as a stream of batches.
 
     folder                     what `pack` wrote, or a folder of several such folders
     drop, t_limit, noisiest    as in data.Documents
     text_only                  never a row of pairs (the Llama baseline)
+    mixture                    {folder: how often its rows come per epoch}, see mixture.py
+    at_the_end                 the same for the steps from last_from on, where it differs
 
     Opening reads headers only. Arrays are memory-mapped when a row of theirs is wanted."""
 
     def __init__(self, folder, drop=data.Documents.drop, t_limit=data.Documents.t_limit,
-                 noisiest=data.Documents.noisiest, text_only=False):
+                 noisiest=data.Documents.noisiest, text_only=False, mixture=None,
+                 at_the_end=None, last_from=None):
         self.folder = Path(folder)
         self.noise_rules = {"drop": drop, "t_limit": t_limit, "noisiest": noisiest}
         self.text_only = text_only
@@ -246,7 +263,16 @@ class Shards:
         self.vae_path = find_beside(indices, "vae.pt")
         self.tokenizer = self.read_tokenizer(indices)
         self.count_rows()
-        self.share = self.text_share()
+        # How rows are drawn: in the run, and in its last steps.
+        self.folders = self.group_by_folder()
+        weights = mixture or {}
+        last_weights = weights | (at_the_end or {})
+        check_folders(last_weights, list(self.folders), self.folder)
+        self.phase = self.make_phase(weights)
+        self.last_phase = None
+        if last_weights != weights:
+            self.last_phase = self.make_phase(last_weights, key=" last")
+            self.last_from = last_from
 
     def find_indices(self):
         """The paths of the index.json of every packing in the folder. Raises UserError if there is
@@ -286,14 +312,51 @@ class Shards:
         self.held_out_rows = min(16, pairs // 10)
         self.rows = {"text": self.total("text", "rows"), "pairs": pairs - self.held_out_rows}
 
-    def text_share(self):
-        """s, the share of rows of text, in units of 2^-32, so that floor(g s) is exact."""
+    def group_by_folder(self):
+        """{name of a packing's folder, as --mixture has it: {kind: its headers}}."""
+        folders = {}
+        for kind in KINDS:
+            for path, header in self.headers[kind].items():
+                name = path.parent.relative_to(self.folder).as_posix()
+                headers = folders.setdefault(name, {"text": [], "pairs": []})
+                headers[kind].append(header)
+        return folders
+
+    def make_phase(self, weights, key=""):
+        """The Phase of a mixture {folder: weight}. Raises UserError if no row is left."""
+        orders = {}
+        for kind in KINDS:
+            sources = []
+            first = 0
+            for name, headers in self.folders.items():
+                rows = sum(header["rows"] for header in headers[kind])
+                known = min(rows, max(0, self.rows[kind] - first))      # the last are held out
+                sources.append(Source(name, first, known))
+                first += rows
+            orders[kind] = Order(sources, weights)
+            if self.rows[kind] and not orders[kind].n:
+                raise UserError(f"--mixture leaves no {kind} of {self.folder} to learn from")
+        return Phase(orders, self.text_share(weights), key)
+
+    def text_share(self, weights):
+        """s, the share of rows of text, in units of 2^-32, so that floor(g s) is exact. weights:
+        {folder: how often its rows come}."""
         # Paper: §4.1, text tokens and patches 1 : 1. A row of pairs has `gap` more patches than
         # text tokens; text alone evens it out:   s * text = (1 - s) * gap.
-        text = self.total("text", "positions") / max(1, self.rows["text"])
-        text_of_pairs = self.total("pairs", "positions") - self.patches * self.pictures
-        gap = self.patches * self.pictures - text_of_pairs
-        gap = max(0.0, gap / max(1, self.total("pairs", "rows")))
+        rows = dict.fromkeys(KINDS, 0)
+        text = 0
+        gap = 0
+        for name, headers in self.folders.items():
+            weight = weights.get(name, 1)
+            for kind in KINDS:
+                rows[kind] += weight * sum(header["rows"] for header in headers[kind])
+            text += weight * sum(header["positions"] for header in headers["text"])
+            for header in headers["pairs"]:
+                patches = self.patches * header["pictures"]
+                text_of_pairs = header["positions"] - patches
+                gap += weight * (patches - text_of_pairs)
+        text /= max(1, rows["text"])                        # now of a row
+        gap = max(0.0, gap / max(1, rows["pairs"]))
         if self.text_only or not self.rows["pairs"]:
             share = 1.0
         elif not self.rows["text"]:
@@ -326,19 +389,21 @@ class Shards:
                             f"VAE made it; pack again with another VAE")
         return documents, latents
 
-    def draw_row(self, seed, g):
-        """(documents as data.lay_out takes them, latents or None) of row g of the endless
-        stream."""
+    def draw_row(self, seed, g, phase=None):
+        """(documents as data.lay_out takes them, latents or None) of row g of the endless stream.
+        phase: how rows are drawn; None: as in the first steps."""
+        phase = phase or self.phase
         # 1. Text or pairs? Of the g rows before this one, `before` were text. So it is the j-th of
         #    its kind, counting from 0.
-        before = g * self.share >> 32
-        after = (g + 1) * self.share >> 32
+        before = g * phase.share >> 32
+        after = (g + 1) * phase.share >> 32
         kind, j = ("text", before) if after > before else ("pairs", g - before)
 
         # 2. Which row of that kind.
-        epoch, k = divmod(j, self.rows[kind])
-        k = shuffled(k, self.rows[kind], f"{seed} {kind} {epoch}")
-        documents, latents = self.read_row(kind, k)
+        order = phase.orders[kind]
+        epoch, place = divmod(j, order.n)
+        place = shuffled(place, order.n, f"{seed} {kind} {epoch}{phase.key}")
+        documents, latents = self.read_row(kind, order.row(place, epoch))
         if kind == "text":
             return documents, None
 
@@ -365,10 +430,13 @@ class Shards:
                         codes of the row) -> document (chameleon.view). None: the document. This
                         file need not know the rivals."""
         first = (step * micro_batches + micro) * rows
+        phase = self.phase
+        if self.last_phase and step >= self.last_from:
+            phase = self.last_phase
         sequences = []
         latents = [np.zeros((0, *self.settings.get("latent", (0, 0, 0))), np.float16)]
         for g in range(first, first + rows):
-            documents, pictures = self.draw_row(seed, g)
+            documents, pictures = self.draw_row(seed, g, phase)
             if view:
                 documents = [view(document, pictures) for document in documents]
             sequences.append([data.lay_out(document, self.tokenizer, self.patches)
@@ -497,8 +565,8 @@ def verify(folder):
         for k in tqdm(range(rows[kind]), desc=f"checking {kind}"):
             shards.read_row(kind, k)
     print(f"{folder}: {rows['text']:,} rows of text and {rows['pairs']:,} of pairs are what was "
-          f"written; text takes {shards.share / 2 ** 32:.1%} of the rows when read, so that text "
-          f"tokens : patches = 1 : 1")
+          f"written; text takes {shards.phase.share / 2 ** 32:.1%} of the rows when read, so that "
+          f"text tokens : patches = 1 : 1")
 
 
 def show_order():
