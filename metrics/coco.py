@@ -39,7 +39,6 @@ TEST        tests/test_coco.py (ours = pycocoevalcap, scipy)
 import argparse
 import functools
 import hashlib
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -54,6 +53,7 @@ from tqdm import tqdm
 import chameleon
 import sample
 from diffusion import SAMPLERS
+from metrics import sweep
 from scale import distributed
 from sources import scenes
 from sources.pairs import clean_caption, print_skipped
@@ -558,7 +558,8 @@ def parse_arguments(argv=None):
     add("--limit", type=int, default=30000,
         help="at most so many pictures (the paper: 30000, in its ablations 5000), or prompts")
     add("--steps", type=int, default=250, help="diffusion steps")
-    add("--guidance", type=float, default=3.0, help="guidance weight")
+    add("--guidance", type=float, nargs="+", default=[3.0],
+        help="guidance weight; several: a table of them, or of GenEval a folder for each")
     add("--sampler", choices=SAMPLERS, default="ddpm", help="ddpm is the paper's")
     add("--seed", type=int, default=0, help="seed of pictures, prompts and noise")
     add("--out", default="out/geneval", help="of GenEval: folder of the pictures")
@@ -575,8 +576,7 @@ def check_arguments(args):
         raise UserError(f"--limit must be at least 4, got {args.limit}")
     if not 1 <= args.steps <= 1000:
         raise UserError(f"--steps must be between 1 and 1000, got {args.steps}")
-    if not 0 <= args.guidance < math.inf:
-        raise UserError(f"--guidance must be 0 or more, got {args.guidance}")
+    sweep.check_weights(args.guidance)
     if not 0 <= args.seed < 2 ** 32:
         raise UserError(f"--seed must be between 0 and {2 ** 32 - 1}, got {args.seed}")
     if args.json is not None:
@@ -594,6 +594,11 @@ def is_geneval(args):
     return Path(args.pictures).suffix == ".jsonl"
 
 
+def distance_name(args):
+    """What the distance of the two crowds is called: FID is Inception's alone."""
+    return "FID" if args.inception else "Fréchet distance of latents"
+
+
 def print_numbers(args, numbers, captions):
     """The numbers as lines. captions: [(what the model says, what people say)]."""
     print(f"n = {numbers['n']} pictures")
@@ -602,7 +607,7 @@ def print_numbers(args, numbers, captions):
             print(f"  it says: {answer}\n  people say: {'; '.join(texts)}")
         print(f"CIDEr {numbers['cider']:.1f} ({numbers['references']:.1f} references each)")
     if "distance" in numbers:
-        name = "FID" if args.inception else "Fréchet distance of latents"
+        name = distance_name(args)
         doubt = ""
         if numbers["n"] <= numbers["dimensions"]:       # the covariance has not its full rank
             doubt = f"; unreliable: the features have {numbers['dimensions']} dimensions"
@@ -622,14 +627,9 @@ def main(argv=None):
     trained.model.to(ranks.dtype)                       # bfloat16 on a GPU
     if trained.kind == "llama":
         raise UserError(f"{args.checkpoint} is a llama: it knows words only")
-    options = {"seed": args.seed, "steps": args.steps, "guidance": args.guidance,
-               "sampler": args.sampler}
+    options = {"seed": args.seed, "steps": args.steps, "sampler": args.sampler}
     if is_geneval(args):
-        n = draw_geneval(trained, args.pictures, args.out, limit=args.limit, **options)
-        if distributed.rank() == 0:
-            print(f"{n} prompts in {args.out}: judge them with GenEval's "
-                  f"evaluation/evaluate_images.py")
-        return n
+        return draw_for_geneval(trained, args, options)
 
     size = trained.model.config.latent[1] * trained.vae.f
     if args.pictures == "scenes":
@@ -644,12 +644,43 @@ def main(argv=None):
     if args.only == "captions":
         features = clip = None
 
-    numbers, captions = measure(trained, items, features, clip, args.only != "pictures", **options)
+    results, captions = measure_each(trained, items, features, clip, args, options)
+    first = args.guidance[0]
+    numbers = results if len(results) > 1 else results[first]
     if distributed.rank() == 0:
         if args.json:                                   # first: a caption may not be printable
             write_json(args.json, numbers)
-        print_numbers(args, numbers, captions)
+        print_numbers(args, results[first], captions)
+        if len(results) > 1:
+            names = {"distance": distance_name(args), "clip": "CLIP score"}
+            print(*sweep.table(results, names), sep="\n")
     return numbers
+
+
+def measure_each(trained, items, features, clip, args, options):
+    """({guidance weight: numbers}, captions): `measure` for each weight of the command line."""
+    results = {}
+    captions = None
+    describe = args.only != "pictures"
+    for weight in args.guidance:
+        results[weight], answers = measure(trained, items, features, clip, describe,
+                                           guidance=weight, **options)
+        # Captions do not depend on guidance: those of the first weight are those of all.
+        captions = captions or answers
+        describe = False
+    return results, captions
+
+
+def draw_for_geneval(trained, args, options):
+    """Draw GenEval's prompts as the command line says. Returns how many there are."""
+    for weight in args.guidance:
+        out = Path(args.out)
+        if len(args.guidance) > 1:                      # a folder for each: it judges them apart
+            out = out / f"guidance_{weight:g}"
+        n = draw_geneval(trained, args.pictures, out, limit=args.limit, guidance=weight, **options)
+        if distributed.rank() == 0:
+            print(f"{n} prompts in {out}: judge them with GenEval's evaluation/evaluate_images.py")
+    return n
 
 
 if __name__ == "__main__":
