@@ -75,6 +75,9 @@ class Config:
     # The noise (eq. 2, eq. 3) and the sum of the losses (eq. 4).
     diffusion: str = option("ddpm", "the paper's DDPM, or rectified flow", tuple(KINDS))
     shift: float = option(1.0, "noise-to-signal ratio of the schedule times this; 1: the paper's")
+    # Our choice: without it a toy learns a caption late, and loses colours while drawing.
+    noise_skip: bool = option(False, "eps = s xt + a out: the noisy picture passes beside the "
+                              "network, which says the rest (ddpm)")
     lam: float = option(5.0, "lambda of eq. 4", at_least=0)
     # Paper: t <= 500 for the pictures that stand before their captions (App. B.2, Table 11).
     t_limit: int = option(500, "noise limit of pictures before their captions, as a t of the "
@@ -370,6 +373,10 @@ def check_together(config, given):
     if given.get("text_share", -1) > 0 and config.data != "scenes":
         raise UserError(f"--text-share is for --data scenes, not for {config.data}, which decides "
                         f"itself how much text there is")
+    _, target = KINDS[config.diffusion]
+    if config.noise_skip and target != "eps":
+        raise UserError(f"--noise-skip is for a network that says eps, as with --diffusion ddpm, "
+                        f"not for --diffusion {config.diffusion}")
     if config.codes and config.model != "chameleon":
         raise UserError(f"--codes is for --model chameleon, not for {config.model}")
     if config.data != "shards" and (config.mixture or config.mixture_end):

@@ -501,7 +501,8 @@ def losses(model, batch, diffusion, stable=False):
 
     # eq. 3.
     target = diffusion.target(batch.latents, batch.eps, batch.t)        # (M, c, h, w)
-    per_picture = diffusion_loss(target, out)                           # (M,)
+    predicted = diffusion.prediction(xt, out, batch.t)                  # (M, c, h, w)
+    per_picture = diffusion_loss(target, predicted)                     # (M,)
     return lm_sum, int(batch.has_loss.sum()), per_picture
 
 

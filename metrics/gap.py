@@ -93,7 +93,8 @@ def conditioning_gap(model, tokenizer, diffusion, captions, latents, before=None
             batch.tokens, batch.image_id, batch.doc_id, batch.has_loss, batch.latents, batch.t,
         )
         denoised = number < N
-        error = out.float().cpu()[denoised] - target[number[denoised]]
+        predicted = diffusion.prediction(pictures[number], out.float().cpu(), t[number])
+        error = predicted[denoised] - target[number[denoised]]
         losses.append(error.square().mean().item())
     right, wrong = losses
     return wrong - right

@@ -203,7 +203,8 @@ def prepare(config, out, resume, overwrite, view, command=""):
                         f"what the checkpoint is")
     if start:
         take_over(config, start)
-    diffusion = start.diffusion if start else Diffusion(config.diffusion, shift=config.shift)
+    diffusion = start.diffusion if start else Diffusion(
+        config.diffusion, shift=config.shift, noise_skip=config.noise_skip)
     feed = build_feed(config, out, diffusion, start, resume, view)
     run = build_run(config, ranks, feed, diffusion, start)
     run.end = end

@@ -246,6 +246,8 @@ def check_together(trained):
                          f"{config.context}")
     if type(diffusion.shift) not in (int, float) or diffusion.shift <= 0:
         raise ValueError(f"the shift of its schedule cannot be {diffusion.shift!r:.60}")
+    if type(diffusion.noise_skip) is not bool:
+        raise ValueError(f"its noise_skip cannot be {diffusion.noise_skip!r:.60}")
     words = len(trained.tokenizer)
     codes = trained.vae.config.codes
     if config.vocabulary not in (words, words + codes):
@@ -274,7 +276,12 @@ def parts_of(trained):
         "config": vars(trained.model.config),
         "words": dump_tokenizer(trained.tokenizer),     # ids have a meaning in this order only
         "vae": vae,
-        "diffusion": {"kind": diffusion.kind, "T": diffusion.T, "shift": diffusion.shift},
+        "diffusion": {
+            "kind": diffusion.kind,
+            "T": diffusion.T,
+            "shift": diffusion.shift,
+            "noise_skip": diffusion.noise_skip,
+        },
         "about": {"kind": trained.kind, "text_share": trained.text_share},
         "origin": asdict(trained.origin),
     }

@@ -42,6 +42,7 @@ def decided_by(start):
         "stable": shape.stable,
         "diffusion": start.diffusion.kind,
         "shift": start.diffusion.shift,
+        "noise_skip": start.diffusion.noise_skip,
     }
     if start.kind != "transfusion":
         del options["patch"]                            # a code for every place, or no pictures

@@ -103,6 +103,24 @@ def test_network_output_is_read_as_it_is_trained(kind):
     assert torch.allclose(found_x0, x0, atol=1e-4) and torch.allclose(found_eps, eps, atol=1e-4)
 
 
+def test_noise_skip_reads_the_output_as_v():
+    """A path beside the network that changes what eq. 3 asks: with out = v = a eps - s x0 it must predict eps exactly, and
+    give back x0, near t = T too, where another a or s, or a sign, is multiplied by thousands. Off, the output is eps."""
+    d, plain, (x0, eps), t = Diffusion(noise_skip=True), Diffusion(), pictures(), torch.tensor([1, 500, 1000])
+    xt, (a, s) = d.add_noise(x0, eps, t), d.at(t, x0)
+    v = a * eps - s * x0
+    assert torch.equal(d.target(x0, eps, t), eps)                       # the loss stays the paper's
+    assert torch.allclose(d.prediction(xt, v, t), eps, atol=1e-5)
+    assert torch.allclose(d.x0_and_eps(xt, v, t)[0], x0, atol=1e-2)
+    assert torch.equal(plain.prediction(xt, v, t), v)
+    # An error of 1% in the output: without the path x0 is lost at t = 1000, with it x0 is off by 1%.
+    off = 0.01 * torch.ones_like(x0[2:])
+    assert (d.x0_and_eps(xt[2:], v[2:] + off, 1000)[0] - x0[2:]).abs().max() < 0.02
+    assert (plain.x0_and_eps(xt[2:], eps[2:] + off, 1000)[0] - x0[2:]).abs().min() > 100
+    with pytest.raises(ValueError, match="'flow'"):
+        Diffusion("flow", noise_skip=True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_clipping_keeps_the_estimates_consistent(kind):
     """x0 clipped but eps left: the two no longer mix to xt, and DDIM drifts away from the chain."""

@@ -190,6 +190,7 @@ SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", 
     (["--preset", "edit", "--init", "MODEL", "--seq-len", "24", "--image-size", "48"], ["model.pt", "latents", "--image-size"]),
     (["--preset", "edit", "--init", "MODEL", "--seq-len", "24"], ["context of 24"]),  # a chain does not fit: say how long it is
     (["--resume"], ["nothing to resume"]),
+    (["--diffusion", "flow", "--noise-skip"], ["--noise-skip", "--diffusion ddpm", "flow"]),
     (["--preset", "scenes", "--stepz", "3"], ["--stepz"]),
 ], ids=lambda v: " ".join(v)[:40])
 def test_train(capsys, monkeypatch, tmp_path, shelf, arguments, words):

@@ -169,6 +169,21 @@ def test_a_model_that_obeys_its_caption_has_a_gap():
     assert gap == pytest.approx(torch.stack(by_hand).mean().item(), rel=1e-3) and gap > 0.01
 
 
+def test_the_gap_of_a_noise_skip_is_eq_3s():
+    """Catches a gap of the network's bare output: it must be that of the prediction, so that both ways can be compared."""
+    skip, captions = Diffusion(noise_skip=True), [text for text in TEXTS[:12]]
+    latents = torch.stack([code(text) for text in captions])
+    says_eps = reader(skip, True)
+
+    def says_v(*arguments):
+        xt, t = arguments[-2:]
+        a, s = skip.at(t, xt)
+        return None, (says_eps(*arguments)[1] - s * xt) / a
+    says_v.config = says_eps.config
+    plain = conditioning_gap(reader(Diffusion(), True), WORDS, Diffusion(), captions, latents)
+    assert conditioning_gap(says_v, WORDS, skip, captions, latents) == pytest.approx(plain, rel=1e-3)
+
+
 def test_the_wrong_caption_is_wrong():
     """Catches a "wrong" caption that says the same as the right one: every such picture pulls the gap towards 0."""
     captions = [TEXTS[k] for k in (0, 0, 1, 1, 1, 2, 0)]                # the same strings again, as World.caption returns them

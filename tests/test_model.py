@@ -203,6 +203,18 @@ def test_network_is_told_the_t_that_noised_the_picture(model, kind, monkeypatch)
         assert torch.allclose(told["encode"][0][m], mixed, atol=1e-5)
 
 
+def test_noise_skip_adds_the_noisy_picture_before_eq_3(model):
+    """Sampled with the path beside the network but trained without it: the loss falls, and what is drawn is noise."""
+    batch, d = make_batch([LONG, SHORT]), Diffusion(noise_skip=True)
+    _, _, per_picture = losses(model, batch, d)
+    xt = d.add_noise(batch.latents, batch.eps, batch.t)
+    _, out = run(model, batch, xt)
+    a, s = d.at(batch.t, xt)
+    by_hand = (batch.eps - s * xt - a * out).square().flatten(1).mean(1)
+    assert torch.allclose(per_picture, by_hand, rtol=1e-5)
+    assert not torch.allclose(per_picture, losses(model, batch, Diffusion())[2], rtol=1e-2)
+
+
 @pytest.mark.parametrize("kind", ["ddpm", "flow"])
 def test_losses_by_hand(model, kind):
     """A target one place off, loss where the input is BOI or a patch, EOI as a target, loss on dropped captions (§4.8),

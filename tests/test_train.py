@@ -547,7 +547,7 @@ def test_losses_fall(command, tmp_path):
     assert rows[-1]["lm"] < 0.7 * rows[0]["lm"] and rows[-1]["diffusion"] < rows[0]["diffusion"] < 1.3
 
 
-ABLATIONS = [["--diffusion", "flow"], ["--encoder", "unet"], ["--patch-position"], ["--no-bidirectional"]]
+ABLATIONS = [["--diffusion", "flow"], ["--noise-skip"], ["--encoder", "unet"], ["--patch-position"], ["--no-bidirectional"]]
 
 
 @pytest.mark.parametrize("options", ABLATIONS, ids=" ".join)
@@ -557,7 +557,8 @@ def test_every_ablation_runs(command, tmp_path, options):
     trained = load_trained(tmp_path / "run/model.pt")
     config = trained.model.config
     assert options in [["--diffusion", trained.diffusion.kind], ["--encoder", config.encoder],
-                       ["--patch-position"] * config.patch_position, ["--no-bidirectional"] * (not config.bidirectional)]
+                       ["--noise-skip"] * trained.diffusion.noise_skip, ["--patch-position"] * config.patch_position,
+                       ["--no-bidirectional"] * (not config.bidirectional)]
 
 
 @pytest.mark.parametrize("size", [32, 48])
