@@ -49,19 +49,21 @@ class Config:
 
     # What it learns from.
     data: str = option("scenes", "what to learn from", DATA)
-    data_dir: str = option("", "folder of MNIST's files, of pictures and captions.jsonl, of "
-                           "edits.jsonl, or of shards")
+    data_dir: str = option("", "folder of MNIST's files, of pictures and captions.jsonl (or "
+                           "edits.jsonl, documents.jsonl), or of shards")
     # Paper: §4.1, the flagship reads people more often, and beautiful pictures in the last 1%.
     mixture: str = option("", "shards: how often folders in --data-dir are read per epoch, e.g. "
                           "people=2,web=0.5; any other: once")
     mixture_end: str = option("", "the same in the last 1% of the steps, e.g. beautiful=8")
     world: str = option("one", "captions of scenes: one object, or six categories", tuple(WORLDS))
-    image_size: int = option(32, "pixels per side (scenes, folder, edits)", at_least=1)
+    image_size: int = option(32, "pixels per side; not of mnist", at_least=1)
     pairs: int = option(20000, "how many scenes, or triples, to draw (scenes, edits)", at_least=1)
 
     # How it sees pictures.
     vae: str = option("", "a vae.pt to use; default: assets/<data>_vae.pt (_vq.pt), or a new one")
     vae_steps: int = option(400, "training steps of a new VAE", at_least=1)
+    vae_channels: int = option(8, "width of a new VAE's first stage", at_least=4)
+    vae_z: int = option(4, "latent channels of a new VAE", at_least=1)
     codes: int = option(0, "codes of a Chameleon's VQ-VAE (the paper: 16384); 0: as many as its "
                         "file has, or 512 for a new one", at_least=0)
     patch: int = option(2, "side of a patch, in latent pixels (§4.3.2)", at_least=1)
@@ -176,6 +178,15 @@ PRESETS = {
         steps=6000,
         shift=2.0,
         vae_steps=2000,
+    ),
+    # Your own documents, of words and pictures in any mixture.
+    "documents": dict(
+        TOY_DEFAULTS,
+        data="documents",
+        steps=6000,
+        shift=2.0,
+        vae_steps=2000,
+        seq_len=192,
     ),
     # All six categories of GenEval.
     "six": dict(
@@ -362,7 +373,8 @@ def check_ranges(config):
 
 def check_together(config, given):
     """Raise UserError if options do not fit together. given: those of the command line alone."""
-    unfit = {"transfusion": (), "chameleon": ("edits",), "llama": ("edits", "mnist", "folder")}
+    unfit = {"transfusion": (), "chameleon": ("edits", "documents"),
+             "llama": ("edits", "documents", "mnist", "folder")}
     if config.data in unfit[config.model]:
         fit = [name for name in DATA if name not in unfit[config.model]]
         raise UserError(f"--model {config.model} learns from {', '.join(fit)}; "
@@ -384,6 +396,8 @@ def check_together(config, given):
     if config.keep_every % config.save_every:
         raise UserError(f"--keep-every {config.keep_every} must be a multiple of --save-every "
                         f"{config.save_every}: what is kept must be saved first")
+    if config.vae_channels % 4:
+        raise UserError(f"--vae-channels must be a multiple of 4, got {config.vae_channels}")
     if config.codes == 1:
         raise UserError("--codes must be at least 2, got 1: a picture of one code says nothing")
 

@@ -13,6 +13,7 @@ THE TABLE   the paper's                    here                                 
               edits, shown (Figs. 6, 10)   edits, counted; mixed documents          mixtures
               (not in the paper)           conditioning gap: is the caption used?   gap
               (not in the paper)           digits that a classifier reads as asked  digits
+              (not in the paper)           your own pictures, found among themselves  folder
               CIDEr, FID, CLIP, GenEval    the paper's own, on files                coco
               perplexity, Llama suite      the paper's own, on files                likelihood
 THE RULE    checkpoint, kind of data  ->  REPORTS[kind]  ->  numbers, pictures  ->  lines of text
@@ -30,15 +31,14 @@ from dataclasses import dataclass
 import numpy as np
 
 import data
-import sample
 from diffusion import SAMPLERS
-from metrics import digits, drawing, mixtures, sweep
+from metrics import digits, drawing, folder, mixtures, sweep
 from metrics import scenes as scene_metrics
 from metrics.gap import conditioning_gap
 from sample import GUIDE_OVER
-from sources import choose, edits, mnist, scenes
+from sources import choose, mnist, scenes
 from sources.feed import probe
-from support.checkpoint import decode_latents, encode_pixels, load_trained
+from support.checkpoint import encode_pixels, load_trained
 from support.common import (
     ASSETS,
     UserError,
@@ -60,6 +60,8 @@ class Job:
     seed        of prompts and noise
     texts       captions to draw, of shards, which keep no pixels
     options     as `sample.draw`: steps, guidance, sampler
+    train       the Pairs or Edits that it has learned from, or None: data of your own is judged
+                by its own pictures
     """
     categories: tuple
     test: object
@@ -67,6 +69,7 @@ class Job:
     seed: int
     texts: list
     options: dict
+    train: object = None
 
 
 def report_scenes(trained, job):
@@ -128,19 +131,7 @@ def report_edits(trained, job):
     """Edits: of scenes they are counted, of a user's own pictures shown."""
     if job.test.scenes:
         return mixtures.editing(trained, job.n, job.seed, picture_size(trained), **job.options)
-
-    # Nobody can say by a rule whether a photo was edited as told: look at two dozen.
-    triples = job.test.triples()[:min(job.n, 24)]
-    numbers = [number for number, _, _ in triples]
-    instructions = [text for _, text, _ in triples]
-    before = job.test.pixels[numbers]
-    latents = encode_pixels(trained, before)
-    latents = sample.edit(trained, latents, instructions, seed=job.seed, **job.options)
-    after = decode_latents(trained, latents)
-    results = []
-    for text, old, new in zip(instructions, before, after, strict=True):
-        results.append((text, mixtures.beside(old, new), True))
-    return {}, results
+    return report_own(trained, job)
 
 
 def report_mixtures(trained, job):
@@ -150,8 +141,10 @@ def report_mixtures(trained, job):
 
 def report_pictures(trained, job):
     """Any other data. If they bring a judge (sources/pairs.py), pictures and captions are counted.
-    If not, no rule says what is right: a few captions are drawn and shown."""
-    judge = job.test.judge if job.test else None        # shards keep no pixels and have no judge
+    Of shards, which keep no pixels, a few captions are drawn and shown."""
+    judge = getattr(job.test, "judge", None)
+    if job.test and judge is None:
+        return report_own(trained, job)
     n = job.n if judge else min(job.n, 32)
     texts = list(job.texts or job.test.captions)[:n]
     pictures = drawing.draw(trained, texts, seed=job.seed, **job.options)
@@ -170,6 +163,11 @@ def report_pictures(trained, job):
     return {key: float(share) for key, share in shares.items()}, results
 
 
+def report_own(trained, job):
+    """Data of your own, without a judge: no rule says what is right, but its own pictures do."""
+    return folder.report_folder(trained, job.train, job.test, job.n, job.seed, **job.options)
+
+
 # By the name of the data; what is not named here gets `report_pictures`. For a new kind of report
 # write a function and name it here: all that it needs to know is in the Job.
 REPORTS = {
@@ -181,11 +179,11 @@ REPORTS = {
 
 
 def report(trained, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0, texts=(),
-           **options):
+           train=None, **options):
     """(dict of numbers, lines to print, list of (prompt, picture, right) to show). name: of the
     data, see REPORTS; the others as in Job. Every process must call it."""
     began = time.time()
-    job = Job(categories, test, n, seed, texts, options)
+    job = Job(categories, test, n, seed, texts, options, train)
     if trained.kind == "llama":                         # it knows words only, of scenes or others
         numbers = report_text(trained, job) if name == "scenes" else {}
         numbers["seconds"] = time.time() - began
@@ -254,6 +252,8 @@ def describe_report(numbers, options):
             f"{numbers['excess_nats']:6.3f} nats per token (entropy {numbers['entropy']:.3f})")
     if "alone" in numbers:
         add("text loss of deductions, likewise", f"{numbers['alone']:6.4f} nats per token")
+    for text, value in folder.describe(numbers):
+        add(text, value)
     if "conditioning_gap" in numbers:
         gap = numbers["conditioning_gap"]
         if gap is None:
@@ -273,7 +273,8 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--checkpoint", default=str(ASSETS / "scenes.pt"), help="a model.pt of train.py")
     add("--data", choices=(*choose.SOURCES, "mixtures"), default="scenes", help="what to measure")
-    add("--data-dir", help="folder of the MNIST idx files, of captions.jsonl, or of edits.jsonl")
+    add("--data-dir", help="folder of the MNIST idx files, of captions.jsonl, edits.jsonl or "
+                            "documents.jsonl")
     add("--world", choices=tuple(scenes.WORLDS), default="six", help="which captions of scenes")
     add("--n", type=int, default=600, help="pictures to draw, over all categories")
     add("--steps", type=int, default=250, help="diffusion steps, 1 to 1000")
@@ -311,24 +312,21 @@ def check_kind(trained, args):
     """Raise UserError if this kind of model cannot be measured with these data."""
     if trained.kind == "transfusion":
         return
-    only_ours = args.data in ("edits", "mixtures")
+    only_ours = args.data in ("documents", "edits", "mixtures")
     if only_ours or (trained.kind == "llama" and args.data != "scenes"):
         raise UserError(f"{args.checkpoint} is a {trained.kind}: it cannot be measured with "
                         f"--data {args.data}")
 
 
-def load_test(trained, args):
-    """The unseen Pairs or Edits that the command line names; None where the measure draws its own
-    scenes."""
-    # Pictures of the model's own size: of another, the gap at the end could not be measured.
-    choice = {"size": picture_size(trained), "split": "test", "n": 256, "seed": args.seed,
-              "progress": False}
-    if args.data == "mixtures":
+def load_data(trained, args, split):
+    """The Pairs or Edits of a split that the command line names; None where the measure draws its
+    own scenes, or needs no training split."""
+    own = args.data_dir and args.data != "mnist"        # pictures of your own
+    if args.data == "mixtures" or (split == "train" and not own):
         return None
-    if args.data == "edits":
-        return edits.load_edits(args.data_dir, **choice)
-    return choose.load_pairs(args.data, args.data_dir, categories=scenes.WORLDS[args.world],
-                             **choice)
+    # Pictures of the model's own size: of another, the gap at the end could not be measured.
+    return choose.load_pairs(args.data, args.data_dir, picture_size(trained), split, n=256,
+                             seed=args.seed, categories=scenes.WORLDS[args.world], progress=False)
 
 
 def main(argv=None):
@@ -341,14 +339,15 @@ def main(argv=None):
 
     trained = load_trained(args.checkpoint, pick_device())
     check_kind(trained, args)
-    test = load_test(trained, args)
+    test = load_data(trained, args, "test")
+    train = load_data(trained, args, "train")
     options = {"steps": args.steps, "sampler": args.sampler}
     if args.data == "edits":
         options["over"] = args.guide_over
     results = {}
     for weight in args.guidance:
         numbers, lines, _ = report(trained, args.data, scenes.WORLDS[args.world], test, args.n,
-                                   args.seed, guidance=weight, **options)
+                                   args.seed, train=train, guidance=weight, **options)
         results[weight] = numbers
     # Paper: App. B.1. For the flagship, guidance is tuned per benchmark.
     if len(results) > 1:

@@ -33,13 +33,13 @@ import data
 import evaluate
 from config import parse_arguments
 from metrics.gap import conditioning_gap
-from metrics.progress import is_log_line, log_line, summary
+from metrics.progress import is_log_line, keep_model, log_line, summary
 from model import count, losses, transfusion_loss
 from scale import distributed, plan
 from scale.distributed import say
 from scale.run import WHOLE_MODEL, prepare, sole_run
 from sources import scenes
-from support import checkpoint, figures, run_folder
+from support import figures, run_folder
 from support.common import Stopped, finish_step_first, run_command, write_json
 from support.origin import command_line
 
@@ -196,9 +196,14 @@ def fit(run, out, heard):
                 window = []
                 began = time.time()
 
-            # Everything that a resumed run needs. It is written while training goes on.
+            # Everything that a resumed run needs. It is written while training goes on. And what
+            # one can draw with and look at, long before a long run ends.
             if run.step % config.save_every == 0:
                 saver.save(run.step, run.model, run.average, run.optimizer)
+                if not last:                            # then the report draws more
+                    paused = time.time()
+                    keep_model(run, out)
+                    began += time.time() - paused       # the log's speed is that of the steps
         saver.save(run.step, run.model, run.average, run.optimizer)         # unless just saved
     finally:
         saver.wait()                                    # also after an error: never half of a file
@@ -230,11 +235,10 @@ def seconds_left(bar):
 def report(run, out, trained):
     """Draw, caption, measure; write samples.png. Returns (dict of numbers, lines to print)."""
     config = run.config
-    drawing = {"steps": config.sample_steps, "guidance": config.guidance, "sampler": config.sampler}
     with run.explain_memory(*WHOLE_MODEL):
         numbers, lines, shown = evaluate.report(
             trained, config.data, scenes.WORLDS[config.world], run.feed.test, config.samples,
-            config.seed, texts=run.feed.captions(32), **drawing)
+            config.seed, texts=run.feed.captions(32), train=run.feed.source, **run.drawing())
     if distributed.rank() == 0 and shown:
         figures.plot_samples(shown, out / "samples.png")
     return numbers, lines
@@ -270,11 +274,9 @@ def train(config, resume, overwrite, command):
 
     # 3. A model to draw with, also after Ctrl-C.
     seconds = time.time() - began
-    trained = run.gather_trained()
-    if distributed.rank() == 0:
-        checkpoint.save_trained(out / "model.pt", trained)
-        if log:
-            figures.plot_curves(log, out / "curves.png")
+    trained = keep_model(run, out, draw=stopped)
+    if distributed.rank() == 0 and log:
+        figures.plot_curves(log, out / "curves.png")
     if stopped:
         distributed.wait()                              # torchrun ends all when the first one ends
         raise Stopped(f"saved at step {run.step}; the same command with --resume goes on, with "

@@ -36,33 +36,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from autoencoder import losses, perceptual
+from autoencoder import losses, perceptual, quality
 from sources import choose
 from support.checkpoint import load, pack_vae, save
-from support.common import (
-    Stopped,
-    UserError,
-    finish_step_first,
-    pick_device,
-    run_command,
-    write_image,
-)
-from support.figures import grid
+from support.common import Stopped, UserError, finish_step_first, pick_device, run_command
 from support.run_folder import Log, lock
 from vae import (
     VAE,
     VAEConfig,
-    batches,
     codebook_use,
     encode_all,
     encode_all_codes,
     paper_config,
     to_float,
-    to_pixels,
 )
 
 
@@ -210,7 +199,8 @@ def toy_reconstruction(x, x_hat):
 
 # ------------------------------------------------------------------------------------ the whole run
 def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed=0, progress=True,
-              vae_loss=None, out=None, resume=False, save_every=1000, log_every=100, stop=()):
+              vae_loss=None, out=None, resume=False, save_every=1000, log_every=100, stop=(),
+              on_save=None):
     """A trained VAE, with shift, scale and x0_max measured; or None if it was stopped.
 
     pixels      (N, h, w, c) uint8
@@ -219,6 +209,7 @@ def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed
     out         folder for log.jsonl and, every save_every steps, last.pt
     resume      whether to go on from last.pt
     stop        something that becomes true to stop early; then the state is saved
+    on_save     function (vae), called whenever the state is saved: to look at it early
     Raises UserError, before any weight is touched, if a step's loss or gradient is not finite.
     """
     options = {
@@ -240,6 +231,11 @@ def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed
         log = Log(out, run.step)
         log.start()
 
+    def keep():
+        save_training(run, out)
+        if on_save:
+            on_save(run.vae)
+
     bar = tqdm(total=steps, initial=run.step, desc="training the VAE", disable=not progress)
     while run.step < steps and not stop:
         training_step(run, pixels)
@@ -250,14 +246,23 @@ def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed
             if log:
                 log.add(row)
         if out and (run.step % save_every == 0 or run.step == steps):
-            save_training(run, out)
+            keep()
     bar.close()
 
     if run.step < steps:
         if out:
-            save_training(run, out)
+            keep()
         return None
-    return measure_latents(run.vae.eval(), pixels[:4096]).cpu()
+    return measure_latents(run.vae.eval(), some_of(pixels, 4096, seed)).cpu()
+
+
+def some_of(pixels, n, seed):
+    """n pictures of (N, h, w, c), drawn at random; all of them, in their order, if N <= n."""
+    # TRAP: not the first n. If dark pictures come first, most of the others lie beyond the clip.
+    if len(pixels) <= n:
+        return pixels
+    chosen = np.random.default_rng([seed, 19]).permutation(len(pixels))[:n]
+    return pixels[np.sort(chosen)]
 
 
 def log_line(run):
@@ -317,19 +322,6 @@ def measure_latents(vae, pixels):
     mean, _ = encode_all(vae, pixels, progress=False)   # again: now they are normalised
     vae.x0_max.fill_(mean.abs().max().item())
     return vae
-
-
-@torch.no_grad()
-def show_reconstructions(vae, pixels, path, columns=16):
-    """Save originals above their reconstructions, enlarged. Returns the mean absolute error in
-    grey levels (0-255)."""
-    parts = [to_pixels(vae.reconstruct(x)) for x in batches(vae, pixels)]
-    drawn = np.concatenate(parts)                                           # (N, h, w, c) uint8
-    sheet = grid(np.concatenate([pixels[:columns], drawn[:columns]]), columns)
-    height, width, _ = sheet.shape
-    image = Image.fromarray(sheet)
-    write_image(path, image.resize((2 * width, 2 * height), Image.Resampling.NEAREST))
-    return float(np.abs(drawn.astype(int) - pixels).mean())
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -394,7 +386,8 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--paper", action="store_true",
         help="App. C's network, size, loss and steps become the defaults")
-    pictures = [name for name in choose.SOURCES if name != "edits"]         # those with captions
+    without_captions = ("edits", "documents")
+    pictures = [name for name in choose.SOURCES if name not in without_captions]
     add("--data", choices=pictures, default="scenes", help="what to learn from")
     add("--data-dir", help="folder of MNIST idx files, or of pictures with captions.jsonl")
     add("--image-size", type=int, help="pixels per side (scenes, folder)")
@@ -479,22 +472,26 @@ def train_and_show(args, config, out):
 
     # 2. The training. Ctrl-C finishes a step and saves; a second one stops at once.
     began = time.time()
+    unseen = test.pixels[:256]
+
+    def show(vae, n=quality.COLUMNS):
+        return quality.show(vae, unseen[:n], out / "reconstructions.png")
+
     with finish_step_first() as heard:
         vae = train_vae(pairs.pixels, config, args.steps, args.batch, args.lr, args.kl_weight,
                         args.seed, vae_loss=vae_loss, out=out, resume=args.resume,
-                        save_every=args.save_every, stop=heard)
+                        save_every=args.save_every, stop=heard, on_save=show)
     if vae is None:
-        raise Stopped(f"saved in {out}/last.pt; the same command with --resume goes on from there",
-                      heard)
+        raise Stopped(f"saved in {out}/last.pt; the same command with --resume goes on from there; "
+                      f"look at {out}/reconstructions.png", heard)
 
     # 3. The file, and how good it is on pictures that it has not seen.
     save(out / "vae.pt", pack_vae(vae))
     vae.to(pick_device())
-    unseen = test.pixels[:256]
-    error = show_reconstructions(vae, unseen, out / "reconstructions.png")
+    reached = show(vae, len(unseen))
     parameters = sum(weight.numel() for weight in vae.parameters())
-    print(f"{parameters:,} parameters, {time.time() - began:.0f} s; mean error on unseen pictures "
-          f"{error:.2f} of 255; wrote {out}/vae.pt and reconstructions.png")
+    print(f"{parameters:,} parameters, {time.time() - began:.0f} s; on unseen pictures "
+          f"{reached.describe()}; wrote {out}/vae.pt and reconstructions.png")
     if args.codes:
         codes = encode_all_codes(vae, unseen, progress=False)
         uses = torch.bincount(codes.flatten(), minlength=args.codes)

@@ -13,10 +13,14 @@ SHAPES      pictures (N, h, w, 3) uint8; latents (N, c, h, w) float32, or codes 
 READ NEXT   ../sample.py, ../chameleon.py        TEST  tests/test_distributed.py
 """
 import numpy as np
+import torch
 
 import chameleon
 import sample
 from scale import distributed
+from support.checkpoint import decode_latents
+
+TOGETHER = 100                                          # pictures in a batch: caches take memory
 
 
 def draw(trained, captions, **options):
@@ -31,6 +35,38 @@ def draw(trained, captions, **options):
         return sample.draw(trained, part, first=first, decoder=decoder, **options)
 
     return np.concatenate(distributed.split_work(draw_part, captions))
+
+
+def draw_after(trained, prompts, **options):
+    """(N, h, w, 3) uint8: the picture that follows each prompt.
+
+    prompts: N lists of str and latents (c, h, w); options: as `sample.generate`.
+    Every process must call it."""
+    decoder = chameleon.decoder_of(trained)
+
+    def draw_part(part, first):
+        pictures = []
+        for k in range(0, len(part), TOGETHER):
+            documents = sample.generate(
+                trained, part[k: k + TOGETHER], draw_now=True, max_words=0, first=first + k,
+                decoder=decoder, **options)
+            latents = torch.stack([document[-1] for document in documents])
+            pictures.extend(decode_latents(trained, latents))
+        return pictures
+
+    return np.stack([picture for part in distributed.split_work(draw_part, prompts)
+                     for picture in part])
+
+
+def glance(trained, prompts, seed, **options):
+    """[(title, picture, True)] of a few pictures: to look at a model before anyone judges it.
+
+    prompts: [(title, list of str and latents)]; options: as `sample.generate`.
+    Every process must call it."""
+    if not prompts:
+        return []
+    pictures = draw_after(trained, [prompt for _, prompt in prompts], seed=seed, **options)
+    return [(title, picture, True) for (title, _), picture in zip(prompts, pictures, strict=True)]
 
 
 def describe(trained, latents):

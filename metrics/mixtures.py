@@ -27,10 +27,14 @@ from support.checkpoint import decode_latents, device_of, encode_pixels
 
 
 # ---------------------------------------------------------------------------------------- editing
-def beside(before, after):
-    """(h, 2w + 2, 3) uint8: two pictures of (h, w, 3), a white line between them."""
-    line = np.full_like(before[:, :2], 255)
-    return np.concatenate([before, line, after], axis=1)
+def beside(*pictures):
+    """(h, W, 3) uint8: pictures of (h, w, 3) or (h, w, 1) side by side, white lines between."""
+    strip = []
+    for picture in pictures:
+        if strip:
+            strip.append(np.full((len(picture), 2, 3), 255, np.uint8))
+        strip.append(np.broadcast_to(picture, (*picture.shape[:2], 3)))     # grey ones, too
+    return np.concatenate(strip, axis=1)
 
 
 def editing(trained, n=200, seed=0, size=32, progress=True, **options):

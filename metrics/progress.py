@@ -9,6 +9,7 @@ A PICTURE   by_t         t = 1..200  201..400  401..600  601..800  801..1000    
             step 120          0.61      0.48      0.66      0.83       0.79
 THE RULE    Sums and counts are added up over all processes and then divided. A mean of means would
             weigh a process with few pictures as much as one with many.
+            At every save there is a model.pt to draw with, and a dozen pictures of it.
             A step whose gradient is five times as long as the median of its line is named: "spike".
 READ NEXT   ../train.py        TEST  tests/test_train.py, tests/test_trust.py
 """
@@ -16,7 +17,10 @@ from statistics import median
 
 import torch
 
+from metrics import drawing
 from scale import distributed, plan
+from scale.run import WHOLE_MODEL
+from support import checkpoint, figures
 
 BINS = 5                                                # noise levels that the log tells apart
 # Our choice: in the toys' runs, the longest gradient of 50 steps had at most 1.9 times the median.
@@ -98,3 +102,20 @@ def summary(log):
     if log.last("gap") is not None:                     # it is not measured at every line
         texts["gap"] = f"{log.last('gap'):.3f}"
     return texts
+
+
+def keep_model(run, out, draw=True):
+    """Write model.pt and, with `draw`, a dozen pictures to samples.png, as of now. Returns the
+    checkpoint.Trained. Every process must call it.
+
+    run: scale.run.Run; out: its folder"""
+    trained = run.gather_trained()
+    shown = []
+    if draw and run.config.samples and run.config.model != "llama":
+        with run.explain_memory(*WHOLE_MODEL):
+            shown = drawing.glance(trained, run.feed.prompts(12), run.config.seed, **run.drawing())
+    if distributed.rank() == 0:
+        checkpoint.save_trained(out / "model.pt", trained)
+        if shown:
+            figures.plot_samples(shown, out / "samples.png")
+    return trained

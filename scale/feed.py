@@ -30,7 +30,7 @@ class ShardFeed:
     rows            per micro-batch
     micro_batches   per step, over all processes
     view            how the model sees a document: see sources.feed.Feed
-    test            None: shards keep no pixels to compare with
+    test, source    None: shards keep no pixels to compare with
     """
     shards: Shards
     vae: object
@@ -39,6 +39,7 @@ class ShardFeed:
     micro_batches: int
     view: Callable
     test: None = None
+    source: None = None
 
     @property
     def tokenizer(self):
@@ -69,6 +70,10 @@ class ShardFeed:
         """Up to n unseen captions, to draw for the report."""
         ids, _ = self.shards.held_out(n)
         return [self.tokenizer.decode(caption) for caption in ids]
+
+    def prompts(self, n):
+        """[(title, prompt)] of up to n pictures to look at early."""
+        return [(caption, [caption]) for caption in self.captions(n)]
 
     def describe(self):
         """What config.json says of the data: the settings they were packed with, and the name of

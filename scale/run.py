@@ -20,6 +20,7 @@ import torch
 
 import scale.feed
 import sources.feed
+from autoencoder import quality
 from autoencoder.train import train_vae
 from config import MAY_CHANGE_ON_RESUME, Config
 from diffusion import Diffusion
@@ -92,11 +93,24 @@ class Run:
                                   self.config.model, self.config.text_share,
                                   self.origin.until_now())
 
+    def drawing(self):
+        """How the run's own pictures are drawn: options of `sample.draw`."""
+        options = {"steps": self.config.sample_steps, "guidance": self.config.guidance,
+                   "sampler": self.config.sampler}
+        if self.config.data == "edits":
+            options["over"] = "both"                    # words, and the picture before them
+        return options
+
     def how_to_use(self):
         """The command that uses the run's model.pt."""
         programs = {"transfusion": 'sample.py "..."', "chameleon": 'chameleon.py "..."',
                     "llama": "-m metrics.likelihood perplexity text.jsonl"}
-        return f"python {programs[self.config.model]} --checkpoint {self.config.out}/model.pt"
+        program = programs[self.config.model]
+        if self.config.data == "edits":
+            program = 'sample.py --image in.png --edit "..."'
+        if self.config.data == "documents":
+            program = 'sample.py --open "..."'
+        return f"python {program} --checkpoint {self.config.out}/model.pt"
 
     def not_finite(self, norm, batches, micro_losses):
         """The UserError for a step that must not be taken: the norm of its gradient, or a loss of
@@ -261,7 +275,8 @@ def build_feed(config, out, diffusion, start, resume, view):
     vae = find_vae(config, out, start, resume)
 
     def train_first(pixels, vae_config):
-        return train_vae_once(config, out, pixels, vae_config, resume)
+        unseen = test.pixels if len(test.pixels) else pixels        # of documents, perhaps none
+        return train_vae_once(config, out, pixels, unseen[:128], vae_config, resume)
 
     feed = sources.feed.build_feed(config, test, diffusion, start, vae, train_first, view, progress)
     if vae and not resume and distributed.rank() == 0:
@@ -282,10 +297,15 @@ def find_vae(config, out, start, resume):
     return checkpoint.find_vae(config.data, config.vae, own, codes=config.model == "chameleon")
 
 
-def train_vae_once(config, out, pixels, vae_config, resume):
+def train_vae_once(config, out, pixels, unseen, vae_config, resume):
     """Train the run's VAE on pixels and keep it in out/vae.pt. Process 0 trains; the others wait,
-    and read its file. Ctrl-C finishes a step and saves: --resume goes on from there."""
+    and read its file. Ctrl-C finishes a step and saves: --resume goes on from there. unseen:
+    pictures that out/reconstructions.png shows, at every save."""
     path = out / "vae.pt"
+
+    def show(vae, n=quality.COLUMNS):
+        return quality.show(vae, unseen[:n], out / "reconstructions.png")
+
     with distributed.rank_0_first():
         if distributed.rank() == 0:
             if not resume:
@@ -296,11 +316,16 @@ def train_vae_once(config, out, pixels, vae_config, resume):
             with finish_step_first(alone=distributed.size() == 1) as heard:
                 vae = train_vae(pixels, vae_config, config.vae_steps, seed=config.seed,
                                 out=state.parent, resume=resume and state.exists(),
-                                save_every=config.save_every, stop=heard)
+                                save_every=config.save_every, stop=heard, on_save=show)
             if vae is None:
                 raise Stopped(f"the VAE's training is saved in {state}; the same command with "
-                              f"--resume goes on", heard)
+                              f"--resume goes on; look at {out}/reconstructions.png", heard)
             checkpoint.save(path, checkpoint.pack_vae(vae))
+            reached = show(vae, len(unseen))
+            distributed.say(f"the VAE is trained; on unseen pictures {reached.describe()}; look at "
+                            f"{out}/reconstructions.png")
+            if reached.bottleneck():
+                distributed.say(reached.bottleneck())
             state.unlink(missing_ok=True)
         return checkpoint.find_vae(config.data, path, codes=config.model == "chameleon")
 

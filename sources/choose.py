@@ -14,6 +14,7 @@ THE RULE    A source is called with all of these by name, and takes those that i
               progress    whether to show bars
 READ NEXT   pairs.py        TEST  tests/test_sources.py
 """
+from sources.documents import load_documents
 from sources.edits import load_edits
 from sources.folder import load_folder
 from sources.mnist import load_mnist
@@ -25,6 +26,7 @@ SOURCES = {
     "scenes": load_split,
     "mnist": load_mnist,
     "folder": load_folder,
+    "documents": load_documents,                        # Mixtures in place of Pairs
     "edits": load_edits,                                # Edits in place of Pairs
 }
 

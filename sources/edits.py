@@ -39,7 +39,14 @@ from tqdm import tqdm
 
 from data import count_tokens
 from sources import scenes
-from sources.pairs import SPLITS, clean_caption, print_skipped, split_items, words_of
+from sources.pairs import (
+    SPLITS,
+    clean_caption,
+    name_groups,
+    print_skipped,
+    split_items,
+    words_of,
+)
 from sources.scenes import COLOURS, HELD_OUT, RELATIONS, SHAPES, Thing
 from support.common import UserError, open_picture, read_records
 
@@ -322,6 +329,10 @@ class Edits:
             triples += zip(pictures, instructions, pictures[1:])
         return triples
 
+    def to_draw(self):
+        """[(what stands before a picture, the number of that picture)]: see metrics/folder.py."""
+        return [([before, text], after) for before, text, after in self.triples()]
+
     def vocabulary(self):
         """Set of every word that this source can utter."""
         if self.scenes:
@@ -414,25 +425,6 @@ def load_triples(folder, size=32, split="train"):
         chains.append(([first, first + 1], [instructions[k]]))
     # The words of both splits must be known: the test split's gap is measured during training.
     return Edits(np.stack(pixels), chains, language=instructions, lines=[lines[k] for k in chosen])
-
-
-def name_groups(names):
-    """For each (before, after) one name for all triples that share pictures with it, directly or
-    through others: 1.png to 2.png and 2.png to 3.png are in one group, and in one split."""
-    group_of = {}                                       # name of a picture: list of its group
-    for before, after in names:
-        one = group_of.setdefault(before, [before])
-        other = group_of.setdefault(after, [after])
-        if one is other:
-            continue
-        if len(one) < len(other):                       # the smaller moves into the larger
-            one, other = other, one
-        one += other
-        for name in other:
-            group_of[name] = one
-    groups = {id(group): group for group in group_of.values()}          # each once
-    first_name = {key: min(group) for key, group in groups.items()}
-    return [first_name[id(group_of[before])] for before, _ in names]
 
 
 def load_edits(folder=None, size=32, split="train", n=8000, seed=0, progress=True, **unused):

@@ -26,6 +26,7 @@ import vae as vae_module
 from diffusion import Diffusion
 from model import sized
 from sources import choose, edits
+from sources import documents as mixed
 from support.common import UserError
 from support.start import add_words, describe_words
 
@@ -59,9 +60,14 @@ class Feed:
     test: object
 
     @property
+    def source(self):
+        """The Pairs or Edits that are learned from."""
+        return self.documents.pairs
+
+    @property
     def pictures(self):
         """How many pictures there are to learn from."""
-        return len(self.documents.pairs.pixels)
+        return len(self.source.pixels)
 
     def batch(self, seed, step, micro):
         """data.Batch of a micro-batch, with latents, and with the generator that t and eps are to
@@ -94,17 +100,34 @@ class Feed:
         """Captions to draw for the report: none. evaluate.py has those of the unseen pictures."""
         return []
 
+    def prompts(self, n):
+        """[(title, prompt)] of up to n pictures to look at early, half of them unseen. A prompt is
+        a list of str and latents (c, h, w)."""
+        found = []
+        for name, source in (("", self.source), ("unseen: ", self.test)):
+            for parts, _ in source.to_draw()[: n // 2]:
+                words = [part for part in parts if isinstance(part, str)]
+                numbers = [part for part in parts if not isinstance(part, str)]
+                # A rival's pictures are codes; only Transfusion learns from edits and documents.
+                latents = iter(mean_latents(self.vae, source.pixels[numbers]) if numbers else [])
+                prompt = [part if isinstance(part, str) else next(latents) for part in parts]
+                found.append((name + " ".join(words), prompt))
+        return found
+
     def describe(self):
         """What config.json says of the data beside the options. A resumed run compares it: the
         same data may lie in another folder now, and other data in this one."""
         pairs = self.documents.pairs
+        content = pairs.captions
+        if isinstance(pairs, mixed.Mixtures):
+            content = pairs.documents
         words = " ".join(self.tokenizer.vocabulary[len(data.SPECIAL):])
         if isinstance(self.tokenizer, data.Pieces):
             words = digest(self.tokenizer.model)
         return {"learned": {
             "words": words,                             # first: of all changes it says most
-            "pictures": len(pairs.captions),
-            "captions": digest(json.dumps(pairs.captions).encode()),
+            "pictures": len(content),
+            "captions": digest(json.dumps(content).encode()),
             "pixels": digest(np.ascontiguousarray(pairs.pixels)),
         }}
 
@@ -122,6 +145,11 @@ def probe(pairs, vae, n):
         before, captions, after = map(list, zip(*pairs.triples()[:n]))
         latents = mean_latents(vae, pairs.pixels[after])
         return captions, latents, mean_latents(vae, pairs.pixels[before])
+    if isinstance(pairs, mixed.Mixtures):
+        captioned = {picture: words for words, picture in pairs.captioned()}        # each once
+        numbers = list(captioned)[:n]
+        captions = [captioned[k] for k in numbers]
+        return captions, mean_latents(vae, pairs.pixels[numbers]), None
 
     numbers = first_different(pairs.pixels, n)
     captions = [pairs.captions[k] for k in numbers]
@@ -148,6 +176,9 @@ def first_different(pixels, n):
 
 def mean_latents(vae, pixels):
     """(N, c, h, w): the means of q(z | x), so that every measurement sees the same latents."""
+    if len(pixels) == 0:                                # documents of words alone
+        side = pixels.shape[1] // vae.f
+        return torch.zeros(0, vae.config.z, side, side)
     mean, _ = vae_module.encode_all(vae, pixels, progress=False)
     return mean
 
@@ -204,13 +235,16 @@ def build_feed(config, test, diffusion, start, vae, train_vae, view, progress=Tr
 def new_vae_config(config, source):
     """The VAEConfig of a VAE that is trained for these pictures."""
     codes = (config.codes or 512) if config.model == "chameleon" else 0
-    return vae_module.VAEConfig(image_channels=source.pixels.shape[3], codes=codes)
+    return vae_module.VAEConfig(image_channels=source.pixels.shape[3], codes=codes,
+                                channels=config.vae_channels, z=config.vae_z)
 
 
 def build_documents(config, source, patches, limits, tokenizer):
     """What draws the documents of a source. limits: `noise_limits`."""
     if config.data == "edits":
         return edits.EditDocuments(source, patches, config.seq_len, tokenizer=tokenizer, **limits)
+    if config.data == "documents":
+        return mixed.MixedDocuments(source, patches, config.seq_len, tokenizer=tokenizer, **limits)
     return data.Documents(source, patches, config.seq_len, text_share=config.text_share,
                           tokenizer=tokenizer, **limits)
 
@@ -289,7 +323,13 @@ def check_length(config, documents):
     advice = "raise --seq-len" if config.model == "chameleon" else "raise --seq-len or --patch"
     where = ""
     pairs = documents.pairs
-    if pairs.lines:
+    if isinstance(pairs, mixed.Mixtures):
+        lengths = documents.lengths()
+        too_many = sum(length > config.seq_len for length in lengths)
+        where = f"{pairs.lines[lengths.index(longest)]}: this document is too long"
+        where += f", and so are {too_many - 1} more; " if too_many > 1 else "; "
+        advice = f"cut it in two, or {advice}"
+    elif pairs.lines:
         lengths = [data.count_tokens(documents.tokenizer, text) for text in pairs.captions]
         k = int(np.argmax(lengths))
         room = config.seq_len - (longest - lengths[k])

@@ -57,6 +57,10 @@ class Pairs:
             return self.words
         return words_of([*self.captions, *self.language])
 
+    def to_draw(self):
+        """[(what stands before a picture, the number of that picture)]: see metrics/folder.py."""
+        return [([caption], k) for k, caption in enumerate(self.captions)]
+
 
 def words_of(texts):
     """Set of every word in a list of texts."""
@@ -111,6 +115,27 @@ def hash_name(name):
     name = str(PurePosixPath(name))                     # "./cat.jpg" is "cat.jpg"
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big")
+
+
+def name_groups(names):
+    """For each item, of which `names` lists the pictures, one name for all items that share
+    pictures with it, directly or through others: (1.png, 2.png) and (2.png, 3.png) are in one
+    group, and so in one split."""
+    group_of = {}                                       # name of a picture: list of its group
+    for first, *others in names:
+        one = group_of.setdefault(first, [first])
+        for name in others:
+            other = group_of.setdefault(name, [name])
+            if one is other:
+                continue
+            if len(one) < len(other):                   # the smaller moves into the larger
+                one, other = other, one
+            one += other
+            for moved in other:
+                group_of[moved] = one
+    groups = {id(group): group for group in group_of.values()}          # each once
+    first_name = {key: min(group) for key, group in groups.items()}
+    return [first_name[id(group_of[first])] for first, *_ in names]
 
 
 def split_items(folder, names, split, what):

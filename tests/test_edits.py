@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import data
-from sources import edits, scenes
+from sources import edits, pairs, scenes
 from sources.edits import (
     KINDS,
     NEAR,
@@ -348,8 +348,8 @@ def test_a_word_of_the_test_split_is_known(tmp_path):
 def test_triples_that_share_pictures_are_in_one_split(tmp_path):
     """Catches a test picture that was trained on as another triple's before, or after, or in a chain of them."""
     names = [("1", "2"), ("3", "4"), ("2", "5"), ("6", "4"), ("5", "6"), ("7", "8"), ("7", "9"), ("x", "y")]
-    assert edits.name_groups(names) == ["1", "1", "1", "1", "1", "7", "7", "x"]
-    assert edits.name_groups(names[::-1]) == ["x", "7", "7", "1", "1", "1", "1", "1"]
+    assert pairs.name_groups(names) == ["1", "1", "1", "1", "1", "7", "7", "x"]
+    assert pairs.name_groups(names[::-1]) == ["x", "7", "7", "1", "1", "1", "1", "1"]
     for k in range(40):
         Image.new("RGB", (8, 8), (k, 0, 0)).save(tmp_path / f"{k}.png")
     chains = [{"before": f"{k}.png", "instruction": "go on", "after": f"{k + 1}.png"} for k in range(39) if k % 4 != 3]

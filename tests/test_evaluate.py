@@ -364,12 +364,14 @@ def test_data_of_ones_own_bring_their_judge(monkeypatch, judged):
 
     test = Pairs("bars", captions, pixels, judge=judge if judged else None)
     monkeypatch.setattr(drawing, "draw", lambda trained, texts, **options: pixels[::-1][: len(texts)])
+    monkeypatch.setattr(drawing, "draw_after", drawing.draw)
     monkeypatch.setattr(drawing, "describe", lambda trained, latents: ["circle", "circle", "square"])
     numbers, lines, shown = evaluate.report(trained, "bars", test=test, n=3, steps=2)
-    assert [text for text, *_ in shown] == captions
     if not judged:
-        assert numbers.keys() == {"conditioning_gap", "seconds"} and all(right for *_, right in shown) and asked == []
+        assert [text for text, *_ in shown] == [f"unseen: {text}" for text in captions] and asked == []
+        assert numbers.keys() == {"unseen_nearest", "unseen_n", "unseen_cider", "vae", "conditioning_gap", "seconds"}
         return
+    assert [text for text, *_ in shown] == captions
     assert asked == [*zip(captions, (2, 1, 0)), ("circle", 0), ("circle", 1), ("square", 2)]
     assert [right for *_, right in shown] == [True, False, False]
     assert numbers["judged"] == pytest.approx(1 / 3) and numbers["captions"] == pytest.approx(1 / 3)
@@ -377,16 +379,17 @@ def test_data_of_ones_own_bring_their_judge(monkeypatch, judged):
 
 
 def test_edits_of_ones_own_pictures():
-    """Of photos nobody knows what is right: they are shown, the new one beside the old one, and the gap is measured."""
+    """Of photos nobody knows what is right: they are shown, the old one, the new one and the wanted one, and found among each other."""
     trained = checkpoint.load_trained(ASSETS / "scenes_edit.pt")
     pairs = scenes.load_scenes(4, 0, progress=False)
     texts = ["make the circle blue", "remove the square"]
     test = edits.Edits(pairs.pixels, [([0, 1], texts[:1]), ([2, 3], texts[1:])])
-    numbers, lines, shown = evaluate.report(trained, "edits", test=test, n=5, steps=2, sampler="dpm++")
-    assert numbers.keys() == {"conditioning_gap", "seconds"} and "conditioning gap" in lines[1]
-    assert [text for text, *_ in shown] == texts
+    numbers, lines, shown = evaluate.report(trained, "edits", test=test, n=5, steps=2, sampler="dpm++", train=test)
+    assert {"own_nearest", "unseen_nearest", "vae", "conditioning_gap"} <= numbers.keys() and numbers["new_words"] == []
+    assert sum("conditioning gap" in line or "the VAE, on unseen pictures" in line for line in lines) == 2
+    assert [text for text, *_ in shown] == texts + [f"unseen: {text}" for text in texts]
     for k, (_, picture, _) in enumerate(shown):
-        assert picture.shape == (32, 66, 3) and np.array_equal(picture[:, :32], pairs.pixels[2 * k])
+        assert picture.shape == (32, 100, 3) and np.array_equal(picture[:, :32], pairs.pixels[2 * (k % 2)])
 
 
 @pytest.mark.parametrize("path", ["", ".", "/dev/full", "nowhere/numbers.json", "file/numbers.json"])

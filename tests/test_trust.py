@@ -639,6 +639,8 @@ def test_a_run_that_is_stopped_at_every_stage(command, tmp_path, monkeypatch, ca
             press(patch, owner, name, number, at)
             sentence = ends(capsys, train.main, command(**short) + ["--resume"] * (k > 0), 128 + number)
         assert sentence.startswith("stopped: ") and words in sentence and "--resume" in sentence
+        assert (tmp_path / "run/reconstructions.png").stat().st_size > 1000             # the VAE can be looked at
+        assert (tmp_path / "run/samples.png").exists() == (owner in (train, evaluate))
         assert nothing_half_written(tmp_path / "run")
     train.main(command(**short) + ["--resume"])
     assert counted == dict(vae=4, train=3) and not (tmp_path / "run/vae/last.pt").exists()
@@ -683,6 +685,25 @@ def test_a_stopped_run_can_be_drawn_with(command, tmp_path, monkeypatch, capsys)
         run = make_run(parse_arguments(command(out=tmp_path / "other"))[0], tmp_path / "other")
         run.config.model = part
         assert part in run.how_to_use() or "likelihood" in run.how_to_use()
+
+
+def test_the_first_picture_comes_with_the_first_save(command, tmp_path, monkeypatch):
+    """Catches a long run that shows nothing before its end, and pictures of an earlier run that are taken for this one's."""
+    real, folder, seen = train.train_step, tmp_path / "run", []
+
+    def step(run):
+        if run.step == 4:                               # whatever may go wrong
+            raise RuntimeError("lost")
+        seen.append((folder / "samples.png").exists() and (folder / "model.pt").exists())
+        return real(run)
+
+    monkeypatch.setattr(train, "train_step", step)
+    with pytest.raises(RuntimeError, match="lost"):
+        train.main(command(steps=6, save_every=2, samples=2, sample_steps=1))
+    assert seen == [False, False, True, True] and load_trained(folder / "model.pt")
+    weights = load_trained(folder / "model.pt").model.state_dict()
+    whole = states(folder)
+    assert whole["step"] == 4 and all(torch.equal(whole[f"average.{name}"].half(), w.half()) for name, w in weights.items())
 
 
 def test_packing_goes_on(tmp_path, tiny_vae, monkeypatch, capsys):
