@@ -171,6 +171,23 @@ PRESETS = {
         documents=64,
         vae_steps=350,
     ),
+    # The same two with flow.
+    "flow": dict(
+        TOY_DEFAULTS,
+        steps=3300,
+        shift=3.0,
+        lam=5.0,
+    ),
+    "mnist-flow": dict(
+        TOY_DEFAULTS,
+        data="mnist",
+        steps=2250,
+        shift=2.0,
+        lam=1.0,
+        patch=4,
+        documents=64,
+        vae_steps=350,
+    ),
     # Your own pictures, with captions.jsonl.
     "folder": dict(
         TOY_DEFAULTS,
