@@ -70,10 +70,14 @@ def run_command(main, argv=None, if_stopped=""):
 
 
 def check_words(words):
-    """Raise UserError for an option whose value is "--": argparse makes an empty list of it."""
-    for word in words:
-        if str(word).startswith("--") and str(word).endswith("=--"):
+    """Raise UserError for words of a command line with which argparse does not cope."""
+    for word in map(str, words):
+        if word.startswith("--") and word.endswith("=--"):              # it makes an empty list
             raise UserError(f"{word} gives no value: two dashes end the options")
+        if word.startswith("-") and not word.isprintable():             # it repeats them raw
+            raise UserError(f"{word} is no option: it has letters that cannot be printed")
+        if word.isdigit() and len(word) > 300:
+            raise UserError(f"a number of {len(word)} digits is out of every option's range")
 
 
 def one_sentence(mistake):

@@ -17,10 +17,12 @@ THE RULE    score = bugs seen / bugs planted. A bug that changes nothing (an equ
 import argparse
 import ast
 import collections
+import functools
 import importlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -36,7 +38,7 @@ import pytest
 HOME = Path(__file__).resolve().parents[1]
 TESTS = {                                               # module: the tests that are its own
     "data": "test_data", "attention_mask": "test_attention_mask", "diffusion": "test_diffusion",
-    "patchify": "test_patchify", "vae": "test_vae test_train_vae", "model": "test_model",
+    "patchify": "test_patchify", "vae": "test_vae test_train_vae", "model": "test_model test_chameleon",
     "train": "test_train", "sample": "test_sample", "evaluate": "test_evaluate",
     "chameleon": "test_chameleon", "experiments": "test_experiments",
     "config": "test_errors test_train test_trust test_plan",
@@ -121,16 +123,53 @@ def is_arithmetic(node):
 
 
 def ignored(tree):
-    """Ids of nodes in which a bug would be no bug: messages, decorators, annotations, and what runs
-    only when the file itself is run."""
+    """Ids of nodes in which a bug would be no bug: messages, what draws a figure, and what runs only
+    when the file itself is run."""
     skip = set()
+    shows = shown_only(tree)
     for node in ast.walk(tree):
         demo = isinstance(node, ast.If) and "__main__" in ast.dump(node.test)
+        if isinstance(node, ast.FunctionDef):
+            names = [arg.arg for arg in node.args.args]
+            demo = node.name in shows or "ax" in names
         message = isinstance(node, (ast.Raise, ast.JoinedStr))
         printing = isinstance(node, ast.Call) and name_of(node) in ("print", "tqdm", "say", "UserError", "add_argument", "add")
         if demo or message or printing:
             skip |= {id(part) for part in ast.walk(node)}
     return skip
+
+
+@functools.cache
+def words_of_the_house():
+    """{name: how many of our files have it}."""
+    counts = collections.Counter()
+    for path in HOME.rglob("*.py"):
+        counts.update(set(re.findall(r"\w+", path.read_text())))
+    return counts
+
+
+def shown_only(tree):
+    """Names of the functions that print a demonstration: they are called where the file is run as a
+    program, or by one another, and no other file has their name."""
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    names = {node.name for node in functions if words_of_the_house()[node.name] <= 1}
+    for node in functions:
+        if node.args.args and node.args.args[0].arg == "argv":
+            names.discard(node.name)                    # a real program's
+        elif node.name == "main":
+            names.add("main")                           # a demonstration's
+    while True:
+        used = set()
+        for node in tree.body:
+            shows = isinstance(node, ast.If) or getattr(node, "name", "") in names
+            if not shows:
+                used |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+        if not names & used:
+            break
+        names -= used
+    called = {part.id for node in tree.body if isinstance(node, ast.If) or getattr(node, "name", "") in names
+              for part in ast.walk(node) if isinstance(part, ast.Name)}
+    return names & called
 
 
 def plant(node, kind):

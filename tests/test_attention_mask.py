@@ -217,7 +217,12 @@ def test_tiles_are_the_dense_masks():
     edge = torch.full((2, 512), -1)
     edge[0, 128:256] = 0
     edge[1, 128:257] = 1
-    for image_id, doc_id in [*long_rows(T=512, how_many=10), (edge, torch.zeros_like(edge))]:
+    # One that ends a position earlier, and a document that begins at the last position of a tile.
+    early = torch.full((2, 512), -1)
+    early[0, 128:255] = 0
+    late = torch.zeros(2, 512, dtype=torch.long)
+    late[1, 255:] = 1
+    for image_id, doc_id in [*long_rows(T=512, how_many=10), (edge, torch.zeros_like(edge)), (early, late)]:
         lo, hi = intervals(image_id, doc_id)
         tiles, mask = dense_mask(lo, hi).unfold(1, TILE, TILE).unfold(2, TILE, TILE), tile_mask(lo, hi)
         some, full = tiles.any(-1).any(-1), tiles.all(-1).all(-1)                           # (B, 4, 4)

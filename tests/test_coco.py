@@ -54,6 +54,9 @@ def test_cider_of_known_captions():
     assert coco.cider([t.upper() + "." for t in texts], [[t] for t in texts]) == pytest.approx(1000)
     assert coco.cider(texts[1:] + texts[:1], [[t] for t in texts]) == 0
     assert coco.cider(["the", "the"], [["the cat sat on it"], ["the dog ran to him"]]) == 0
+    # n-grams of 1 to 4 words, a quarter each: four words have them all, three have no four in a row.
+    assert coco.cider(["a b c d", "e f g h"], [["a b c d"], ["e f g h"]]) == pytest.approx(1000)
+    assert coco.cider(["a b c", "e f g"], [["a b c"], ["e f g"]]) == pytest.approx(750)
     one, two = coco.cider(["a b c d e", "x"], [["a b c d e"], ["f g h i j"]]), coco.cider(["a b c d e", "x"], [["a b c d e", "p q r s"], ["f g h i j"]])
     assert one == pytest.approx(500) and 0 < two < one                  # the mean over references, not the best
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import diffusion
 from diffusion import (
     KINDS,
     SAMPLERS,
@@ -184,12 +185,13 @@ def test_loss_is_computed_in_float32():
     assert torch.allclose(each.double(), exact, rtol=1e-5)
 
 
+@pytest.mark.parametrize("T", [1000, 200])
 @pytest.mark.parametrize("kind, shift", [("ddpm", 1.0), ("ddpm", 3.0), ("flow", 1.0), ("flow", 2.0)])
-def test_same_noise_is_the_papers_noise(kind, shift):
+def test_same_noise_is_the_papers_noise(kind, shift, T):
     """The noise limit t <= 500 (App. B.2) taken by number on another schedule: more noise than the paper allows, or one step
-    less than it does."""
-    d, paper = Diffusion(kind, shift=shift), Diffusion("ddpm")
-    for t in (1, 100, 500, 900):
+    less than it does; or compared with a schedule of another length."""
+    d, paper = Diffusion(kind, T=T, shift=shift), Diffusion("ddpm", T=T)
+    for t in (1, T // 10, T // 2, 9 * T // 10):
         k = same_noise(d, t)
         limit = paper.s[t] / paper.a[t]
         assert d.s[k] / d.a[k] <= limit < d.s[k + 1] / d.a[k + 1]
@@ -200,6 +202,7 @@ def test_same_noise_is_the_papers_noise(kind, shift):
 def test_respaced_steps_are_a_subset():
     """250 of 1000 steps that begin below T, end above 0, or repeat one (§4.6)."""
     assert respace(1000, 250) == list(range(1000, -1, -4))
+    assert respace(1000, 3) == [1000, 667, 333, 0] and respace(10, 4) == [10, 8, 5, 2, 0]       # to the nearest: 666.7, 7.5, 2.5
     for steps in (1, 2, 3, 7, 25, 333, 667, 999, 1000):
         times = respace(1000, steps)
         assert len(times) == steps + 1 and times[0] == 1000 and times[-1] == 0
@@ -230,6 +233,16 @@ def test_last_step_adds_no_noise(kind):
     for sampler in SAMPLERS:
         *_, (_, _, x0), (t, x, _) = sample(best_network(d), xt, d, 5, sampler)
         assert t == 0 and torch.allclose(x, x0, atol=1e-5), sampler
+
+
+def test_every_other_step_adds_noise(monkeypatch):
+    """Noise left out of a step that is not the last: of t = 2 to 1, say. In T = 6 steps it is drawn five times."""
+    drawn = []
+    real = diffusion.fresh_noise
+    monkeypatch.setattr(diffusion, "fresh_noise", lambda x, generator: drawn.append(x) or real(x, generator))
+    d = Diffusion(T=6)
+    *_, (t, _, _) = sample(lambda x, t: torch.zeros_like(x), torch.randn(1, 1, 2, 2), d, 6)
+    assert t == 0 and len(drawn) == 5
 
 
 # --------------------------------------------------------------------------------------------------------------- samplers

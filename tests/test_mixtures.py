@@ -77,7 +77,7 @@ def test_mixtures(monkeypatch, trained, forgets, always):
 def editors(monkeypatch, trained):
     """A function (change, answer): put stand-ins for the model that know the true scenes. change(before, text, after), all
     scenes, returns the scene that is drawn; answer(text, after) what is said to "what changed ?". Returns the calls' seeds."""
-    def put(change, answer):
+    def put(change, answer, size=32):
         truth, real, seeds = [], edits.scene_edits, []
 
         def scene_edits(*a, **k):
@@ -95,7 +95,7 @@ def editors(monkeypatch, trained):
             drawn, scene = [], truth[0].scenes
             for latent, text in zip(x, said):
                 a, _, b = nearest(latent, [c for c in truth[0].triples() if c[1] == text], 0)
-                drawn.append(scenes.render(change(scene[a], text, scene[b])))
+                drawn.append(scenes.render(change(scene[a], text, scene[b]), size))
             return encode(trained, np.stack(drawn))
 
         def generate(trained, prompts, **options):
@@ -110,14 +110,16 @@ def editors(monkeypatch, trained):
     return put
 
 
-def test_editing_of_a_perfect_editor(editors, trained):
-    """Catches a judge that fails true edits (of single ones, of chains, of any kind), that compares with another scene's
-    truth, or asks the same noise for every step; through the shipped VAE, as a model's pictures go."""
-    seeds = editors(lambda before, text, after: after, lambda text, after: text)
-    found, shown = mixtures.editing(trained, n=24, seed=3, progress=False)
+@pytest.mark.parametrize("size", [32, 48])
+def test_editing_of_a_perfect_editor(editors, trained, size):
+    """Catches a judge that fails true edits (of single ones, of chains, of any kind, in pictures of any size), that compares with
+    another scene's truth, or asks the same noise for every step; through the shipped VAE, as a model's pictures go."""
+    seeds = editors(lambda before, text, after: after, lambda text, after: text, size)
+    n = 24 if size == 32 else 12
+    found, shown = mixtures.editing(trained, n=n, seed=3, size=size, progress=False)
     assert found["edits"] == found["kept"] == found["asked"] == 1.0 and found["chains"] >= 0.95         # 3 passages through the VAE
     assert set(found["kinds"]) == set(edits.KINDS) and set(found["kinds"].values()) == {1.0}
-    assert len(shown) == 24 and all(right and picture.shape == (32, 66, 3) for _, picture, right in shown)
+    assert len(shown) == n and all(right and picture.shape == (size, 2 * size + 2, 3) for _, picture, right in shown)
     assert len(set(seeds)) == len(seeds) >= 4
 
 

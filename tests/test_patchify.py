@@ -65,11 +65,19 @@ def test_unet_blocks_are_shared_by_the_sizes(p):
 @pytest.mark.parametrize("p", [1, 2, 4, 8])
 @pytest.mark.parametrize("encoder", BOTH)
 def test_shapes(encoder, p):
-    """A patch size that gives another number of vectors than positions, or a picture of another size back."""
-    net, xt, t = make(encoder, p=p), torch.randn(2, 4, 8, 8), torch.tensor([3, 900])
-    vectors, kept = net.encode(xt, t)
-    assert vectors.shape == (2, (8 // p) ** 2, 32)
-    assert net.decode(vectors, t, kept).shape == xt.shape
+    """A patch size that gives another number of vectors than positions, or a picture of another size back: of one that is wide, too."""
+    net, t = make(encoder, p=p), torch.tensor([3, 900])
+    for h, w in ((8, 8), (8, 24), (16, 8)):
+        xt = torch.randn(2, 4, h, w)
+        vectors, kept = net.encode(xt, t)
+        assert vectors.shape == (2, (h // p) * (w // p), 32)
+        assert net.decode(vectors, t, kept).shape == xt.shape
+
+
+def test_unets_attention_has_heads_of_64():
+    """One head per channel, or one for all: §4.1's U-Net is wide. Catches a number that trains and is another network."""
+    heads = [UNetPatches(4, 2, 32, channels=C).down[1][0].attention.num_heads for C in (32, 64, 256)]
+    assert heads == [1, 1, 4]
 
 
 @pytest.mark.parametrize("encoder", BOTH)

@@ -115,6 +115,16 @@ def test_generate_is_what_the_paper_says(make_trained, eager, encoder, kind, gui
     assert max(n for n, prompt in zip(drawn, prompts, strict=True) if sample.pictures_of(prompt)) == 2
 
 
+@BOTH
+def test_wide_pictures(make_trained, eager, encoder):
+    """Latents of 4x8: height taken for width in the noise, the patches or the cache."""
+    prompts = [["a red circle"], ["the", torch.randn(4, 4, 8)]]
+    slow = hold_to_write(make_trained(encoder, latent=(4, 4, 8)), prompts, [32, 33], 5e-5, max_words=9, max_pictures=2, temperature=1.0,
+                         steps=3)
+    shapes = [part.shape for document in slow for part in sample.pictures_of(document)]
+    assert set(shapes) == {(4, 4, 8)} and len(shapes) >= 2, shapes
+
+
 @pytest.mark.parametrize("guidance", [1, 3.0])
 def test_the_shipped_model_writes_what_the_paper_says(guidance):
     """The same of a model that has learned to draw, greedily: it says BOI itself, and then EOS."""

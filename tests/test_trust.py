@@ -720,6 +720,13 @@ def test_packing_goes_on(tmp_path, tiny_vae, monkeypatch, capsys):
     shards.verify(tmp_path / "packed")
 
 
+@pytest.mark.parametrize("word", ["--checkpoint=--", "-1\n<boi>", "9" * 5000])
+def test_words_that_argparse_repeats(capsys, word):
+    """Catches an option that becomes an empty list, and a sentence of several lines, or of 5,000 digits."""
+    sentence = ends(capsys, parse_arguments, ["--seed", word], 2)
+    assert sentence.startswith("error: ") and len(sentence) < 100
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_is_a_sentence_in_every_program(capsys, number):
     """Catches a traceback of KeyboardInterrupt, another exit status, and a handler that stays."""
