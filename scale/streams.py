@@ -240,8 +240,8 @@ def find_sources(kind, names, n):
 
 
 def check_encoding(source):
-    """Raise UserError if a source is no file, or text in UTF-16, as Windows' editors may save
-    it."""
+    """Raise UserError if a source is no file, no text at all, or text in UTF-16, as Windows'
+    editors may save it."""
     if source == "scenes":
         return
     path = Path(source)
@@ -254,6 +254,8 @@ def check_encoding(source):
         begin = file.read(2)
     if begin in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise UserError(f"{path} is text in UTF-16: save it as UTF-8")
+    if begin.startswith(b"\0"):             # a disk image, or gigabytes that were never written
+        raise UserError(f"{path} begins with a zero byte: it is not text")
 
 
 def stamp_of(source, size):

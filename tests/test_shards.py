@@ -689,7 +689,7 @@ def test_text_in_utf_16(tmp_path, name, encoding):
     """Catches words with a NUL behind each letter, packed as if they were text."""
     text = "one two\nthree four\n" if name == "a.txt" else '{"text": "one two"}\n{"text": "three"}\n'
     (tmp_path / name).write_bytes(text.encode(encoding))
-    with pytest.raises(UserError, match="UTF-16|NUL|nothing in .* can be used"):
+    with pytest.raises(UserError, match="UTF-16|NUL|zero byte|nothing in .* can be used"):
         pack.main(command(None, tmp_path / "out", text=tmp_path / name, pairs=None))
     assert not list(tmp_path.glob("out/text*"))
 
