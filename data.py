@@ -244,10 +244,13 @@ class Batch:
 
     def to(self, device):
         """The same batch on another device; the generator stays where it is."""
+        to_gpu = torch.device(device).type == "cuda"
         moved = dict(vars(self))
         for name, value in moved.items():
             if isinstance(value, torch.Tensor):
-                moved[name] = value.to(device)
+                if to_gpu:                              # from there it travels while Python goes on
+                    value = value.pin_memory()
+                moved[name] = value.to(device, non_blocking=to_gpu)
         return Batch(**moved)
 
 

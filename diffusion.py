@@ -137,15 +137,25 @@ class Diffusion:
         self.noise_skip = noise_skip
         # Tables of T + 1 numbers, in float64: samplers divide by a, which ends near 0.
         self.a, self.s = SCHEDULES[schedule](T, shift)
+        self.on_gpu = {}                                # copies of them: see `tables`
         self.target_of, self.x0_from = TARGETS[target]
 
     def at(self, t, x):
         """(a, s) at t, shaped to multiply x. t: (M,) int64, or one int for all; x: (M, c, h, w)."""
-        t = torch.as_tensor(t, device="cpu")            # where the tables are
+        a, s = self.tables(x.device)                    # each (T + 1,)
+        t = torch.as_tensor(t, device=a.device)
         shape = (-1,) + (1,) * (x.ndim - 1)             # (M, 1, 1, 1)
-        a = self.a[t].reshape(shape)
-        s = self.s[t].reshape(shape)
-        return a.to(x), s.to(x)
+        return a[t].reshape(shape).to(x), s[t].reshape(shape).to(x)
+
+    def tables(self, device):
+        """(a, s), each (T + 1,) float64: on a GPU of Nvidia's, where t is; else on the CPU, as some
+        devices have no float64."""
+        if device.type != "cuda":
+            return self.a, self.s
+        # Kept: to fetch t, or to send the tables, would be to wait for the GPU at every step.
+        if device not in self.on_gpu:
+            self.on_gpu[device] = (self.a.to(device), self.s.to(device))
+        return self.on_gpu[device]
 
     def add_noise(self, x0, eps, t):
         """xt of eq. 2, (M, c, h, w). Its sqrt(alpha_bar) is a, see `cosine`.

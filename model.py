@@ -255,6 +255,26 @@ class WordHead(nn.Linear):
         return F.linear(x, weight)[..., :V]                             # (..., V)
 
 
+def patch_places(image_id, M, P):
+    """(M*P,) int64: where the patches stand, counted through all rows.
+
+    image_id   (B, T) int64, -1 for text
+    M, P       how many pictures were given, of how many patches
+    Raises ValueError if the rows have another number of them."""
+    n = M * P
+    is_patch = (image_id >= 0).flatten()                                # (B*T,)
+    if is_patch.is_cuda:
+        # To count on a GPU is to wait for all that it has to do. So it counts for itself, and stops
+        # the program later.
+        torch._assert_async(is_patch.sum() == n, "the rows have other pictures than were given")
+        return torch.nonzero_static(is_patch, size=n)[:, 0]
+    places = is_patch.nonzero()[:, 0]
+    if len(places) != n:
+        raise ValueError(f"the rows have {len(places)} patch positions, but {M} pictures of {P} "
+                         f"patches were given")
+    return places
+
+
 # --------------------------------------------------------------------------------- the whole model
 class Transfusion(nn.Module):
     """The whole model: `forward` for training; `read` and `denoise` for decoding with a cache.
@@ -345,17 +365,12 @@ class Transfusion(nn.Module):
         t          (M,) int64
         Raises ValueError if the patch positions in the rows are not M x P."""
         vectors, kept = self.encode_pictures(xt, t)                     # (M, P, D)
-        is_patch = image_id >= 0                                        # (B, T)
-        n_patches = int(is_patch.sum())
-        # `masked_scatter` would leave out what is too much, without a word.
-        if n_patches != len(xt) * self.config.patches:
-            raise ValueError(f"the rows have {n_patches} patch positions, but {len(xt)} pictures "
-                             f"of {self.config.patches} patches were given")
+        places = patch_places(image_id, len(xt), self.config.patches)   # (M*P,)
         x = self.embedding(tokens)                                      # (B, T, D)
-        # TRAP: the first True gets the first vector, and so on. So pictures must be numbered in the
-        # order of the rows, as data.to_batch numbers them.
+        # TRAP: the first place gets the first vector, and so on. So pictures must be numbered in
+        # the order of the rows, as data.to_batch numbers them.
         flat = vectors.to(x).reshape(-1, self.config.width)             # (M*P, D)
-        x = x.masked_scatter(is_patch[..., None], flat)                 # (B, T, D)
+        x = x.flatten(0, 1).index_copy(0, places, flat).view_as(x)      # (B, T, D)
         return x, kept
 
     def rope_positions(self, pos, image_id):
@@ -417,9 +432,13 @@ class Transfusion(nn.Module):
 
         # 4. The two heads. Logits only where a word is predicted: V is large, and half of the
         #    positions are patches.
-        patches = h[image_id >= 0].view(-1, self.config.patches, self.config.width)     # (M, P, D)
+        flat = h.flatten(0, 1)                                          # (B*T, D)
+        places = patch_places(image_id, len(xt), self.config.patches)   # (M*P,)
+        patches = flat.index_select(0, places)                          # (M*P, D)
+        patches = patches.view(-1, self.config.patches, self.config.width)      # (M, P, D)
         out = self.patch_encoder.decode(patches, t, kept)               # (M, c, h, w)
-        logits = self.head(self.norm(h[has_loss]))                      # (n, V)
+        words = has_loss.flatten().nonzero()[:, 0]                      # (n,)
+        logits = self.head(self.norm(flat.index_select(0, words)))      # (n, V)
         return logits, out
 
     # ------------------------------------------------------------------- decoding, with a cache
@@ -503,7 +522,7 @@ def losses(model, batch, diffusion, stable=False):
     target = diffusion.target(batch.latents, batch.eps, batch.t)        # (M, c, h, w)
     predicted = diffusion.prediction(xt, out, batch.t)                  # (M, c, h, w)
     per_picture = diffusion_loss(target, predicted)                     # (M,)
-    return lm_sum, int(batch.has_loss.sum()), per_picture
+    return lm_sum, len(following), per_picture
 
 
 def z_loss(logits):

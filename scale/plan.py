@@ -51,20 +51,38 @@ DEVICES = {
     "A40": 150e12, "A10": 125e12,           # their data sheets
     "RTX 4090": 165e12, "RTX 3090": 71e12,  # Ada and GA102 white papers: fp32 sums run at half rate
 }
+# Memory of one of them in GB, as their data sheets have it; the larger one where there are two.
+GIGABYTES = {
+    "B200": 180, "H200 NVL": 141, "H200": 141, "GH200": 96, "H100 PCIe": 80, "H100 NVL": 94,
+    "H100": 80, "A100": 80, "L40S": 48, "L40": 48, "L4": 24, "A40": 48, "A10": 24, "RTX 4090": 24,
+    "RTX 3090": 24,
+}
 GiB = 2 ** 30
+
+# Measured on one H100 with torch 2.11 (docs/SCALE.md). Only `choose` needs the last three.
+COMPILED = 0.9                  # what compiled blocks keep of the activations of plain ones
+LAUNCH = 4.3e-3                 # seconds: a layer of a micro-batch takes Python so long, forward
+                                # and backward, however few rows there are
+GATHER = 15e-12                 # seconds per parameter of a micro-batch: gather, add up gradients
+RATE = 0.5                      # of the peak, of the arithmetic alone
 
 
 # --------------------------------------------------------------------------------------- the device
 def peak(device):
     """Peak dense bf16 FLOP/s of a device's name. None if it is not known, as of a CPU."""
+    return find_device(DEVICES, device)
+
+
+def find_device(table, device):
+    """The entry of a device's name in a table by name, or None."""
     words = set(re.split(r"[\s-]+", device.upper()))
     # TRAP: a smaller chip, or a part of a chip, has the name of the whole one in its own. Its MFU
     # would be wrong by a factor.
     if words & {"LAPTOP", "MIG", "D"}:
         return None
-    for name, flops in DEVICES.items():
+    for name, entry in table.items():
         if set(name.upper().split()) <= words:
-            return flops
+            return entry
     return None
 
 
@@ -162,7 +180,8 @@ def count_encoder(encoder, latent, patch, width, unet):
 
 
 # ------------------------------------------------------------------------------------------- memory
-def memory(model, gpus, rows=1, checkpointing=True, ema=False, itemsize=2, patches=True):
+def memory(model, gpus, rows=1, checkpointing=True, ema=False, itemsize=2, patches=True,
+           compiled=True):
     """[(what, bytes, how)]: what one GPU must hold at the worst moment of a step.
 
     gpus            among how many the weights are divided
@@ -171,18 +190,24 @@ def memory(model, gpus, rows=1, checkpointing=True, ema=False, itemsize=2, patch
     checkpointing   whether blocks keep only their inputs
     ema             whether there is an average of the weights
     itemsize        bytes per number of what is computed (bf16: 2)
-    patches         False for the rivals, whose rows have none"""
+    patches         False for the rivals, whose rows have none
+    compiled        whether blocks are compiled"""
     positions = rows * model.config.context
     lines = state_memory(model, gpus, ema)
     gathered = count(model.embedding) + count(model.patch_encoder)
     lines.append(("table and patch encoder, gathered", itemsize * gathered,
                   f"{itemsize} bytes each, for the whole step"))
-    lines.append(block_memory(model, positions, checkpointing, itemsize))
+    lines.append(block_memory(model, positions, checkpointing, itemsize, compiled))
+    text = rows
     if patches:
-        lines.append(encoder_memory(model, positions))
+        # A row is text or pictures, half of each, and they take turns (scale/shards.py). A single
+        # row may be either.
+        text = math.ceil(rows / 2)
+        pictures = min(rows, rows // 2 + 1)
+        lines.append(encoder_memory(model, pictures * model.config.context))
     # Two moments compete: the loss, and a block's backward pass.
     moments = [backward_memory(model, positions, checkpointing, itemsize),
-               loss_memory(model, positions, itemsize)]
+               loss_memory(model, text * model.config.context, itemsize)]
     lines.append(max(moments, key=lambda line: line[1]))
     return lines
 
@@ -200,7 +225,7 @@ def state_memory(model, gpus, ema):
     return lines
 
 
-def block_memory(model, positions, checkpointing, itemsize):
+def block_memory(model, positions, checkpointing, itemsize, compiled):
     """The line of `memory` for what all blocks keep from the forward pass."""
     width = model.config.width
     L = len(model.blocks)
@@ -209,6 +234,9 @@ def block_memory(model, positions, checkpointing, itemsize):
         return "checkpoints", size, f"L x rows x T x d x {itemsize} bytes"
     size = L * positions * block_bytes(width, hidden_width(model), itemsize)
     how = f"L x rows x T x (10 d + 4 hidden) x {itemsize} bytes"
+    if compiled:
+        size *= COMPILED
+        how += f" x {COMPILED} (measured)"
     return "activations of the blocks", size, how
 
 
@@ -232,19 +260,21 @@ def encoder_memory(model, positions):
     # At most this many fit: BOI, patches, EOI, and no word.
     pictures = positions / (model.config.patches + 2)
     return ("activations of the patch encoder", pictures * size,
-            f"counted per picture, for {pictures:.1f} pictures, the most that fit")
+            f"counted per picture, for {pictures:.1f} pictures, the most that come together")
 
 
 def loss_memory(model, positions, itemsize):
-    """The line of `memory` for the moment of the loss: logits in fp32, and copies of them."""
+    """The line of `memory` for the moment of the loss: logits as they are computed, then in fp32,
+    and copies of those. positions: at how many a word is learned, at most."""
     config = model.config
     # Logits, log-softmax and its gradient. The denominator loss keeps the logits, and has another
     # gradient.
     copies = 5 if config.stable else 3
     denominator = ", the denominator loss" if config.stable else ""
-    size = positions * config.vocabulary * 4 * copies + itemsize * count(model.head)
+    per_logit = 4 * copies + (itemsize if itemsize < 4 else 0)
+    size = positions * config.vocabulary * per_logit + itemsize * count(model.head)
     how = (f"head; logits, log-softmax, its gradient{denominator}: "
-           f"rows x T x V x {copies} x 4 bytes")
+           f"rows of text x T x V x {per_logit} bytes")
     return "at the worst moment: the loss", size, how
 
 
@@ -268,6 +298,42 @@ def at_rest(model, gpus, ema=False):
     return 4 * numbers_per_parameter * count(model) / gpus
 
 
+# --------------------------------------------------------------------------------------- the choice
+def micro_batch_seconds(model, rows, checkpointing, flops):
+    """About how long a micro-batch of `rows` takes on a GPU whose peak is `flops`. For comparing
+    choices, not for promising days."""
+    work = rows * model.config.context * flops_per_token(model) / (RATE * flops)
+    launch = LAUNCH * len(model.blocks)
+    if checkpointing:                       # the forward pass twice
+        work *= 4 / 3
+        launch *= 4 / 3
+    return max(launch, work + GATHER * count(model))
+
+
+def choose(model, rows_per_step, gpus, owners, capacity, flops, ema=False, patches=True):
+    """(rows per micro-batch, checkpointing, bytes) of the fastest step that fits, or None.
+
+    rows_per_step   of all GPUs together; the rows of a micro-batch must divide a GPU's part of it
+    gpus, owners    how many GPUs, and among how many the weights are divided
+    capacity        bytes of memory of one GPU; a tenth is left for fragmentation and the context
+    flops           its peak
+    ema, patches    see `memory`"""
+    own = rows_per_step // gpus
+    fitting = []
+    for rows in range(1, own + 1):
+        if own % rows:
+            continue
+        for checkpointing in (False, True):
+            used = total_bytes(memory(model, owners, rows, checkpointing, ema, patches=patches))
+            if used <= 0.9 * capacity:
+                per_row = micro_batch_seconds(model, rows, checkpointing, flops) / rows
+                fitting.append((per_row, rows, checkpointing, used))
+    if not fitting:
+        return None
+    _, *chosen = min(fitting)
+    return tuple(chosen)
+
+
 # ----------------------------------------------------------------------------------------- the plan
 @dataclass
 class Plan:
@@ -283,6 +349,7 @@ class Plan:
     ema             whether there is an average of the weights
     shard           among how many GPUs the weights are divided; 0: all
     kind            "transfusion" or a rival (chameleon.py)
+    checkpointing   whether blocks keep only their inputs
     """
     model: Transfusion
     rows: int
@@ -294,6 +361,7 @@ class Plan:
     ema: bool = False
     shard: int = 0
     kind: str = "transfusion"
+    checkpointing: bool = False
 
     @property
     def owners(self):
@@ -324,8 +392,17 @@ class Plan:
 def dry_run(config, gpus, mfu, device):
     """The lines of the plan of a config.Config. Raises UserError for a toy, and for what cannot
     run."""
+    return describe(Plan(
+        model_of(config, "--dry-run"), config.documents, config.accumulate, config.steps, gpus, mfu,
+        device, ema=config.ema > 0, shard=config.shard, kind=config.model,
+        checkpointing=config.checkpointing))
+
+
+def model_of(config, option):
+    """The Transfusion of a config.Config at a paper's size, without memory. option: who asks.
+    Raises UserError for a toy."""
     if config.size not in PAPER_SIZES:
-        raise UserError(f"--dry-run plans the paper's sizes, {', '.join(PAPER_SIZES)}, not "
+        raise UserError(f"{option} plans the paper's sizes, {', '.join(PAPER_SIZES)}, not "
                         f"{config.size!r}: name one with --preset, e.g. --preset 0.76b, "
                         f"0.76b-chameleon or 0.76b-llama; a toy is better run")
     codes = 0
@@ -333,10 +410,7 @@ def dry_run(config, gpus, mfu, device):
     if config.model == "chameleon":
         codes = config.codes or PAPER_CODES
         patch = 1                           # a code for every place
-    model = paper_model(config.size, config.encoder, patch, config.seq_len, codes, config.stable)
-    return describe(Plan(
-        model, config.documents, config.accumulate, config.steps, gpus, mfu, device,
-        ema=config.ema > 0, shard=config.shard, kind=config.model))
+    return paper_model(config.size, config.encoder, patch, config.seq_len, codes, config.stable)
 
 
 def describe(plan):
@@ -443,7 +517,23 @@ def describe_memory(plan):
     between = at_rest(plan.model, plan.owners, plan.ema) + 2 * count(plan.model)
     lines.append(row("between steps, to measure the gap", f"{between / GiB:.2f} GiB",
                      f"{state_name(plan)}; and a whole copy in bf16; its activations on top"))
+    lines.append(describe_choice(plan))
     return lines
+
+
+def describe_choice(plan):
+    """The line that names the fastest micro-batch that fits: what --auto takes."""
+    gigabytes = find_device(GIGABYTES, plan.device)
+    chosen = choose(plan.model, plan.rows * plan.micro_batches, plan.gpus, plan.owners,
+                    1e9 * gigabytes, peak(plan.device), plan.ema, plan.kind == "transfusion")
+    what = f"the fastest that fits in {gigabytes} GB"
+    if chosen is None:
+        return row(what, "none", "more GPUs, a larger --shard, or --ema 0")
+    rows, checkpointing, used = chosen
+    again = "--checkpointing" if checkpointing else "--no-checkpointing"
+    return row(what, f"{used / GiB:.2f} GiB",
+               f"--documents {rows} --accumulate {plan.rows * plan.micro_batches // rows} {again}; "
+               f"or --auto")
 
 
 def describe_time(plan):
