@@ -191,7 +191,7 @@ def test_dry_run_prints_the_choice(capsys):
     """A choice that nobody sees, or one for another GPU."""
     train.main(["--preset", "7b", "--dry-run", "--gpus", "8"])
     assert "fastest that fits in 80 GB" in (text := capsys.readouterr().out) and "--documents 2" in text and "--no-checkpointing" in text
-    train.main(["--preset", "7b", "--dry-run", "--gpus", "8", "--device", "L4"])
+    train.main(["--preset", "7b", "--dry-run", "--gpus", "4", "--device", "L4"])
     assert re.search("fastest that fits in 24 GB +none", capsys.readouterr().out)
 
 
