@@ -64,6 +64,7 @@ class Config:
     vae_steps: int = option(400, "training steps of a new VAE", at_least=1)
     vae_channels: int = option(8, "width of a new VAE's first stage", at_least=4)
     vae_z: int = option(4, "latent channels of a new VAE", at_least=1)
+    vae_balance: bool = option(False, "of a new VAE: rare colours count as much as common ones")
     codes: int = option(0, "codes of a Chameleon's VQ-VAE (the paper: 16384); 0: as many as its "
                         "file has, or 512 for a new one", at_least=0)
     patch: int = option(2, "side of a patch, in latent pixels (§4.3.2)", at_least=1)

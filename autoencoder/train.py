@@ -68,6 +68,7 @@ class Training:
     options     {name: value}; a resumed run must have the same
     step        how many steps have been taken
     sums        {term: (sum, count)} since the last line of the log
+    balance     of colours, (c, c), in the toy's loss; None: none
     """
     vae: VAE
     vae_loss: losses.VAELoss | None
@@ -77,6 +78,7 @@ class Training:
     options: dict
     step: int = 0
     sums: dict = field(default_factory=dict)
+    balance: torch.Tensor | None = None
 
     def parts(self):
         """What a checkpoint must hold: everything that learns."""
@@ -178,7 +180,7 @@ def whole_loss(run, x, x_hat, prior):
     kl_weight = run.options["kl_weight"]
     if run.vae_loss is None:
         # The toy's terms are sums over `size` elements, and so are its gradients.
-        reconstruction = toy_reconstruction(x, x_hat)
+        reconstruction = toy_reconstruction(x, x_hat, run.balance)
         loss = reconstruction + (size if run.vae.quantiser else kl_weight) * prior
         return loss, {"L1+L2": reconstruction / size}, size
 
@@ -191,16 +193,34 @@ def whole_loss(run, x, x_hat, prior):
     return loss, terms, 1.0
 
 
-def toy_reconstruction(x, x_hat):
-    """The toy's L1 + L2: summed over a picture's elements, averaged over pictures."""
-    error = x_hat.float() - x
+def toy_reconstruction(x, x_hat, balance=None):
+    """The toy's L1 + L2: summed over a picture's elements, averaged over pictures.
+    balance: None, or a (c, c) matrix that errors of colour are multiplied by."""
+    error = x_hat.float() - x                                               # (M, c, h, w)
+    if balance is not None:
+        error = torch.einsum("mchw,cd->mdhw", error, balance)
     return (error.abs() + error.square()).sum() / len(x)
+
+
+def colour_balance(pixels):
+    """(c, c) float32: makes the rare directions of colour count as much as the common ones, nearly.
+    pixels: (N, h, w, c) uint8."""
+    # TRAP: of 1,769 emoji, 87% of the variance is light against dark, and 3% green against magenta.
+    # A VAE that loses all green and all purple has 24.7 dB, and it learns light and dark first.
+    channels = pixels.shape[-1]
+    x = pixels.reshape(-1, channels) / 127.5 - 1
+    variance, directions = np.linalg.eigh(np.atleast_2d(np.cov(x.T)))       # (c,), (c, c)
+    # Our choice: 3/4 of the way. All the way, JPEG's noise in a grey photo would count as colour.
+    gain = np.maximum(variance, 1e-3) ** (-0.75 / 2)
+    gain /= np.sqrt((gain ** 2 * variance).sum() / variance.sum())          # the same sum as before
+    balance = directions * gain @ directions.T
+    return torch.from_numpy(balance).float()
 
 
 # ------------------------------------------------------------------------------------ the whole run
 def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed=0, progress=True,
               vae_loss=None, out=None, resume=False, save_every=1000, log_every=100, stop=(),
-              on_save=None):
+              on_save=None, balance=False):
     """A trained VAE, with shift, scale and x0_max measured; or None if it was stopped.
 
     pixels      (N, h, w, c) uint8
@@ -210,6 +230,7 @@ def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed
     resume      whether to go on from last.pt
     stop        something that becomes true to stop early; then the state is saved
     on_save     function (vae), called whenever the state is saved: to look at it early
+    balance     whether rare colours count more: see colour_balance. For the toy's loss
     Raises UserError, before any weight is touched, if a step's loss or gradient is not finite.
     """
     options = {
@@ -221,8 +242,11 @@ def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed
         "pictures": list(pixels.shape),
         "network": json.dumps(asdict(config)),
         "loss": vae_loss.describe() if vae_loss else "L1 + L2",
+        "balance": balance,
     }
     run = prepare_training(config, vae_loss, options)
+    if balance:
+        run.balance = colour_balance(pixels).to(pick_device())
     if resume:
         resume_training(run, out)
     log = None
@@ -296,7 +320,7 @@ def resume_training(run, out):
     """Set a fresh Training to where last.pt was. Raises UserError if the options differ."""
     saved = load(Path(out) / "last.pt", "vae training")
     for name, value in run.options.items():
-        before = saved["given"].get(name)
+        before = saved["given"].get(name, False)        # an option that is newer than the file
         if before != value:
             raise UserError(f"{out} was begun with {name.replace('_', ' ')} {before}, not {value}: "
                             f"resume with the same options, or name another folder with --out")

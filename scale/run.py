@@ -316,7 +316,8 @@ def train_vae_once(config, out, pixels, unseen, vae_config, resume):
             with finish_step_first(alone=distributed.size() == 1) as heard:
                 vae = train_vae(pixels, vae_config, config.vae_steps, seed=config.seed,
                                 out=state.parent, resume=resume and state.exists(),
-                                save_every=config.save_every, stop=heard, on_save=show)
+                                save_every=config.save_every, stop=heard, on_save=show,
+                                balance=config.vae_balance)
             if vae is None:
                 raise Stopped(f"the VAE's training is saved in {state}; the same command with "
                               f"--resume goes on; look at {out}/reconstructions.png", heard)

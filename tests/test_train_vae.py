@@ -336,3 +336,34 @@ def test_mistakes(tmp_path, monkeypatch, few, arguments, words):
     with pytest.raises(UserError) as mistake:
         vae_training.main([*arguments, "--out", "run"])
     assert all(word in str(mistake.value) for word in words) and os.listdir(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ rare colours
+def test_rare_colours_are_balanced():
+    """Catches a balance that turns colours, prefers grey to green, or makes the whole loss larger; and one of grey pictures."""
+    rng = np.random.default_rng(0)
+    light, tint = rng.normal(0, 60, (4000, 1)), rng.normal(0, 10, (4000, 1))
+    colours = 128 + light + tint * [0.5, -1.0, 0.5]                     # mostly light and dark, a little green and magenta
+    pixels = colours.clip(0, 255).round().astype(np.uint8).reshape(40, 10, 10, 3)
+    balance = vae_training.colour_balance(pixels)
+    grey, green = torch.tensor([1.0, 1, 1]) / 3 ** 0.5, torch.tensor([1.0, -2, 1]) / 6 ** 0.5
+    assert torch.allclose(balance, balance.T) and (balance @ grey).norm() < 1.0 < 2.0 < (balance @ green).norm()
+    for colour in (grey, green):
+        turned = balance @ colour
+        assert torch.dot(turned, colour) / turned.norm() > 0.99
+    x = to_float(pixels)
+    mean = x.mean((0, 2, 3), keepdim=True)
+    plain, balanced = toy_reconstruction(x, mean.expand_as(x)), toy_reconstruction(x, mean.expand_as(x), balance)
+    assert 0.7 < balanced / plain < 1.4 and torch.equal(plain, toy_reconstruction(x, mean.expand_as(x), None))
+    assert toy_reconstruction(x, x, balance) == 0
+    assert vae_training.colour_balance(pixels[..., :1]).shape == (1, 1)
+
+
+def test_balance_is_part_of_the_run(pictures, tmp_path):
+    """Catches a balance that is measured and not used, or that a resumed run may change."""
+    options = dict(steps=3, batch=4, seed=5, progress=False)
+    one, two = (train_vae(pictures, VAEConfig(**SMALL), balance=balance, **options) for balance in (False, True))
+    assert not torch.equal(weights(one), weights(two))
+    train_vae(pictures, VAEConfig(**SMALL), out=tmp_path, **options)
+    with pytest.raises(UserError, match="balance False, not True"):
+        train_vae(pictures, VAEConfig(**SMALL), out=tmp_path, resume=True, balance=True, **options)
