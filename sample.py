@@ -621,7 +621,8 @@ def read_prompt(text, trained):
     """A prompt as `generate` takes it: words, and pictures where a file stands in brackets, as in
     "[a.png] make the circle blue". Raises UserError if a file cannot be read."""
     prompt = []
-    for k, part in enumerate(re.split(r"\[([^\]]*)\]", text)):
+    # A name may have brackets of its own, in pairs: [photo[1].png].
+    for k, part in enumerate(re.split(r"\[((?:[^][]|\[[^][]*\])*)\]", text)):
         if k % 2 == 1:                                  # what stood in brackets
             prompt.append(read_picture(part, trained))
         elif part.strip():

@@ -690,6 +690,8 @@ def test_prompts_with_pictures(here, capsys):
     assert parts_of(read("[wide.png][clear.png]")) == ["[picture]"] * 2 and read("a circle") == ["a circle"] and read(" ") == []
     said = capsys.readouterr().out
     assert "wide.png: 20x12 RGB, converted to 8x8 RGB" in said and "clear.png: 8x8 RGBA, converted" in said
+    Path("photo[1].png").write_bytes(Path("plain.png").read_bytes())               # as a browser names a second download
+    assert torch.equal(read("[photo[1].png] and [plain.png]")[0], parts[1]) and len(read("[photo[1].png] and [plain.png]")) == 3
     with pytest.raises(UserError, match="absent.png"):
         read("a [absent.png]")
 

@@ -632,7 +632,7 @@ def test_captions_that_all_say_the_same_have_no_gap(tmp_path, tiny, capsys):
 @pytest.mark.parametrize("name", ["bars", "Scenes", "", "mnits", None])
 def test_an_unknown_source_gets_a_sentence(name):
     """Catches StopIteration or KeyError where a name is misspelt, and a sentence that does not name the choices."""
-    with pytest.raises(UserError, match="no data set .*scenes, mnist, folder, edits.*SOURCES"):
+    with pytest.raises(UserError, match="no data set .*scenes, mnist, folder, documents, edits.*SOURCES"):
         choose.load_pairs(name)
 
 
