@@ -111,21 +111,24 @@ class ModelConfig:
 
 # --------------------------------------------------------------------------------- one Llama block
 def rope_tables(pos, K, theta=10000.0):
-    """(cos, sin), each (B, 1, T, K), for positions pos (B, T): rotary embedding, Su et al. 2021.
+    """(cos, signed sin), each (B, 1, T, K), for positions pos (B, T): rotary embedding, Su et al.
+    2021. What `rotate` wants.
 
     In Llama's layout: dimension i turns together with i + K/2, by the angle pos * theta^(-2i/K)."""
     rate = theta ** (-torch.arange(0, K, 2, device=pos.device) / K)     # (K/2,)
     angle = pos[:, None, :, None] * rate                                # (B, 1, T, K/2)
-    angle = torch.cat([angle, angle], dim=-1)                           # (B, 1, T, K)
-    return angle.cos(), angle.sin()
+    cos = angle.cos()
+    sin = angle.sin()
+    # A turn takes the pair (a, b) to (a cos - b sin, b cos + a sin). The minus is put in here, once
+    # for all layers.
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)        # (B, 1, T, K)
 
 
 def rotate(x, cos, sin):
     """x (B, N, T, K), each vector turned by its position. So q . k depends on how far q and k are
     apart, and not on where they are. cos, sin: (B, 1, T, K), from `rope_tables`."""
-    half = x.shape[-1] // 2
-    quarter_turn = torch.cat([-x[..., half:], x[..., :half]], dim=-1)   # (B, N, T, K)
-    return x * cos.to(x) + quarter_turn * sin.to(x)
+    partner = x.roll(x.shape[-1] // 2, dims=-1)                         # b where a is, a where b is
+    return x * cos.to(x) + partner * sin.to(x)
 
 
 class Block(nn.Module):
@@ -203,7 +206,7 @@ class Block(nn.Module):
 
 class Cache:
     """Keys and values of every layer, in S slots for each of B rows, as tensors k and v of shape
-    (layers, B, N, S, K). Position k of a document is in slot k.
+    (layers, B, S, N, K). Position k of a document is in slot k.
 
     config   ModelConfig
     B, S     rows, and slots per row
@@ -214,7 +217,7 @@ class Cache:
 
     def __init__(self, config, B, S, like):
         K = config.width // config.heads
-        shape = (config.layers, B, config.heads, S, K)
+        shape = (config.layers, B, S, config.heads, K)      # a slot is in one piece of memory
         self.k = like.new_zeros(shape)
         self.v = like.new_zeros(shape)
 
@@ -222,9 +225,9 @@ class Cache:
         """Put k, v (B, N, n, K) into slots (B, n) of a layer; return all keys and all values of the
         layer, each (B, N, S, K)."""
         row = torch.arange(len(slots), device=slots.device)[:, None]    # (B, 1), beside (B, n)
-        self.k[layer, row, :, slots] = k.transpose(1, 2)                # (B, n, N, K)
-        self.v[layer, row, :, slots] = v.transpose(1, 2)                # (B, n, N, K)
-        return self.k[layer], self.v[layer]
+        self.k[layer, row, slots] = k.transpose(1, 2)                   # (B, n, N, K)
+        self.v[layer, row, slots] = v.transpose(1, 2)                   # (B, n, N, K)
+        return self.k[layer].transpose(1, 2), self.v[layer].transpose(1, 2)
 
     def rows(self, index):
         """The chosen rows as a cache. index: a list of int copies them, and a row may come twice;
