@@ -34,7 +34,7 @@ import data
 from diffusion import SAMPLERS
 from metrics import digits, drawing, folder, mixtures, sweep
 from metrics import scenes as scene_metrics
-from metrics.gap import conditioning_gap
+from metrics.gap import caption_losses
 from sample import GUIDE_OVER
 from sources import choose, mnist, scenes
 from sources.feed import probe
@@ -87,6 +87,7 @@ def report_scenes(trained, job):
         "exact": float(np.mean([row["exact"] for row in table.values()])),
         "rule": float(np.mean([row["rule"] for row in table.values()])),
         "held_out": unseen,
+        "distance": scene_metrics.crowd_distance(results, picture_size(trained), job.seed),
     }
 
     # 2. Captions of unseen scenes, of all categories: the seventh, which GenEval lacks, too.
@@ -195,8 +196,14 @@ def report(trained, name, categories=scenes.CATEGORIES, test=None, n=200, seed=0
         # TRAP: a model that ignores its captions has a fine loss and draws fine pictures, only not
         # the right ones. On data of your own, where nothing is counted, look at this number.
         captions, latents, before = probe(test, trained.vae, 256)
-        numbers["conditioning_gap"] = conditioning_gap(
+        losses = caption_losses(
             trained.model, trained.tokenizer, trained.diffusion, captions, latents, before, seed)
+        numbers["conditioning_gap"] = None
+        if losses is not None:                          # not all captions are alike
+            right, wrong = losses
+            numbers["conditioning_gap"] = wrong - right
+            if trained.kind == "transfusion":           # a Chameleon's is of codes
+                numbers["diffusion_loss"] = right
     numbers["seconds"] = time.time() - began
     return numbers, describe_report(numbers, options), results
 
@@ -254,6 +261,10 @@ def describe_report(numbers, options):
         add("text loss of deductions, likewise", f"{numbers['alone']:6.4f} nats per token")
     for text, value in folder.describe(numbers):
         add(text, value)
+    if "distance" in numbers:
+        add("Fréchet distance of latents to real ones", f"{numbers['distance']:6.2f}")
+    if "diffusion_loss" in numbers:
+        add("eq. 3 of unseen pictures", f"{numbers['diffusion_loss']:6.4f}")
     if "conditioning_gap" in numbers:
         gap = numbers["conditioning_gap"]
         if gap is None:

@@ -40,7 +40,10 @@ from patchify import PATCHES
 
 # ------------------------------------------------------------------------------------------- sizes
 SIZES = {                                   # name: (layers, width, heads)
-    # Our choice: two toys, for minutes and for an hour on two CPU cores.
+    # Our choice: toys. Two for minutes and for an hour on two CPU cores, and two smaller ones, so
+    # that experiments.py can say what size does (Tables 5, 10, Fig. 5).
+    "mini": (2, 64, 4),
+    "midi": (3, 96, 4),
     "toy": (4, 128, 4),
     "small": (6, 128, 4),
     # Paper: Table 8.

@@ -287,6 +287,7 @@ def train(config, resume, overwrite, command):
 
     # 4. What it can do. The report draws on all processes.
     numbers, lines = report(run, out, trained)
+    numbers["parameters"] = count(run.average)
     numbers["train_seconds"] = seconds
     if distributed.rank() == 0:
         write_json(out / "report.json", numbers)

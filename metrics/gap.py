@@ -47,7 +47,7 @@ def as_ids(tokenizer, captions):
 def conditioning_gap(model, tokenizer, diffusion, captions, latents, before=None, seed=0):
     """Diffusion loss (eq. 3) with a wrong caption minus that with the right one. 0: the model
     ignores its caption, however good the loss looks. None: it cannot be measured, because all
-    captions say the same. A Chameleon's is in nats, see `code_gap`.
+    captions say the same. A Chameleon's is in nats, see `code_losses`.
 
     model       model.Transfusion
     tokenizer   data.Words or data.Pieces
@@ -55,12 +55,23 @@ def conditioning_gap(model, tokenizer, diffusion, captions, latents, before=None
     latents     (N, c, h, w) float32, or codes (N, h, w) int64
     before      of edits: (N, c, h, w), the pictures that stand before the captions; else None
     seed        of the noise"""
+    losses = caption_losses(model, tokenizer, diffusion, captions, latents, before, seed)
+    if losses is None:
+        return None
+    right, wrong = losses
+    return wrong - right
+
+
+@torch.no_grad()
+def caption_losses(model, tokenizer, diffusion, captions, latents, before=None, seed=0):
+    """(right, wrong): the loss of N pictures beside their own captions, and beside others': eq. 3,
+    or a Chameleon's nats per code. None, and the arguments, as of `conditioning_gap`."""
     # As ids: "A cat" and "a cat" say the same to a tokenizer of lower case.
     captions = as_ids(tokenizer, captions)
     if all(caption == captions[0] for caption in captions):
         return None
     if latents.dtype == torch.long:
-        return code_gap(model, tokenizer, captions, latents)
+        return code_losses(model, tokenizer, captions, latents)
 
     # 1. One t and one noise per picture, drawn once: the two losses differ by the caption alone.
     N = len(captions)
@@ -97,12 +108,12 @@ def conditioning_gap(model, tokenizer, diffusion, captions, latents, before=None
         error = predicted[denoised] - target[number[denoised]]
         losses.append(error.square().mean().item())
     right, wrong = losses
-    return wrong - right
+    return right, wrong
 
 
-def code_gap(model, tokenizer, captions, codes):
-    """The conditioning gap of a Chameleon: nats per code with a wrong caption minus those with
-    the right one. Every process must call it.
+def code_losses(model, tokenizer, captions, codes):
+    """(right, wrong) of a Chameleon: nats per code beside the right captions, and beside wrong
+    ones. Every process must call it.
 
     captions: N str, or lists of ids; codes: (N, h, w) int64, 0..K-1."""
     captions = as_ids(tokenizer, captions)
@@ -114,6 +125,7 @@ def code_gap(model, tokenizer, captions, codes):
         requests = []
         for ids, picture in zip(texts, pictures, strict=True):
             requests.append((ids + [BOI], picture))
-        nats.append(sum(log_p for log_p, _ in log_likelihood(model, requests)))
+        log_p = sum(log_p for log_p, _ in log_likelihood(model, requests))
+        nats.append(-log_p / codes.numel())
     right, wrong = nats
-    return (right - wrong) / codes.numel()
+    return right, wrong

@@ -28,11 +28,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from metrics import drawing, likelihood
+from metrics import coco, drawing, likelihood
 from metrics.questions import deduction_questions
 from scale import distributed
 from sources import scenes
 from support.checkpoint import device_of, encode_pixels
+from support.common import ASSETS, pick_device
 
 
 # ---------------------------------------------------------------------------- pictures and captions
@@ -69,6 +70,22 @@ def geneval(trained, categories, n=50, held_out=False, seed=0, **options):
             "n": len(rows),
         }
     return table, results
+
+
+def crowd_distance(results, size=32, seed=0):
+    """How far drawn pictures are, as a crowd, from real ones of the same captions: the Fréchet
+    distance of the latents of the shipped VAE, whatever the model's own VAE is. It stands in for
+    FID. Fewer pictures than latents' dimensions make it too large: compare equal numbers.
+
+    results: `geneval`'s; size: pixels per side"""
+    rng = np.random.default_rng([seed, 18])
+    real = []
+    for text, _, _ in results:
+        things = scenes.draw_scene(scenes.read_caption(text), rng, size)
+        real.append(scenes.render(things, size))
+    features = coco.vae_features(ASSETS / "scenes_vae.pt", pick_device())
+    drawn = [picture for _, picture, _ in results]
+    return coco.frechet(features(np.stack(real)), features(np.stack(drawn)))
 
 
 def choose_prompts(categories, n, held_out, seed):

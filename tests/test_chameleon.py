@@ -21,7 +21,7 @@ import train
 from chameleon import Decoder, view
 from data import BOI, BOS, DROP, EOI, EOS
 from diffusion import Diffusion
-from metrics.gap import code_gap
+from metrics.gap import conditioning_gap
 from support import checkpoint
 from support.checkpoint import Trained, decode_latents, encode_pixels, load_trained, save_trained
 from support.common import ASSETS, Stopped, UserError
@@ -226,8 +226,8 @@ def test_the_gap_tells_a_caption_that_is_heard(trained):
                     logits[b, q, V + (3 if tokens[b, start + 1] == WORDS.ids["a"] else 7)] = 4.0 * self.heard
             return logits[has_loss], None
     captions, codes = ["a circle", "the circle", "a square"], torch.tensor([3, 7, 3]).view(3, 1, 1).expand(3, 4, 4)
-    assert code_gap(Says(True), WORDS, captions, codes) == pytest.approx(4.0 * 2 / 3)     # the third's other caption begins alike
-    assert code_gap(Says(False), WORDS, captions, codes) == 0
+    assert conditioning_gap(Says(True), WORDS, None, captions, codes) == pytest.approx(4.0 * 2 / 3)     # the third's other caption begins alike
+    assert conditioning_gap(Says(False), WORDS, None, captions, codes) == 0
 
 
 def test_the_gap_reads_what_training_lays_out(trained):
@@ -239,7 +239,7 @@ def test_the_gap_reads_what_training_lays_out(trained):
         logits = forward(trained, [text, ("image", k, 0)], codes)[at: at + 16].log_softmax(-1)
         return -logits.gather(1, codes[k].flatten()[:, None] + V).mean().item()
     wanted = sum(nats(captions[1 - k], k) - nats(captions[k], k) for k in range(2)) / 2
-    assert code_gap(trained.model, WORDS, captions, codes) == pytest.approx(wanted, abs=1e-5) and abs(wanted) > 1e-3
+    assert conditioning_gap(trained.model, WORDS, None, captions, codes) == pytest.approx(wanted, abs=1e-5) and abs(wanted) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------------------- whole runs

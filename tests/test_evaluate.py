@@ -320,14 +320,16 @@ def test_the_command_line_takes_the_models_size(tmp_path, monkeypatch, capsys, w
     monkeypatch.setattr(scene_metrics, "deduction_accuracy", lambda *a, **k: 0.5)
     monkeypatch.setattr(scene_metrics, "excess_nats", lambda *a, **k: (0.0, 1.0))
     monkeypatch.setattr(scene_metrics, "geneval", lambda *a, **k: ({"colors": {"rule": 0.0, "exact": 0.0, "n": 1}}, []))
+    monkeypatch.setattr(scene_metrics, "crowd_distance", lambda *a, **k: 0.0)
     evaluate.main(["--checkpoint", str(tmp_path / "model.pt"), "--data", what, "--n", "2", "--steps", "1", "--json", str(tmp_path / "found.json")])
     assert abs(json.loads((tmp_path / "found.json").read_text())["conditioning_gap"]) < 1
 
 
 @pytest.mark.parametrize("what, numbers", [
-    ("scenes", {"geneval", "held_out", "exact", "rule", "captions", "excess_nats", "entropy", "alone", "deductions", "conditioning_gap"}),
+    ("scenes", {"geneval", "held_out", "exact", "rule", "captions", "excess_nats", "entropy", "alone", "deductions", "conditioning_gap",
+                "diffusion_loss", "distance"}),
     ("mixtures", {"single", "second", "boi", "well_formed", "sampled"}),
-    ("edits", {"edits", "kept", "chains", "asked", "kinds", "conditioning_gap"})])
+    ("edits", {"edits", "kept", "chains", "asked", "kinds", "conditioning_gap", "diffusion_loss"})])
 def test_the_command_line_on_a_shipped_model(tmp_path, capsys, what, numbers):
     """Catches what stand-ins hide: a real model's weights want gradients, and its documents are real ones."""
     path = tmp_path / "numbers.json"

@@ -1,0 +1,208 @@
+"""
+scaling.py: straight lines in log-log, and how much less compute one needs    (Transfusion Fig. 5)
+
+THE IDEA    Train two kinds of model at several sizes N and token counts D. Each run is a point: its
+            compute 6 N D, and what it reaches. On logarithmic axes the points of one kind lie near
+            a straight line. Where the other kind's line reaches the same height, one reads off how
+            much compute it takes to be as good.
+A PICTURE   log loss |  o                         o  Chameleon      F   the FLOPs of its largest run
+                     |  x   ` o                   x  Transfusion    f   where Transfusion's line is
+                     |    ` x    ` o  <- its goal                       as low as the Chameleon's
+                     |        ` x . . .                             f / F = parity FLOP ratio
+                     +----------f----F--- log FLOPs
+THE RULE    log metric = slope log FLOPs + intercept, by least squares         §4.2
+            parity FLOP ratio = exp((goal - intercept) / slope) / F, where goal is the height of the
+            rival's line at F
+SHAPES      a point is a dict: "model", "flops", perhaps "seed", and a number per metric
+PAPER/HERE  same: 6 N D, log-log lines, the ratio at the rival's largest run.
+            our choice: one ratio per seed, and from them a 95% interval (Student's t of log
+            ratios). The paper gives no interval. A metric of 0 has no logarithm: it is left out.
+READ NEXT   ../experiments.py
+TRY IT      python -m metrics.scaling runs.json       runs.json: a list of {"model": "transfusion",
+            "parameters": 7e9, "tokens": 5e11, "files": {"C4": "c4.json", "COCO": "coco.json"}};
+            the files are what --json of evaluate, metrics.likelihood and metrics.coco wrote
+TEST        tests/test_scaling.py
+"""
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from support.common import UserError, check_writable, read_json, run_command
+
+RIVALS = ("transfusion", "chameleon")
+ABOUT = ("model", "flops", "seed")                      # of a point: what is not a metric
+# What is taken from the files of evaluate, metrics.likelihood and metrics.coco.
+TAKEN = ("alone", "captions", "exact", "perplexity", "acc", "cider", "distance", "clip")
+
+# Student's t, 97.5%, for 1, 2, ... degrees of freedom. Beyond them the normal distribution's.
+T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+# -------------------------------------------------------------------------------- lines and ratios
+def fit_line(flops, values):
+    """(slope, intercept) of ln value over ln FLOPs, by least squares. flops, values: positive
+    numbers, at two or more different FLOPs."""
+    x = np.log(flops)
+    y = np.log(values)
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
+    return float(slope), float(y.mean() - slope * x.mean())
+
+
+def parity(ours, rival):
+    """The share of the rival's largest FLOPs at which our line reaches its height there.
+
+    ours, rival: each (flops, values), two lists. nan where our line is flat, so that it never
+    does."""
+    slope, intercept = fit_line(*ours)
+    rival_slope, rival_intercept = fit_line(*rival)
+    if slope == 0:
+        return math.nan
+    most = math.log(max(rival[0]))
+    goal = rival_slope * most + rival_intercept
+    # Far outside of what was measured the number says only "much less", or "much more".
+    log_ratio = (goal - intercept) / slope - most
+    return math.exp(max(-50.0, min(50.0, log_ratio)))
+
+
+def interval(ratios):
+    """(geometric mean, low, high) of one ratio per seed: 95%, by Student's t of their logarithms.
+    With one seed low and high are None."""
+    logs = np.log(ratios)
+    mean = float(logs.mean())
+    n = len(logs)
+    if n < 2:
+        return math.exp(mean), None, None
+    t = T_QUANTILES[n - 2] if n - 2 < len(T_QUANTILES) else 1.96
+    half = t * float(logs.std(ddof=1)) / math.sqrt(n)
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+
+def select(points, model, metric, seed=None):
+    """(flops, values) of a model's points that have the metric, above 0. seed: None for all."""
+    flops = []
+    values = []
+    for point in points:
+        right = point["model"] == model and seed in (None, point.get("seed", 0))
+        if right and point.get(metric, 0) > 0:          # 0 has no logarithm
+            flops.append(point["flops"])
+            values.append(point[metric])
+    return flops, values
+
+
+def compare(points):
+    """{metric: {"slopes": (ours, the rival's), "ratio", "low", "high", "seeds", "points"}} for
+    every metric with at least two FLOPs per model and seed."""
+    seeds = sorted({point.get("seed", 0) for point in points})
+    metrics = []                                        # in the order in which they first appear
+    for point in points:
+        metrics += [name for name in point if name not in (*ABOUT, *metrics)]
+    result = {}
+    for metric in metrics:
+        ratios = []
+        for seed in seeds:
+            lines = [select(points, model, metric, seed) for model in RIVALS]
+            if all(len(set(flops)) >= 2 for flops, _ in lines):
+                ratios.append(parity(*lines))
+        if not ratios:
+            continue
+        both = [select(points, model, metric) for model in RIVALS]
+        ratio, low, high = interval(ratios)
+        result[metric] = {
+            "slopes": [fit_line(*line)[0] for line in both],
+            "ratio": ratio, "low": low, "high": high, "seeds": len(ratios),
+            "points": [len(flops) for flops, _ in both],
+        }
+    return result
+
+
+def markdown(result):
+    """`compare`'s result as lines of a table."""
+    lines = ["| metric | slope, Transfusion | slope, Chameleon | parity FLOP ratio | 95% |",
+             "|---|---|---|---|---|"]
+    for metric, row in result.items():
+        ours, rival = row["slopes"]
+        between = "one seed"
+        if row["low"] is not None:
+            between = f"{row['low']:.2g} to {row['high']:.2g} ({row['seeds']} seeds)"
+        lines.append(f"| {metric} | {ours:+.3f} | {rival:+.3f} | {row['ratio']:.3g} | {between} |")
+    return lines
+
+
+# --------------------------------------------------------------------------------------- the figure
+def plot(points, path):
+    """Save Fig. 5 of some points: one panel per metric, a dot per run, a line per model."""
+    result = compare(points)
+    if not result:
+        raise UserError("there is no metric with two budgets of both models: nothing to draw")
+    n = len(result)
+    figure = Figure(figsize=(3.6 * n, 3.6), layout="constrained")
+    for axis, (metric, row) in zip(figure.subplots(1, n, squeeze=False)[0], result.items()):
+        for model, colour, marker in zip(RIVALS, ("#d35400", "#16a085"), ("o", "s")):
+            flops, values = select(points, model, metric)
+            slope, intercept = fit_line(flops, values)
+            ends = np.array([min(flops), max(flops)])
+            line = np.exp(intercept) * ends ** slope
+            axis.plot(flops, values, marker, color=colour, alpha=0.5, markersize=4)
+            axis.plot(ends, line, color=colour, label=f"{model.capitalize()}, slope {slope:+.2f}")
+        between = ""
+        if row["low"] is not None:
+            between = f"\n95%: {row['low']:.2g} to {row['high']:.2g}"
+        axis.set_title(f"{metric}: parity at {row['ratio']:.2g}{between}", fontsize=9)
+        axis.set(xscale="log", yscale="log", xlabel="FLOPs, 6 N D")
+        axis.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+# ---------------------------------------------------------------------------------- the real thing
+def read_points(path):
+    """The points of a JSON file: a list of runs, each with "model", "parameters", "tokens", perhaps
+    "seed", and "files", {name: file}, which count from the list's own folder. Raises UserError."""
+    wanted = ('[{"model": "transfusion", "parameters": 7e9, "tokens": 5e11, '
+              '"files": {"C4": "c4.json"}}, ...]')
+    points = []
+    try:
+        for run in read_json(path):
+            point = {"model": run["model"], "seed": run.get("seed", 0),
+                     "flops": 6 * float(run["parameters"]) * float(run["tokens"])}
+            for label, name in run["files"].items():
+                point |= numbers_of(label, read_json(Path(path).parent / name))
+            points.append(point)
+    except FileNotFoundError as problem:
+        raise UserError(f"there is no file {problem.filename}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise UserError(f"{path} does not list runs as {wanted} ({type(problem).__name__}: "
+                        f"{problem})") from None
+    for point in points:
+        if point["model"] not in RIVALS or not 0 < point["flops"] < math.inf:
+            raise UserError(f"{path}: a run's model must be {' or '.join(RIVALS)}, its parameters "
+                            f"and tokens above 0; got {point}")
+    return points
+
+
+def numbers_of(label, content):
+    """{"C4 perplexity": number} of a file that --json wrote. label: its name, "C4"; content: its
+    dict. Of the Llama suite the mean over its tasks is taken."""
+    numbers = {}
+    for name, value in content.get("mean", content).items():
+        if name in TAKEN and type(value) in (int, float):
+            numbers[f"{label} {name}"] = value
+    return numbers
+
+
+def main(argv=None):
+    """Print the table of some runs of any size, and draw the figure."""
+    parser = argparse.ArgumentParser(description="Scaling laws of runs of any size (Fig. 5).")
+    parser.add_argument("runs", help="a JSON file that lists runs: see the top of this file")
+    parser.add_argument("-o", "--out", default="scaling.png", help="the figure")
+    args = parser.parse_args(argv)
+    check_writable(args.out)
+    points = read_points(args.runs)
+    plot(points, args.out)
+    print(*markdown(compare(points)), f"\nthe figure is {args.out}", sep="\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,134 @@
+"""
+verdicts.py: is a difference between two rows of a table more than luck?  (Transfusion §4, Tables)
+
+THE IDEA    The paper prints one run per row. We train every row with several seeds and ask of each
+            of its statements ("bidirectional attention is better"): could the seeds alone have
+            made this difference? If the rows were the same model, any way of dealing the numbers
+            to the two rows would be equally likely. So count the ways.
+A PICTURE   causal 42 44 39   bidirectional 51 47 55      20 ways to deal six numbers to two rows;
+            one is at least so far apart: p = 1/20 = 0.05             -> reproduced
+THE RULE    exact permutation test, one-sided, of the difference of means           Fisher 1935
+              p for the paper's direction <= 0.05     reproduced
+              p for the other direction   <= 0.05     not reproduced
+              neither                                 within noise
+            A statement that two rows are alike is reproduced while both p are above 0.05: a weak
+            word, for few seeds show little.
+PAPER/HERE  not in the paper, which has one run per row. Our choice: no normal distribution is
+            assumed, as a t-test would. Three seeds a row are the fewest with which p can reach
+            0.05: then the rows must not overlap at all.
+READ NEXT   ../experiments.py        TEST  tests/test_verdicts.py
+"""
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+LEVEL = 0.05
+
+
+class Claim(NamedTuple):
+    """What the paper says of two rows of a table.
+
+    direction   its number in docs/RESULTS.md, 1 to 11
+    metric      heading of a column
+    worse       name of the row that is worse
+    better      name of the row that is better
+    alike       the paper says that they do not differ"""
+    direction: int
+    metric: str
+    worse: str
+    better: str
+    alike: bool = False
+
+
+def permutation_p(low, high):
+    """How often chance alone would put the mean of `high` at least so far above that of `low`, if
+    both were drawn from one distribution: 0 to 1. low, high: lists of numbers, one per seed.
+
+    Exact: every way of dealing the numbers to two rows is tried. With 5 seeds these are 252."""
+    numbers = [*low, *high]
+    total = sum(numbers)
+
+    def difference(sum_of_high):
+        return sum_of_high / len(high) - (total - sum_of_high) / len(low)
+
+    # A sum in another order is rounded otherwise: equal must count as "at least so far".
+    slack = 1e-9 * (1 + max(map(abs, numbers)))
+    seen = difference(sum(high)) - slack
+    ways = list(itertools.combinations(numbers, len(high)))
+    return sum(difference(sum(way)) >= seen for way in ways) / len(ways)
+
+
+def verdict(worse, better, lower_is_better, alike=False):
+    """(word, p) of a statement. worse, better: numbers per seed of the row that the paper calls so;
+    p: of the paper's direction; where the paper says "alike", of the likelier direction."""
+    low, high = (better, worse) if lower_is_better else (worse, better)
+    p = permutation_p(low, high)
+    other = permutation_p(high, low)
+    if alike:
+        apart = min(p, other) <= LEVEL
+        return ("not reproduced" if apart else "reproduced"), min(p, other)
+    if p <= LEVEL:
+        return "reproduced", p
+    if other <= LEVEL:
+        return "not reproduced", p
+    return "within noise", p
+
+
+def judge(claims, values, lower_is_better):
+    """One line of markdown per claim, after a heading.
+
+    claims            list of Claim
+    values            {row: {metric: numbers per seed}}
+    lower_is_better   {metric: bool}"""
+    lines = ["| | measure | worse → better, says the paper | here | p | verdict |",
+             "|---|---|---|---|---|---|"]
+    for claim in claims:
+        worse = values[claim.worse].get(claim.metric)
+        better = values[claim.better].get(claim.metric)
+        if not worse or not better:                     # a row is not trained yet
+            continue
+        word, p = verdict(worse, better, lower_is_better[claim.metric], claim.alike)
+        arrow = "=" if claim.alike else "→"
+        means = [sum(numbers) / len(numbers) for numbers in (worse, better)]
+        lines.append(f"| {claim.direction} | {claim.metric} | {claim.worse} {arrow} "
+                     f"{claim.better} | {means[0]:.4g} → {means[1]:.4g} | {p:.2f} | **{word}** |")
+    return lines
+
+
+# --------------------------------------------------------------------------------------- the figure
+def plot_tables(tables, headings, paper, path):
+    """Save one picture of several tables: a dot per seed, mean and deviation, and at the right the
+    paper's number.
+
+    tables     {title: {row: {heading: numbers per seed}}}
+    headings   the columns, in order
+    paper      {title: {row: {heading: number}}}, as far as it has them"""
+    heights = [1.2 + 0.3 * len(rows) for rows in tables.values()]
+    figure = Figure(figsize=(4 + 2.6 * len(headings), sum(heights)), layout="constrained")
+    grid = figure.subplots(len(tables), len(headings), squeeze=False,
+                           gridspec_kw={"height_ratios": heights})
+    for axes, (title, rows) in zip(grid, tables.items()):
+        for axis, heading in zip(axes, headings):
+            plot_column(axis, rows, heading, paper.get(title, {}))
+            axis.set_yticks(range(len(rows)), list(rows) if axis is axes[0] else [])
+        axes[0].set_title(f"{title}: {headings[0]}", fontsize=9, loc="left")
+    figure.savefig(path, dpi=90)
+
+
+def plot_column(axis, rows, heading, paper):
+    """One column of a table: its rows from top to bottom."""
+    for y, (row, values) in enumerate(rows.items()):
+        numbers = values.get(heading, [])
+        if numbers:
+            axis.errorbar(np.mean(numbers), y, xerr=np.std(numbers, ddof=min(1, len(numbers) - 1)),
+                          fmt="|", color="#2c3e50", markersize=14, capsize=3)
+            axis.plot(numbers, [y] * len(numbers), "o", color="#d35400", markersize=4, alpha=0.7)
+        if heading in paper.get(row, {}):
+            axis.text(1.01, y, f"{paper[row][heading]:g}", va="center", fontsize=8,
+                      color="#16a085", transform=axis.get_yaxis_transform())
+    axis.set(ylim=(len(rows) - 0.5, -0.5))
+    axis.set_title(heading, fontsize=9)
+    axis.grid(axis="x", alpha=0.4)
+    axis.tick_params(labelsize=8)
