@@ -57,23 +57,26 @@ PAPER = HERE / "docs/results/paper_tables.json"         # the paper's own number
 # --------------------------------------------------------------------------------- what is compared
 # The options of every row. A row's own options come after these, and win.
 BASES = {
-    "paper": "--diffusion ddpm --shift 1 --lam 5 --no-patch-position --steps 1200 --pairs 8000 "
-             "--samples 200 --gap-every 100000 --save-every 100000",
-    "flow": "--steps 1500 --samples 400 --gap-every 500 --save-every 500",
+    "paper": "--diffusion ddpm --shift 1 --lam 5 --no-patch-position --documents 128 --steps 500 "
+             "--pairs 8000 --samples 200 --gap-every 100000 --save-every 100000",
+    "flow": "--documents 32 --steps 1500 --samples 400 --gap-every 500 --save-every 500",
 }
 
-# Our choice: what is compared is what a token buys. In all rows a step has about 805 tokens and 12
-# documents of text alone, as the base has by the paper's 1 : 1. The rest is captioned pictures. How
-# many that are depends on how many positions a picture takes: of 16, as in the base, there are 25.
+# Our choice: what is compared is what a token buys. In all rows a step has as many tokens, and as
+# many documents of text alone, as the base has by the paper's 1 : 1: of 32 documents 12, with about
+# 805 tokens. The rest is captioned pictures. How many that are depends on how many positions a
+# picture takes: of 16, as in the base, there are 25. A row's documents are counted for a base of
+# 32; if that has more, so has the row (`written_out`).
 TOKENS = 805
 PATCH_1 = "--patch 1 --seq-len 160 --documents 18 --text-share 0.635"       # 8 pictures of 64
 PATCH_4 = "--patch 4 --documents 56 --text-share 0.212"                     # 55 pictures of 4
 PATCH_8 = "--patch 8 --documents 75 --text-share 0.158"                     # 79 pictures of 1
+CHAMELEON = "--preset chameleon --documents 18"                             # 8 pictures of 64 codes
 
 # number: (title, {row: its options}, what the paper says of the rows: worse, then better).
 TABLES = {
     "1": ("Transfusion and Chameleon (Table 1)", {
-        "Chameleon": "--preset chameleon --guidance 5",
+        "Chameleon": f"{CHAMELEON} --guidance 5",
         "Transfusion": "--guidance 5",
     }, [
         Claim(1, "text", "Chameleon", "Transfusion"),
@@ -85,7 +88,7 @@ TABLES = {
         "Llama": "--preset llama",
         "Transfusion: + diffusion": "--guidance 5",     # Table 1's: words need no guidance
         "+ stability modifications": "--preset llama --stable --lr 7e-4",
-        "Chameleon: + loss on image tokens": "--preset chameleon --guidance 5",
+        "Chameleon: + loss on image tokens": f"{CHAMELEON} --guidance 5",
     }, [
         Claim(4, "text", "Transfusion: + diffusion", "Llama"),
         Claim(5, "text", "+ stability modifications", "Transfusion: + diffusion"),
@@ -152,7 +155,7 @@ TABLES = {
 
 # Fig. 5: sizes N x budgets D x models. QUARTER and HALF: of the base's steps.
 # Paper: guidance 5 in the controlled comparison (App. B.1).
-MODELS = {"transfusion": "--guidance 5", "chameleon": "--preset chameleon --guidance 5"}
+MODELS = {"transfusion": "--guidance 5", "chameleon": f"{CHAMELEON} --guidance 5"}
 SIZES = ("--size mini", "--size midi", "")
 BUDGETS = ("--steps QUARTER", "--steps HALF", "")
 
@@ -168,9 +171,13 @@ COLUMNS = {                 # heading: (report.json's name, times, format, wheth
 # ------------------------------------------------------------------------------------------ one run
 def written_out(base, options):
     """The options of a row after those of the base, as one line that names a run."""
-    steps = parse_arguments(base.split())[0].steps
-    line = f"{base} {options}".replace("QUARTER", str(steps // 4)).replace("HALF", str(steps // 2))
-    return " ".join(line.split())
+    config, *_ = parse_arguments(base.split())
+    options = options.replace("QUARTER", str(config.steps // 4))
+    words = options.replace("HALF", str(config.steps // 2)).split()
+    if "--documents" in words:                          # counted for a base of 32
+        k = words.index("--documents") + 1
+        words[k] = str(max(1, int(words[k]) * config.documents // 32))
+    return " ".join([*base.split(), *words])
 
 
 def argv_of(base, options, seed, out):
@@ -300,11 +307,12 @@ def scaling_runs():
 
 
 def make_scaling(root, results, base, seeds):
-    """The lines of Fig. 5's table, kept in root/scaling.md; the figure is root/scaling.png."""
+    """The lines of Fig. 5's table, kept beside the runs, as is the figure."""
     points = []
     for model, options in scaling_runs():
         line = written_out(base, options)
-        tokens = TOKENS * parse_arguments(line.split())[0].steps
+        steps = parse_arguments(line.split())[0].steps
+        tokens = steps * TOKENS * parse_arguments(base.split())[0].documents / 32
         for seed in range(seeds):
             if report := results.get(line, seed):
                 values = {name: numbers[0] for name, numbers in values_of([report]).items()}
@@ -313,7 +321,7 @@ def make_scaling(root, results, base, seeds):
                 points.append({"model": model, "flops": flops, "seed": seed, **values})
     lines = scaling.markdown(scaling.compare(points))
     scaling.plot(points, Path(root) / "scaling.png")
-    (Path(root) / "scaling.md").write_text("\n".join(lines) + "\n")
+    (Path(root) / "scaling.txt").write_text("\n".join(lines) + "\n")
     return lines
 
 

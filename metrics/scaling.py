@@ -24,6 +24,7 @@ TRY IT      python -m metrics.scaling runs.json       runs.json: a list of {"mod
 TEST        tests/test_scaling.py
 """
 import argparse
+import itertools
 import math
 from pathlib import Path
 
@@ -192,12 +193,25 @@ def numbers_of(label, content):
     return numbers
 
 
+def demo():
+    """Print what the lines say of made-up runs: one model needs 0.4 of the other's compute."""
+    rng = np.random.default_rng(0)
+    points = []
+    for seed, flops in itertools.product(range(3), (1e15, 2e15, 4e15)):
+        for model, share in zip(RIVALS, (0.4, 1)):
+            loss = 5000 * (flops / share) ** -0.25 * math.exp(0.02 * rng.normal())
+            points.append({"model": model, "flops": flops, "seed": seed, "loss": loss})
+    print("made-up losses, parity at 0.4 and noise of 2%:", *markdown(compare(points)), sep="\n")
+
+
 def main(argv=None):
-    """Print the table of some runs of any size, and draw the figure."""
+    """Print the table of some runs of any size, and draw the figure. Without a file: the demo."""
     parser = argparse.ArgumentParser(description="Scaling laws of runs of any size (Fig. 5).")
-    parser.add_argument("runs", help="a JSON file that lists runs: see the top of this file")
+    parser.add_argument("runs", nargs="?", help="a JSON file of runs: see the top of this file")
     parser.add_argument("-o", "--out", default="scaling.png", help="the figure")
     args = parser.parse_args(argv)
+    if args.runs is None:
+        return demo()
     check_writable(args.out)
     points = read_points(args.runs)
     plot(points, args.out)

@@ -12,7 +12,7 @@ from metrics.verdicts import Claim
 from sources import scenes
 from support.common import UserError
 
-TINY = "--steps 2 --samples 6 --sample-steps 2 --gap-every 2 --save-every 2 --pairs 60 --documents 6 --warmup 1"
+TINY = "--steps 4 --samples 6 --sample-steps 2 --gap-every 2 --save-every 2 --pairs 60 --documents 6 --warmup 1"
 
 
 @pytest.fixture
@@ -98,13 +98,15 @@ def test_a_step_is_as_large_in_every_row(base):
     """Tokens and text per step. Catches numbers that were found for other captions (as they were once)."""
     pairs, steps = scenes.load_scenes(500, seed=0, categories=scenes.WORLDS["one"], progress=False), []
     words, rng = data.Words(pairs.vocabulary()), np.random.default_rng(0)
-    for options in [*("", experiments.PATCH_1, experiments.PATCH_4, experiments.PATCH_8), "--preset chameleon"]:
+    for options in [*("", experiments.PATCH_1, experiments.PATCH_4, experiments.PATCH_8), experiments.CHAMELEON]:
         config, *_ = parse_arguments(experiments.argv_of(base, options, 0, "x"))
         P = (8 // (1 if config.model == "chameleon" else config.patch)) ** 2
         stream = data.Documents(pairs, P, config.seq_len, text_share=config.text_share)
-        tokens = np.mean([len(data.lay_out(stream.draw(rng), words, P).tokens) for _ in range(8000)])
+        tokens = np.mean([len(data.lay_out(stream.draw(rng), words, P).tokens) for _ in range(4000)])
         steps.append((config.documents * tokens, config.documents * stream.text_share))
-    assert all(tokens == pytest.approx(experiments.TOKENS, rel=0.04) and alone == pytest.approx(11.8, rel=0.04) for tokens, alone in steps), steps
+    times = parse_arguments(base.split())[0].documents / 32
+    assert all(tokens == pytest.approx(times * experiments.TOKENS, rel=0.04) and alone == pytest.approx(times * 11.8, rel=0.04)
+               for tokens, alone in steps), steps
 
 
 def test_a_run_of_other_options_is_not_taken(tiny, tmp_path, monkeypatch):
@@ -140,7 +142,7 @@ def test_the_grid_makes_a_figure(tmp_path, capsys):
         line = experiments.written_out(base, options)
         config, *_ = parse_arguments(line.split())
         parameters = {"mini": 2e5, "midi": 4e5, "toy": 9e5}[config.size]
-        flops = 6 * parameters * config.steps * experiments.TOKENS
+        flops = 6 * parameters * config.steps * experiments.TOKENS * 4
         text = (flops * (2 if model == "transfusion" else 1)) ** -0.3
         for seed in range(2):
             results.add(line, seed, {"alone": text, "captions": 0.0, "diffusion_loss": 0.1, "parameters": parameters})
