@@ -20,8 +20,8 @@ COLUMNS     the paper's                     here, in the one-object world
               (not in the paper)            loss: eq. 3, of unseen pictures
 PAPER/HERE  same: what is compared; DDPM, eps loss, lambda 5; guidance 5 in Table 1 and Fig. 5, else
             3; tokens per step, and the text among them, are equal in all rows.
-            our choice: short runs of tiny models (docs/RESULTS.md says how short). --flow trains
-            rectified flow instead, as the other toys do.
+            our choice: short runs of tiny models (docs/RESULTS.md says how short), with
+            --noise-skip. --flow trains rectified flow instead.
             A toy says which way a change goes in a toy. That it agrees with the paper is a finding,
             not a law: docs/RESULTS.md says where it does not.
 READ NEXT   metrics/verdicts.py, metrics/scaling.py, docs/RESULTS.md
@@ -52,13 +52,15 @@ from support.common import (
 )
 
 HERE = Path(__file__).parent
+TRAIN = HERE / "train.py"
 PAPER = HERE / "docs/results/paper_tables.json"         # the paper's own numbers, for the plots
 
 # --------------------------------------------------------------------------------- what is compared
 # The options of every row. A row's own options come after these, and win.
 BASES = {
-    "paper": "--diffusion ddpm --shift 1 --lam 5 --no-patch-position --documents 128 --steps 500 "
-             "--pairs 8000 --samples 200 --gap-every 100000 --save-every 100000",
+    "paper": "--diffusion ddpm --shift 1 --lam 5 --no-patch-position --noise-skip "
+             "--documents 128 --steps 500 --pairs 8000 --samples 200 "
+             "--gap-every 100000 --save-every 100000",
     "flow": "--documents 32 --steps 1500 --samples 400 --gap-every 500 --save-every 500",
 }
 
@@ -191,9 +193,9 @@ def folder_of(root, options, seed):
     return Path(root) / f"{name}_seed{seed}"
 
 
-def train_row(root, results, base, options, seed):
+def train_row(root, results, base, options, seed, children=None):
     """Train one row with one seed, unless its report is there, and keep its numbers in `results`
-    (metrics.results.Results).
+    (metrics.results.Results). children: the support.common.Children among which it runs.
 
     A run that was stopped goes on. Raises UserError, naming the log, if train.py fails; and if the
     folder holds a run of other options, because the row has changed since."""
@@ -206,37 +208,41 @@ def train_row(root, results, base, options, seed):
     if report.exists():
         check_options(out, argv)
     else:
-        run(argv, out)
+        run(argv, out, children or Children())
     names = [name for name, *_ in COLUMNS.values()]
     results.add(line, seed, read_report(report, names))
 
 
-def run(argv, out):
+def run(argv, out, children):
     """Run train.py in its folder `out`. Raises UserError if it fails or is stopped."""
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(HERE / "train.py"), *argv]
+    command = [sys.executable, str(TRAIN), *argv]
     if any(out.glob("checkpoints/step_*/.metadata")):   # a complete checkpoint
         command.append("--resume")
     # One core per run: two programs with two threads each would wait for one another.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # Several runs at a time would mix on the screen, so each writes to a file of its own.
     with open(out / "output.txt", "w") as output:
-        done = subprocess.run(command, stdout=output, stderr=output, env=environment)
-    if done.returncode != 0 or not (out / "report.json").exists():
+        status = children.run(command, stdout=output, stderr=output, env=environment)
+    if status != 0 or not (out / "report.json").exists():
         raise UserError(f"a row failed or was stopped; {out}/output.txt says how, and the same "
                         f"command goes on from there")
 
 
 def train_all(root, results, base, runs, jobs):
     """Train all runs, `jobs` at a time. runs: list of (options, seed). The first that fails raises
-    UserError; the others that run are finished first, those that wait are not started."""
+    UserError; the others that run are finished first, those that wait are not started. After Ctrl-C
+    or SIGTERM those that run save and stop."""
     pool = ThreadPoolExecutor(jobs)
+    children = Children()
     try:
-        futures = [pool.submit(train_row, root, results, base, *each) for each in runs]
+        futures = [pool.submit(train_row, root, results, base, *each, children) for each in runs]
         for future in tqdm(as_completed(futures), total=len(runs), desc="runs"):
             future.result()
-    except KeyboardInterrupt:                           # train.py has heard it, too, and saves
-        raise UserError("stopped: the same command goes on from there") from None
+    except KeyboardInterrupt as stop:
+        children.stop()
+        raise Stopped("every run is saved; the same command goes on from there",
+                      [signal_of(stop)]) from None
     finally:
         pool.shutdown(cancel_futures=True)              # or the runs that wait would still start
 
@@ -292,7 +298,7 @@ def make_table(root, results, base, number, seeds):
     lines = markdown(f"{title}; {seeds} seed{plural}", rows)
     lower_is_better = {heading: lower for heading, (*_, lower) in COLUMNS.items()}
     lines += ["", *verdicts.judge(claims, rows, lower_is_better)]
-    (Path(root) / f"table_{number}.md").write_text("\n".join(lines) + "\n")
+    write_lines(Path(root) / f"table_{number}.md", lines)
     return lines
 
 
@@ -321,8 +327,14 @@ def make_scaling(root, results, base, seeds):
                 points.append({"model": model, "flops": flops, "seed": seed, **values})
     lines = scaling.markdown(scaling.compare(points))
     scaling.plot(points, Path(root) / "scaling.png")
-    (Path(root) / "scaling.txt").write_text("\n".join(lines) + "\n")
+    write_lines(Path(root) / "scaling.txt", lines)
     return lines
+
+
+def write_lines(path, lines):
+    """Write lines of text, whole or not at all."""
+    with whole_file(path) as file:
+        file.write(("\n".join(lines) + "\n").encode())
 
 
 # --------------------------------------------------------------------------------- the command line

@@ -1,5 +1,9 @@
 """test_experiments.py: a table holds what its runs say                                                    (experiments.py)"""
 import json
+import os
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from config import parse_arguments
 from metrics.results import Results
 from metrics.verdicts import Claim
 from sources import scenes
-from support.common import UserError
+from support.common import UserError, run_command
 
 TINY = "--steps 4 --samples 6 --sample-steps 2 --gap-every 2 --save-every 2 --pairs 60 --documents 6 --warmup 1"
 
@@ -41,7 +45,7 @@ def test_every_row_is_a_run(base):
         return config_of(experiments.TABLES[number][1][row])
 
     a, b = find("2", "Llama"), find("2", "+ stability modifications")
-    assert {k for k, v in vars(a).items() if vars(b)[k] != v} == {"stable", "lr"} and a.model == "llama"
+    assert {k for k, v in vars(a).items() if vars(b)[k] != v} - {"named"} == {"stable", "lr"} and a.model == "llama"
     assert [(find("5", row).size, find("5", row).encoder) for row in experiments.TABLES["5"][1]] == \
            [(size, encoder) for size in ("mini", "midi", "toy") for encoder in ("linear", "unet")]
     assert find("2", "Chameleon: + loss on image tokens").model == "chameleon" and find("2", "Chameleon: + loss on image tokens").stable
@@ -174,6 +178,41 @@ def test_a_row_that_fails_is_named(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(experiments.TABLES, "9", ("a table", {"broken": "--data folder --data-dir nowhere"}, []))
     with pytest.raises(UserError, match="output.txt"):
         experiments.main(["9", "--jobs", "1", "--out", str(tmp_path)])
+
+
+ROW = """
+import pathlib, signal, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+def save(*_):
+    time.sleep(0.2)                                     # the end of its step
+    (out / "saved").write_text("x")
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+(out / "began").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_rows_save(tiny, tmp_path, monkeypatch, capsys, number):
+    """SIGTERM, or Ctrl-C, to experiments.py alone. Catches one that waits for hours until its rows end, rows that go on without
+    it, a row that is started after the stop, and one that is stopped twice: it would not save."""
+    (tmp_path / "row.py").write_text(ROW)
+    monkeypatch.setattr(experiments, "TRAIN", tmp_path / "row.py")
+
+    def stop_when_it_works():
+        end = time.monotonic() + 60
+        while not list(tmp_path.glob("*/began")) and time.monotonic() < end:
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=stop_when_it_works)
+    thread.start()
+    with pytest.raises(SystemExit) as stop:
+        run_command(experiments.main, ["9", "--jobs", "1", "--out", str(tmp_path)])
+    thread.join()
+    assert stop.value.code == 128 + number and "stopped: " in capsys.readouterr().err.splitlines()[-1]
+    assert [path.parent.name for path in tmp_path.glob("*/saved")] == ["base_seed0"] == [path.parent.name for path in tmp_path.glob("*/began")]
 
 
 @pytest.mark.parametrize("line, sentence", [(["12"], "no table"), (["3", "--seeds", "0"], "--seeds")])
