@@ -73,42 +73,53 @@ def caption_losses(model, tokenizer, diffusion, captions, latents, before=None, 
     if latents.dtype == torch.long:
         return code_losses(model, tokenizer, captions, latents)
 
-    # 1. One t and one noise per picture, drawn once: the two losses differ by the caption alone.
+    # One t and one noise per picture, drawn once: the two losses differ by the caption alone.
     N = len(captions)
     g = torch.Generator().manual_seed(seed)
     levels = torch.arange(N) * diffusion.T // N + 1     # every noise level alike, 1..T
     t = levels[torch.randperm(N, generator=g)]
     eps = torch.randn(latents.shape, generator=g)
-    pictures = diffusion.add_noise(latents, eps, t)     # numbers 0..N-1: these are denoised
+    xt = diffusion.add_noise(latents, eps, t)
     target = diffusion.target(latents, eps, t)
-    if before is not None:                              # numbers N..2N-1: clean, so t = 0
-        pictures = torch.cat([pictures, before])
-        t = torch.cat([t, torch.zeros_like(t)])
-
-    # 2. The same pictures, twice: beside their captions, and beside others'.
     losses = []
     for texts in (captions, wrong_captions(captions)):
-        rows = []
-        for k, text in enumerate(texts):
-            document = [text, ("image", k, diffusion.T)]
-            if before is not None:
-                document.insert(0, ("image", N + k, 0))
-            rows.append(data.lay_out(document, tokenizer, model.config.patches))
-
-        batch = data.pack(rows, model.config.context)
-        number = batch.images                           # packing has changed the order
-        batch.latents = pictures[number]
-        batch.t = t[number]
-        batch = batch.to(device_of(model))
-        _, out = model(
-            batch.tokens, batch.image_id, batch.doc_id, batch.has_loss, batch.latents, batch.t,
-        )
-        denoised = number < N
-        predicted = diffusion.prediction(pictures[number], out.float().cpu(), t[number])
-        error = predicted[denoised] - target[number[denoised]]
-        losses.append(error.square().mean().item())
+        out, number = outputs(model, tokenizer, texts, xt, t, before)
+        predicted = diffusion.prediction(xt[number], out, t[number])
+        losses.append((predicted - target[number]).square().mean().item())
     right, wrong = losses
     return right, wrong
+
+
+@torch.no_grad()
+def outputs(model, tokenizer, texts, xt, t, before=None):
+    """(out (N, c, h, w) float32, number (N,)): what the model says about noisy pictures, each
+    beside its text. out[j] is about picture number[j]: packing changes the order.
+
+    texts    N parts of a document, as data.lay_out takes them: ids, or ("dropped", ids)
+    xt, t    (N, c, h, w), and (N,) int64
+    before   (N, c, h, w) pictures before the texts, clean, or None"""
+    N = len(texts)
+    pictures = xt                                       # numbers 0..N-1: these are denoised
+    if before is not None:                              # numbers N..2N-1: clean, so t = 0
+        pictures = torch.cat([xt, before])
+        t = torch.cat([t, torch.zeros_like(t)])
+    rows = []
+    for k, text in enumerate(texts):
+        document = [text, ("image", k, 1)]
+        if before is not None:
+            document.insert(0, ("image", N + k, 0))
+        rows.append(data.lay_out(document, tokenizer, model.config.patches))
+
+    batch = data.pack(rows, model.config.context)
+    number = batch.images
+    batch.latents = pictures[number]
+    batch.t = t[number]
+    batch = batch.to(device_of(model))
+    _, out = model(
+        batch.tokens, batch.image_id, batch.doc_id, batch.has_loss, batch.latents, batch.t,
+    )
+    denoised = number < N
+    return out.float().cpu()[denoised], number[denoised]
 
 
 def code_losses(model, tokenizer, captions, codes):
