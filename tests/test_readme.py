@@ -66,6 +66,7 @@ ELSEWHERE = {
     "torchrun --standalone --nproc-per-node 2 train.py --accumulate 2 --documents 16 --steps 50 --samples 0 --out out/two":
         "tests/test_distributed.py starts torchrun so, and compares the losses",
     "python -m notebooks.page": "a server that runs until Ctrl-C; tests/test_page.py clicks through it in a browser",
+    "python -m metrics.doctor model.pt": "tests/test_doctor.py runs it, on healthy models and on sick ones",
     "python -m pytest": "it is what runs this",
 }
 LAPTOP = "## The same path on a laptop"                 # of docs/SCALE.md
