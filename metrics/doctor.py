@@ -257,7 +257,7 @@ def diagnose(found):
             return sentence
     if found["judged"]:
         more = "" if from_noise >= 0.9 else "; train longer for more"
-        return f"nothing is wrong: {from_noise:.0%} of its pictures come out right, from noise{more}"
+        return f"nothing is wrong: from noise, {from_noise:.0%} come out right{more}"
     return f"nothing is wrong: from t = {quarter} on, {from_quarter:.0%} come out as themselves"
 
 

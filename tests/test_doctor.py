@@ -105,7 +105,7 @@ def test_the_disease_is_named(trained, monkeypatch, plant, sentence):
 def test_a_healthy_model(trained, capsys):
     """Catches a doctor who finds something in everybody; and numbers that are not those of the model."""
     diagnosis, found = visit(trained)
-    assert diagnosis == "nothing is wrong: 100% of its pictures come out right, from noise", found
+    assert diagnosis == "nothing is wrong: from noise, 100% come out right", found
     assert found["db"] > 25 and found["left"] < 1e-3 and found["uncached"] < 1e-4 < 0.1 < found["unguided"] and found["z"] > 5
     assert all(right < wrong for right, wrong in zip(found["right"], found["wrong"]))
     assert max(found["redrawn"]) == 1000 and found["judged"]
