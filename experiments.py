@@ -59,7 +59,7 @@ PAPER = HERE / "docs/results/paper_tables.json"         # the paper's own number
 # The options of every row. A row's own options come after these, and win.
 BASES = {
     "paper": "--diffusion ddpm --shift 1 --lam 5 --no-patch-position --noise-skip "
-             "--documents 128 --steps 500 --pairs 8000 --samples 200 "
+             "--documents 128 --steps 500 --warmup 50 --pairs 8000 --samples 200 "
              "--gap-every 100000 --save-every 100000",
     "flow": "--documents 32 --steps 1500 --samples 400 --gap-every 500 --save-every 500",
 }
