@@ -141,7 +141,7 @@ class Running:
         elif about.exists():
             self.outcome.input = about.read_text()
         self.outcome.seconds = round(usage.ru_utime + usage.ru_stime, 2)
-        self.outcome.megabytes = usage.ru_maxrss // 1024 - self.inherited // 2 ** 20
+        self.outcome.megabytes = max(0, usage.ru_maxrss // 1024 - self.inherited // 2 ** 20)
         # A 7B does take gigabytes. Where they are not there, our sentence counts them.
         counted = self.outcome.text.startswith("out of memory: a process needs")
         if self.outcome.megabytes * 2 ** 20 > MEMORY and not counted:
@@ -156,11 +156,15 @@ def rss():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def run_cases(cases, shelf, jobs):
-    """Yields the Outcome of every (kind, number), `jobs` at a time."""
+def run_cases(cases, shelf, jobs, seconds=float("inf")):
+    """Yields the Outcome of every (kind, number), `jobs` at a time; none is begun after some
+    seconds."""
     waiting = list(cases)[::-1]
     running = []
+    began = time.time()
     while waiting or running:
+        if time.time() - began > seconds:
+            waiting = []
         while waiting and len(running) < jobs:
             kind, number = waiting.pop()
             running.append(Running(kind, number, shelf))
@@ -206,7 +210,7 @@ def judge(kind, number, shelf, place):
     os.dup2(said.fileno(), 1)
     os.dup2(said.fileno(), 2)
     sys.stdout = sys.stderr = said
-    outcome.verdict, outcome.text, outcome.traceback = verdict_of(case.action)
+    outcome.verdict, outcome.text, outcome.traceback = verdict_of(case.action, case.words)
     after = contents(given)
     for path in case.own:
         after.pop(path, None)
@@ -221,8 +225,9 @@ def judge(kind, number, shelf, place):
     return outcome
 
 
-def verdict_of(action):
-    """(verdict, sentence, traceback) of a function that reads or runs something."""
+def verdict_of(action, words):
+    """(verdict, sentence, traceback) of a function that reads or runs something. words: of its
+    command line."""
     raised = []
 
     def main(_):
@@ -235,9 +240,10 @@ def verdict_of(action):
     # Through `run_command`, as every command line: what it makes of an error is tested, too.
     status = 0
     try:
-        run_command(main, [])
+        run_command(main, words)
     except SystemExit as stop:
         status = stop.code
+        raised = raised or [UserError("refused before it began")]
     except EnoughError:
         return "accepted", "", ""
     except BaseException:
@@ -320,6 +326,7 @@ class Case:
     wanted: str = EITHER
     about: str = ""
     own: tuple = ()                                     # files that it is told to write
+    words: tuple = ()                                   # of a command line
 
 
 def pick(rng, options):
@@ -969,7 +976,7 @@ def prompt_case(rng, given, shelf):
         argv.append("--open")
     if rng.random() < 0.2:
         argv = ["--image", str(shelf / "RGB.png"), "--edit", *argv]
-    return Case(lambda: sample.main(argv), EITHER, " ".join(argv)[:80])
+    return Case(lambda: sample.main(argv), EITHER, " ".join(argv)[:80], words=tuple(argv))
 
 
 NUMBERS = ("-1", "0", "1", "2", "3", "many", "", " ", "1.5", "1e3", "nan", "inf", "-inf", "1e308", "1e-320", "0x10", "１２",
@@ -1021,7 +1028,7 @@ def flag_case(rng, given, shelf):
         stop_after_a_while()
         main(argv)
 
-    return Case(run, wanted, f"{program} {' '.join(argv)}"[:2000], tuple(own))
+    return Case(run, wanted, f"{program} {' '.join(argv)}"[:2000], tuple(own), tuple(argv))
 
 
 def values_for(action):
@@ -1160,6 +1167,7 @@ def main(argv=None):
     add("--keep", help="of --case: a new folder in which to leave the input")
     add("--json", help="also write all outcomes here")
     add("--jobs", type=int, default=os.cpu_count(), help="how many at a time")
+    add("--seconds", type=float, default=float("inf"), help="begin no case after this time")
     add("--no-commands", action="store_true", help="leave out the ones that start a command")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -1184,7 +1192,7 @@ def main(argv=None):
             kind = kinds[k % len(kinds)]
             cases.append((kind, args.seed + numbers[kind]))
             numbers[kind] += 1
-        for outcome in run_cases(cases, shelf, args.jobs):
+        for outcome in run_cases(cases, shelf, args.jobs, args.seconds):
             outcomes.append(outcome)
             if outcome.verdict not in GOOD:
                 print(describe(outcome), flush=True)
