@@ -74,6 +74,8 @@ def test_an_edit_is_told_from_the_other_edits_of_its_picture(artist):
         numbers, shown = folder.report_folder(trained(), edits, edits)
         assert numbers["own_nearest"] == pytest.approx(share) and "own_cider" not in numbers
         assert shown[0][1].shape == (8, 28, 3) and np.array_equal(shown[0][1][:, :8], pixels[0])
+    artist(lambda prompt: (0.6 * pixels[3] + 0.4 * pixels[{"light": 1, "dark": 2}.get(prompt[1].split()[-1], 3)]).astype(np.uint8))
+    assert folder.report_folder(trained(), edits, edits)[0]["own_nearest"] == 1.0   # nearest of all is 3, which is no rival of these
 
 
 def test_words_that_were_never_learned_are_marked(artist):
