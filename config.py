@@ -94,7 +94,8 @@ class Config:
                                "tokens and patches are 1 : 1", at_least=-1, at_most=1)
     seq_len: int = option(96, "T, positions per row; documents are packed into rows", at_least=1)
     documents: int = option(64, "documents per micro-batch (shards: rows)", at_least=1)
-    accumulate: int = option(1, "micro-batches per step, over all processes", at_least=1)
+    accumulate: int = option(0, "micro-batches per step, over all processes; 0: one for each, and "
+                             "--documents is divided among them", at_least=0)
 
     # The optimizer, AdamW.
     # Paper: 4,000 steps of warm-up to 3e-4, decay 0.1, the gradient clipped at 1 (App. B.1).
@@ -112,7 +113,10 @@ class Config:
     # How the processes share the work. None of these changes what is learned.
     checkpointing: bool = option(False, "recompute activations in the backward pass")
     compile: bool = option(False, "torch.compile each block")
-    shard: int = option(0, "among how many processes the weights are divided; 0: all")
+    shard: int = option(0, "among how many processes the weights are divided; 0: those of one "
+                        "machine")
+    auto: bool = option(False, "choose the rows of a micro-batch, and --checkpointing, for the "
+                        "GPU's memory (a paper's size; --dry-run shows the choice)")
 
     # What is written, and when.
     log_every: int = option(50, "steps between lines of log.jsonl", at_least=1)
@@ -136,7 +140,7 @@ class Config:
 MAY_CHANGE_ON_RESUME = {
     "out", "data_dir", "log_every", "gap_every", "save_every", "keep_every",
     "samples", "sample_steps", "guidance", "sampler",
-    "checkpointing", "compile", "shard",
+    "checkpointing", "compile", "shard", "auto",
 }
 
 

@@ -20,7 +20,7 @@ START       one node:
                 torchrun --standalone --nproc-per-node 8 train.py --preset 1.4b ...
             on each of 64 nodes:
                 torchrun --nnodes 64 --nproc-per-node 8 --rdzv-backend c10d
-                         --rdzv-endpoint HOST:29500 train.py --preset 7b --shard 8 ...
+                         --rdzv-endpoint HOST:29500 train.py --preset 7b ...
 OUT         out/<name>/checkpoints/step_000500/: the format of torch.distributed.checkpoint, one
             file per rank, and .metadata, which is written when they are complete. Without it the
             checkpoint does not count. Then each rank adds the checksum of its file, which --resume
@@ -107,9 +107,8 @@ def size():
 def start(shard=0):
     """Join the other processes, if torchrun started some. Returns Ranks.
 
-    shard: among how many ranks the weights are divided; 0: all of them; fewer: groups of
-    neighbours, each with a whole copy. Raises UserError if torchrun's variables are incomplete or
-    the numbers do not fit."""
+    shard: among how many ranks the weights are divided: see `owners`. Raises UserError if
+    torchrun's variables are incomplete or the numbers do not fit."""
     # 1. Who is there?
     cuda = torch.cuda.is_available()
     torchrun = started_by_torchrun()
@@ -117,7 +116,7 @@ def start(shard=0):
     local = int(os.environ["LOCAL_RANK"]) if torchrun else 0        # our number on this machine
     if shard < 0 or processes % (shard or 1):
         raise UserError(f"--shard {shard} must divide the number of processes, {processes} "
-                        f"(0: all of them)")
+                        f"(0: those of one machine)")
     if not torchrun and not cuda:
         return Ranks(pick_device())
 
@@ -138,12 +137,24 @@ def start(shard=0):
         atexit.register(stop)
 
     # 4. Who shares the weights? Neighbours, which are on one node: they talk most.
-    if shard in (0, processes):
+    shard = owners(shard, processes)
+    if shard == processes:
         mesh = init_device_mesh(device.type, (processes,), mesh_dim_names=("shard",))
     else:
         mesh = init_device_mesh(device.type, (processes // shard, shard),
                                 mesh_dim_names=("copy", "shard"))
     return Ranks(device, mesh, dist.new_group(backend="gloo"))
+
+
+def owners(shard, processes):
+    """Among how many of the processes the weights are divided, in groups of neighbours, each with a
+    whole copy. shard: what --shard says; 0: those of one machine."""
+    # Our choice: weights are gathered twice per micro-batch, gradients travel once per step. Within
+    # a machine that is fast. Between machines, the 7B's weights would take longer than its step.
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")              # torchrun's
+    if not shard and local.isdecimal() and int(local) and processes % int(local) == 0:
+        return int(local)
+    return shard or processes
 
 
 def started_by_torchrun():
@@ -210,8 +221,9 @@ def rank_0_first():
 def micro_batches(accumulate):
     """The numbers of this rank's micro-batches of a step: every k with k % R = rank.
 
-    Together they are 0..accumulate-1 for any R, so the data of a step do not depend on R. Raises
-    UserError if R does not divide them."""
+    Together they are 0..accumulate-1 for any R, so the data of a step do not depend on R. 0: as
+    many as there are ranks. Raises UserError if R does not divide them."""
+    accumulate = accumulate or size()
     # TRAP: a rank with fewer micro-batches calls the model less often, and all wait for ever.
     if accumulate % size():
         raise UserError(f"{size()} processes cannot divide the {accumulate} micro-batches of a "
@@ -231,6 +243,16 @@ def total(numbers):
     return sums.tolist()
 
 
+def from_rank_0(look):
+    """What look() returns on rank 0, on every rank. For what ranks must not see differently, such
+    as which files there are: on a disk that machines share, some see a file later."""
+    if size() == 1:
+        return look()
+    seen = [look() if rank() == 0 else None]
+    dist.broadcast_object_list(seen, src=0)
+    return seen[0]
+
+
 @functools.cache
 def long_group():
     """A process group for work of hours. TRAP: the default group gives up after half an hour, even
@@ -245,15 +267,33 @@ def split_work(work, items):
     results. It is for drawing and describing. The model that `work` uses must be whole."""
     begin = len(items) * rank() // size()
     end = len(items) * (rank() + 1) // size()
+    if size() == 1:
+        parts = [work(items, 0)] if len(items) else []
+        return [part for part in parts if part is not None]
     # The group comes first: ranks meet to make it, and after the work some would come too late.
-    group = long_group() if size() > 1 else None
-    result = work(items[begin:end], begin) if begin < end else None
-    if group is None:
-        results = [result]
-    else:
-        results = [None] * size()
-        dist.all_gather_object(results, result, group)
-    return [part for part in results if part is not None]
+    group = long_group()
+    result = None
+    problem = None
+    try:
+        if begin < end:
+            result = work(items[begin:end], begin)
+    # TRAP: a rank that fails and leaves would let the others wait for it, up to a day.
+    except Exception as own:
+        problem = own
+    results = [None] * size()
+    dist.all_gather_object(results, (result, problem and describe(problem)), group)
+    if problem:
+        raise problem
+    for other, (_, problem) in enumerate(results):
+        if problem:
+            raise UserError(f"process {other} could not do its part: {problem}")
+    return [part for part, _ in results if part is not None]
+
+
+def describe(problem):
+    """One line that says what an exception is."""
+    lines = str(problem).splitlines() or [""]
+    return f"{type(problem).__name__}: {lines[0]}"
 
 
 # ------------------------------------------------------------------------------- dividing the model
@@ -428,7 +468,7 @@ class Saver:
         """Begin to write the checkpoint of a step. Raises UserError if it is not finite, or if the
         one before could not be written."""
         self.wait()
-        complete, _ = list_checkpoints(self.out)
+        complete, _ = from_rank_0(lambda: list_checkpoints(self.out))
         if step in complete:
             self.delete_old()               # what a killed run had no time to delete
             return
@@ -507,13 +547,7 @@ def damaged_files(path):
     """The names of a checkpoint's files that are not what was written. Every rank must call it:
     they share the reading. A checkpoint without checksums is taken as it is: its run was killed
     before it could add them, or is an older one."""
-    kept = {}
-    damaged = []
-    for file in sorted(path.glob("crc32_*.json")):
-        try:
-            kept |= load_json(file.read_bytes())
-        except (ValueError, TypeError):
-            damaged.append(file.name)
+    kept, damaged = from_rank_0(lambda: read_checksums(path))
 
     def differing(names, _):
         return [name for name in names if not (path / name).is_file()
@@ -522,6 +556,18 @@ def damaged_files(path):
     for names in split_work(differing, sorted(kept)):
         damaged += names
     return damaged
+
+
+def read_checksums(path):
+    """({file: its checksum} of a checkpoint, the names of lists of checksums that are damaged)."""
+    kept = {}
+    damaged = []
+    for file in sorted(path.glob("crc32_*.json")):
+        try:
+            kept |= load_json(file.read_bytes())
+        except (ValueError, TypeError):
+            damaged.append(file.name)
+    return kept, damaged
 
 
 def load(out, step, ranks, model, average, optimizer):
@@ -550,7 +596,7 @@ def load(out, step, ranks, model, average, optimizer):
 def load_newest(out, ranks, model, average, optimizer):
     """Read the newest checkpoint that is whole. Returns its step. Newer ones are named, and put
     aside as step_000500.damaged. Raises UserError if none is whole."""
-    complete, _ = list_checkpoints(out)
+    complete, _ = from_rank_0(lambda: list_checkpoints(out))
     problems = {}
     for step in reversed(complete):
         try:
@@ -608,8 +654,9 @@ def is_out_of_memory(problem):
 
 def needs_of_step(shape, config, ranks, checkpointing):
     """[(what, bytes)] of a training step on one process: see plan.memory."""
-    lines = plan.memory(empty_model(shape), config.shard or size(), config.documents, checkpointing,
-                        config.ema > 0, ranks.dtype.itemsize, config.model == "transfusion")
+    lines = plan.memory(empty_model(shape), owners(config.shard, size()), config.documents,
+                        checkpointing, config.ema > 0, ranks.dtype.itemsize,
+                        config.model == "transfusion", config.compile)
     return [(what, number) for what, number, _ in lines]
 
 
@@ -617,7 +664,7 @@ def needs_beside_training(shape, config, activity, bytes_per_parameter):
     """[(what, bytes)] of something that happens between the steps, on one process."""
     model = empty_model(shape)
     state = "weights, AdamW and average" if config.ema > 0 else "weights, AdamW"
-    needs = [(state, plan.at_rest(model, config.shard or size(), config.ema > 0))]
+    needs = [(state, plan.at_rest(model, owners(config.shard, size()), config.ema > 0))]
     if bytes_per_parameter:
         needs.append((f"what happens now ({activity})", bytes_per_parameter * count(model)))
     return needs
@@ -636,8 +683,9 @@ def memory_advice(shape, config, ranks, training):
         needs = needs_of_step(shape, config, ranks, checkpointing=True)
         in_all = gigabytes(sum(number for _, number in needs))
         advice.append(f"--checkpointing (in all {in_all})")
-    if config.shard not in (0, size()):
-        advice.append(f"--shard {2 * config.shard}")        # each process owns half as much
+    shard = owners(config.shard, size())
+    if shard < size():
+        advice.append(f"--shard {2 * shard}")               # each process owns half as much
     if config.ema:
         advice.append("--ema 0 (no average, in a new run)")
     return [*advice, "more processes"]

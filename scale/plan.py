@@ -57,6 +57,7 @@ GIGABYTES = {
     "H100": 80, "A100": 80, "L40S": 48, "L40": 48, "L4": 24, "A40": 48, "A10": 24, "RTX 4090": 24,
     "RTX 3090": 24,
 }
+MACHINE = 8                     # GPUs in one machine, where it is planned
 GiB = 2 ** 30
 
 # Measured on one H100 with torch 2.11 (docs/SCALE.md). Only `choose` needs the last three.
@@ -310,21 +311,23 @@ def micro_batch_seconds(model, rows, checkpointing, flops):
     return max(launch, work + GATHER * count(model))
 
 
-def choose(model, rows_per_step, gpus, owners, capacity, flops, ema=False, patches=True):
+def choose(model, rows_per_step, gpus, owners, capacity, flops, ema=False, patches=True,
+           compiled=True):
     """(rows per micro-batch, checkpointing, bytes) of the fastest step that fits, or None.
 
     rows_per_step   of all GPUs together; the rows of a micro-batch must divide a GPU's part of it
     gpus, owners    how many GPUs, and among how many the weights are divided
     capacity        bytes of memory of one GPU; a tenth is left for fragmentation and the context
     flops           its peak
-    ema, patches    see `memory`"""
+    ema, patches, compiled    see `memory`"""
     own = rows_per_step // gpus
     fitting = []
     for rows in range(1, own + 1):
         if own % rows:
             continue
         for checkpointing in (False, True):
-            used = total_bytes(memory(model, owners, rows, checkpointing, ema, patches=patches))
+            lines = memory(model, owners, rows, checkpointing, ema, 2, patches, compiled)
+            used = total_bytes(lines)
             if used <= 0.9 * capacity:
                 per_row = micro_batch_seconds(model, rows, checkpointing, flops) / rows
                 fitting.append((per_row, rows, checkpointing, used))
@@ -347,9 +350,8 @@ class Plan:
     mfu             the model FLOPs utilization that is assumed
     device          the GPUs' name, one of DEVICES
     ema             whether there is an average of the weights
-    shard           among how many GPUs the weights are divided; 0: all
+    shard           among how many GPUs the weights are divided; 0: those of one machine
     kind            "transfusion" or a rival (chameleon.py)
-    checkpointing   whether blocks keep only their inputs
     """
     model: Transfusion
     rows: int
@@ -361,12 +363,11 @@ class Plan:
     ema: bool = False
     shard: int = 0
     kind: str = "transfusion"
-    checkpointing: bool = False
 
     @property
     def owners(self):
         """Among how many GPUs the weights are divided."""
-        return self.shard or self.gpus
+        return self.shard or math.gcd(self.gpus, MACHINE)
 
     @property
     def tokens_per_step(self):
@@ -393,9 +394,8 @@ def dry_run(config, gpus, mfu, device):
     """The lines of the plan of a config.Config. Raises UserError for a toy, and for what cannot
     run."""
     return describe(Plan(
-        model_of(config, "--dry-run"), config.documents, config.accumulate, config.steps, gpus, mfu,
-        device, ema=config.ema > 0, shard=config.shard, kind=config.model,
-        checkpointing=config.checkpointing))
+        model_of(config, "--dry-run"), config.documents, config.accumulate or gpus, config.steps,
+        gpus, mfu, device, ema=config.ema > 0, shard=config.shard, kind=config.model))
 
 
 def model_of(config, option):
@@ -440,7 +440,8 @@ def check_plan(plan):
                         f"{plan.gpus} GPUs: choose --gpus that divides them, or another "
                         f"--accumulate")
     if not 0 < plan.owners <= plan.gpus or plan.gpus % plan.owners:
-        raise UserError(f"--shard {plan.shard} must divide --gpus {plan.gpus} (0: all of them)")
+        raise UserError(f"--shard {plan.shard} must divide --gpus {plan.gpus} (0: those of one "
+                        f"machine)")
 
 
 def row(what, value, how=""):

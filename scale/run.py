@@ -12,6 +12,7 @@ READ NEXT   distributed.py
 TEST        tests/test_train.py, tests/test_distributed.py, tests/test_trust.py
 """
 import contextlib
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from autoencoder.train import train_vae
 from config import MAY_CHANGE_ON_RESUME, Config
 from diffusion import Diffusion
 from model import Transfusion
-from scale import distributed
+from scale import distributed, plan
 from scale.shards import same_in_16_bits
 from sources import choose
 from support import checkpoint, run_folder
@@ -196,8 +197,9 @@ def prepare(config, out, resume, overwrite, view, command=""):
     # 1. Is the folder free, or does it hold this very run?
     ranks = distributed.start(config.shard)
     origin = begin(command, ranks.device, distributed.size())
+    divide_step(config, out, ranks, resume)
     distributed.micro_batches(config.accumulate)            # can they be dealt out evenly?
-    complete, incomplete = distributed.list_checkpoints(out)
+    complete, incomplete = distributed.from_rank_0(lambda: distributed.list_checkpoints(out))
     run_folder.check_start(out, complete, resume, overwrite)
     end = config.steps
     if resume:
@@ -238,6 +240,42 @@ def prepare(config, out, resume, overwrite, view, command=""):
         # scale/export.py adds the weights of a checkpoint, while the run goes on.
         checkpoint.save(out / "parts.pt", checkpoint.parts_of(run.trained(run.average)))
     return run
+
+
+def divide_step(config, out, ranks, resume):
+    """Set how a step is divided into micro-batches, where the command line leaves it open:
+    --accumulate 0, and --auto. The step stays as large as it is. The arguments are those of
+    `prepare`; ranks: distributed.Ranks. Raises UserError if nothing fits in memory."""
+    processes = distributed.size()
+    if config.accumulate == 0:
+        before = run_folder.read_config(out, config) if resume else {}
+        if before and before["documents"] * before["accumulate"] == config.documents:
+            config.documents = before["documents"]          # divided as it was
+            config.accumulate = before["accumulate"]
+        else:
+            config.documents = math.ceil(config.documents / processes)
+            config.accumulate = processes
+    if not config.auto:
+        return
+
+    model = plan.model_of(config, "--auto")
+    if ranks.device.type != "cuda":
+        raise UserError("--auto looks at a GPU's memory, and there is none here: leave it out")
+    name = plan.device_name(ranks.device)
+    _, memory = torch.cuda.mem_get_info(ranks.device)
+    memory, = distributed.total([memory / processes])       # all must choose the same
+    rows = config.documents * config.accumulate
+    owners = distributed.owners(config.shard, processes)
+    chosen = plan.choose(model, rows, processes, owners, memory, plan.peak(name) or 1e15,
+                         config.ema > 0, config.model == "transfusion", config.compile)
+    if chosen is None:
+        raise UserError(f"nothing fits in the {memory / 1e9:.0f} GB of a {name}: take more GPUs, a "
+                        f"larger --shard, or --ema 0")
+    config.documents, config.checkpointing, used = chosen
+    config.accumulate = rows // config.documents
+    distributed.say(f"--auto: {config.documents} rows per micro-batch, "
+                    f"{'with' if config.checkpointing else 'without'} checkpointing; about "
+                    f"{used / 1e9:.0f} of {memory / 1e9:.0f} GB")
 
 
 def clear(config, out):

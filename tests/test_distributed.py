@@ -22,10 +22,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import model
 import train
 import vae as vae_module
+from config import parse_arguments
 from metrics import drawing
 from scale import distributed, export
+from scale.run import divide_step
 from sources.feed import Feed
-from support import checkpoint
+from support import checkpoint, run_folder
 from support.checkpoint import load_trained
 from support.common import ASSETS, Stopped, UserError
 from test_train import log, same, small_run, states
@@ -255,6 +257,37 @@ def test_sizes_that_do_not_fit(monkeypatch):
     assert sorted(shares) == list(range(8))
 
 
+def test_weights_are_divided_within_a_machine(monkeypatch):
+    """The 7B's weights, gathered twice per micro-batch between 64 machines: longer than the step itself."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert [distributed.owners(shard, 512) for shard in (0, 4, 512)] == [8, 4, 512]
+    assert distributed.owners(0, 12) == 12              # machines of different sizes: all of them
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert distributed.owners(0, 2) == 2
+
+
+def test_a_step_fits_the_processes(tmp_path, monkeypatch):
+    """`torchrun --nproc-per-node 2 train.py` refused, or a batch that is twice as large on two; a resumed run with another one."""
+    ranks = distributed.Ranks(torch.device("cpu"))
+
+    def divided(processes, *options, resume=False):
+        monkeypatch.setattr(distributed, "size", lambda: processes)
+        config = parse_arguments([*options, "--out", str(tmp_path)])[0]
+        divide_step(config, tmp_path, ranks, resume)
+        return config.documents, config.accumulate
+
+    assert divided(1) == (32, 1) and divided(2) == (16, 2) and divided(3) == (11, 3)
+    assert divided(2, "--accumulate", "4") == (32, 4)
+    two = parse_arguments(["--documents", "16", "--accumulate", "2"])[0]
+    run_folder.write_config(tmp_path, two, {})
+    assert divided(1, resume=True) == (16, 2)           # as it was begun
+    assert divided(1, "--documents", "64", resume=True) == (64, 1)      # another batch: `check_same_run` says so
+    with pytest.raises(UserError, match="no(t|thing).*toy|a toy is better run"):
+        divided(1, "--auto")
+    with pytest.raises(UserError, match="--auto looks at a GPU's memory"):
+        divided(1, "--auto", "--preset", "0.16b")
+
+
 @pytest.mark.parametrize("memory_error", [lambda: torch.empty(10 ** 15), lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA"))])
 def test_out_of_memory(folder, tmp_path, monkeypatch, memory_error):
     """Catches a traceback where a smaller batch would do, and advice that names what is already so."""
@@ -314,6 +347,9 @@ def work(folder):
     pictures, said = drawing.draw(trained, CAPTIONS, steps=3), drawing.describe(trained, latents)
     if distributed.rank() == 0:
         np.savez(folder / "pictures.npz", pictures=pictures, latents=latents.numpy(), said=np.array(said))
+    with pytest.raises(UserError if distributed.rank() == 0 else ZeroDivisionError, match="division by zero"):
+        distributed.split_work(lambda part, first: 1 / (1 - first), [0] * 2)       # rank 1 fails: rank 0 must not wait for it
+    assert distributed.from_rank_0(distributed.rank) == 0
     distributed.split_work(lambda part, first: part, [0] * distributed.size())     # a message just before the end: see distributed.stop
 
 

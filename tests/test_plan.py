@@ -56,7 +56,7 @@ def test_seven_billion_on_512_gpus(seven):
     """Estimates made by others than this code: 46.1 GFLOP per token, 4.4 to 4.8 GiB, 2T tokens in 4.6 days at 46% MFU."""
     assert plan.flops_per_token(seven) / 1e9 == pytest.approx(46.1, abs=0.05)
     assert 4.4 * 0.9 <= total(plan.memory(seven, 512)) <= 4.8 * 1.1
-    lines = plan.describe(plan.Plan(seven, 1, 1024, 500_000, gpus=512, mfu=0.46, device="H100"))
+    lines = plan.describe(plan.Plan(seven, 1, 1024, 500_000, gpus=512, mfu=0.46, device="H100", shard=512))
     assert number(lines, "days for this run") / number(lines, "in all") * 2 == pytest.approx(4.6, rel=0.1)
     assert number(lines, "transformer") == 46.1 and number(lines, "accumulated") == 2 and number(lines, "in all") == 2.1
     assert number(lines, "all, with full checkpointing") == pytest.approx(total(plan.memory(seven, 512)), abs=0.01)
@@ -293,7 +293,7 @@ def test_impossible_plans_are_the_users_mistakes(options, words):
 def test_weights_divided_among_fewer(capsys):
     """A plan that ignores --shard: in groups of 8, each GPU of 512 holds an eighth of the state, not a 512th."""
     found = []
-    for shard in ("0", "8"):
+    for shard in ("512", "0"):                          # the default: the GPUs of one machine, 8
         train.main(["--preset", "7b", "--dry-run", "--gpus", "512", "--shard", shard])
         found.append({line.split()[0]: float(line.split("GiB")[0].split()[-1]) for line in capsys.readouterr().out.splitlines() if " GiB " in line})
     assert found[1]["AdamW"] == pytest.approx(64 * found[0]["AdamW"], rel=0.05) and found[1]["checkpoints"] == found[0]["checkpoints"]

@@ -63,7 +63,7 @@ ELSEWHERE = {
     "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu": "a download of torch, where the one above has it",
     "jupyter lab notebooks": "a browser; tests/test_notebooks.py runs every notebook",
     "torchrun --standalone --nproc-per-node 8 train.py --preset 0.76b --data-dir packed": "eight GPUs",
-    "torchrun --standalone --nproc-per-node 2 train.py --accumulate 2 --documents 16 --steps 50 --samples 0 --out out/two":
+    "torchrun --standalone --nproc-per-node 2 train.py --steps 50 --samples 0 --out out/two":
         "tests/test_distributed.py starts torchrun so, and compares the losses",
     "python -m notebooks.page": "a server that runs until Ctrl-C; tests/test_page.py clicks through it in a browser",
     "python -m metrics.doctor model.pt": "tests/test_doctor.py runs it, on healthy models and on sick ones",
