@@ -197,10 +197,10 @@ def prepare(config, out, resume, overwrite, view, command=""):
     # 1. Is the folder free, or does it hold this very run?
     ranks = distributed.start(config.shard)
     origin = begin(command, ranks.device, distributed.size())
-    divide_step(config, out, ranks, resume)
-    distributed.micro_batches(config.accumulate)            # can they be dealt out evenly?
     complete, incomplete = distributed.from_rank_0(lambda: distributed.list_checkpoints(out))
     run_folder.check_start(out, complete, resume, overwrite)
+    divide_step(config, out, ranks, resume)
+    distributed.micro_batches(config.accumulate)            # can they be dealt out evenly?
     end = config.steps
     if resume:
         # What --init decides is in config.json, but not yet in these options.
