@@ -698,7 +698,7 @@ def run_task(args, trained, watch, decoder):
 def main(argv=None, decoder=Decoder):
     """Draw, describe, edit, or let the model decide, as the command line says. decoder: the class
     that reads and draws; chameleon.py calls this with its own."""
-    # Loads matplotlib: for those who write pictures, not for those who import `draw`.
+    # For those who write pictures, not for those who import `draw`.
     from support import figures, sample_options
     # 1. What is asked for, and of which model.
     args = sample_options.parse_arguments(argv, GUIDE_OVER)

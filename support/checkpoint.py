@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import data
 import vae as vae_module
@@ -185,6 +186,18 @@ def load_trained(path, device="cpu"):
     return trained
 
 
+class NoFirstWeights(TorchFunctionMode):
+    """Inside, torch.nn.init draws nothing. On shapes alone there is nothing to draw, but the first
+    time it is asked to, torch imports its whole compiler: more than a second of "python sample.py".
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
 def build(kind, config, weights):
     """A module of a class, made from its config, with weights from a file. Raises RuntimeError if
     the weights do not fit.
@@ -193,7 +206,7 @@ def build(kind, config, weights):
                 would be 40 GB for each process that reads the file. So it is never more than the
                 module and one tensor."""
     # Shapes only: no first weights are drawn, and a config that was damaged may ask for terabytes.
-    with torch.device("meta"):
+    with torch.device("meta"), NoFirstWeights():
         module = kind(config)
     wanted = module.state_dict()
     today = {}

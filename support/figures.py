@@ -15,10 +15,8 @@ import io
 import textwrap
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
@@ -32,6 +30,7 @@ def plot_curves(log, path):
     has no diffusion loss and perhaps no gap: then these panels are left out.
 
     log: list of dicts, the lines of log.jsonl."""
+    from matplotlib import colormaps                    # here, as in `new_figure`
     diffuses = any(row["diffusion"] is not None for row in log)
     # It is measured now and then, and not at all where all captions are alike.
     with_gap = [row for row in log if row.get("gap") is not None]
@@ -41,7 +40,7 @@ def plot_curves(log, path):
     if with_gap:
         panels.append("gap")
     width = 4.4 * len(panels)                           # inches
-    figure = Figure(figsize=(width, 3.6), layout="constrained")
+    figure = new_figure(width, 3.6)
     (row_of_axes,) = figure.subplots(1, len(panels), squeeze=False)
     axes = dict(zip(panels, row_of_axes))
 
@@ -63,7 +62,7 @@ def plot_curves(log, path):
         for k in range(5):
             values = [row["by_t"][k] for row in log]
             first = 200 * k + 1
-            color = matplotlib.colormaps["viridis"](k / 5)
+            color = colormaps["viridis"](k / 5)
             axis.plot(steps, values, color=color, label=f"t in {first}..{first + 199}")
         axis.set_title("diffusion loss by noise level")
         axis.set_yscale("log")
@@ -96,7 +95,7 @@ def plot_samples(samples, path, columns=6, rows=4):
     h, w, _ = first.shape
     rows = -(-len(chosen) // columns)                   # rounded up
     height = (2 * h / w + 0.4) * rows                   # in inches: pictures, and their titles
-    figure = Figure(figsize=(2 * columns, height), layout="constrained")
+    figure = new_figure(2 * columns, height)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:                                   # the empty ones at the end, too
         axis.axis("off")
@@ -106,6 +105,13 @@ def plot_samples(samples, path, columns=6, rows=4):
         # Captions from the web have dollar signs, which matplotlib would read as formulas.
         axis.set_title(two_lines(prompt), fontsize=9, color=color, parse_math=False)
     save_figure(figure, path)
+
+
+def new_figure(width, height):
+    """An empty matplotlib Figure of so many inches."""
+    # Imported here: it takes a third of a second, and what sample.py writes has no axes.
+    from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure, path):
