@@ -27,8 +27,8 @@ OUT         out/<name>/checkpoints/step_000500/: the format of torch.distributed
             compares. The last two are kept, and those of --keep-every. TRAP: torch unpickles
             .metadata, and what is unpickled may run code: resume only runs of your own.
 PAPER/HERE  the paper says how large its batches are, not how they are divided: our choice, all of
-            it. Run here: CPU and gloo, 1, 2 and 2 x 2 processes (tests). Written for CUDA and
-            NCCL, not run there: we had no GPU.
+            it. Run here: CPU and gloo, 1, 2 and 2 x 2 processes (tests); one H100 (docs/SCALE.md).
+            Written, not run: NCCL between GPUs.
 READ NEXT   ../train.py     TRY IT  python -m scale.distributed
 TEST        tests/test_distributed.py (2 processes = 1 process), tests/test_trust.py
 """
