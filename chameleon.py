@@ -21,9 +21,12 @@ PAPER/HERE  same: a VQ-VAE with the VAE's plan, data and steps; query-key norm, 
             denominator loss, a third of the learning rate, guidance. A picture takes four codes for
             each of Transfusion's patches, so there are fewer pictures in as many tokens. train.py
             trains both rivals.
-            our choice: LayerNorm for queries and keys, and 1e-5, as in Chameleon Team (2024). BOI
-            predicts the first code and the last code predicts EOI, both with loss. Codes are drawn
-            at temperature 1 from the whole softmax.
+            our choice: LayerNorm for queries and keys, and 1e-5, as in Chameleon Team (2024). Its
+            gain is shared by all heads: neither paper says (the published weights have one a head).
+            our choice: no dropout. Chameleon's 7B has it after attention and feed-forward; its 34B,
+            with the post-norm that Transfusion's §4.1 names, has none, and §4.1 names none.
+            our choice: BOI predicts the first code and the last code predicts EOI, both with loss.
+            Codes are drawn at temperature 1 from the whole softmax.
             our choice: codes have RoPE's positions only. The patch encoder stays in both rivals,
             unused: 35,000 parameters of the toy's million.
 READ NEXT   experiments.py, which compares them        TEST  tests/test_chameleon.py
