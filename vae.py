@@ -190,6 +190,9 @@ class Quantiser(nn.Module):
         # All codes begin as idle, so the first training step places every one of them.
         self.register_buffer("idle", torch.full((codes,), IDLE))
         self.register_buffer("uses", torch.zeros(codes, dtype=torch.long))
+        # Who has the other parts of a batch, if several processes share it: then `gather` and `add`
+        # of autoencoder.processes.Processes make one of them.
+        self.processes = None
 
     def forward(self, e, generator=None):
         """(vectors for the decoder (M, z, h, w), codes (M, h, w) int64, loss: a scalar).
@@ -235,6 +238,8 @@ class Quantiser(nn.Module):
     @torch.no_grad()
     def revive(self, vectors, generator=None):
         """Put idle codes on vectors of this batch, drawn at random. vectors: (n, z)."""
+        if self.processes:
+            vectors = self.processes.gather(vectors)
         # A code far from every vector is never the nearest, so no gradient ever moves it.
         dead = (self.idle >= IDLE).nonzero().squeeze(1)                     # their numbers
         size = (len(dead),)
@@ -247,6 +252,8 @@ class Quantiser(nn.Module):
     def count(self, codes):
         """Keep `uses` and `idle` up to date. codes: (n,) int64, those of one batch."""
         uses = torch.bincount(codes, minlength=len(self.codebook))
+        if self.processes:
+            uses = self.processes.add(uses)
         self.uses += uses
         self.idle += 1
         self.idle[uses > 0] = 0
@@ -289,10 +296,11 @@ class VAE(nn.Module):
         """How many times smaller the latents are, per side."""
         return self.config.f
 
-    def forward(self, x, generator=None):
+    def forward(self, x, generator=None, draw=torch.randn):
         """(x', prior). x': x drawn back from a random latent, or from its codes, not clamped.
         prior: the KL in nats per picture, or the codebook loss.
-        generator: a CPU generator, so that every device sees the same noise."""
+        generator: a CPU generator, so that every device sees the same noise.
+        draw: function (shape, generator=) -> that noise."""
         if self.quantiser:
             e = self.run_encoder(x)                                         # (M, z, h/f, w/f)
             vectors, _, codebook_loss = self.quantiser(e, generator)
@@ -302,7 +310,7 @@ class VAE(nn.Module):
         mean = mean.float()                             # bf16 is too coarse for the KL's exp()
         logvar = logvar.float()
         deviation = torch.exp(0.5 * logvar)
-        noise = torch.randn(mean.shape, generator=generator)
+        noise = draw(mean.shape, generator=generator)
         latents = mean + deviation * noise.to(x.device)                     # (M, z, h/f, w/f)
 
         # Our choice: summed over a picture's latents, averaged over pictures; so it is in nats.

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from autoencoder.perceptual import stand_ins, train_small_net
+from autoencoder.processes import ALONE, WholeBatchNorm
 from vae import to_float
 
 
@@ -66,7 +67,7 @@ class PatchGAN(nn.Module):
             stride = 2 if k < layers else 1
             # BatchNorm has a bias of its own: the convolution before it needs none.
             stack.append(nn.Conv2d(c, wider, 4, stride, padding=1, bias=False))
-            stack.append(nn.BatchNorm2d(wider))
+            stack.append(WholeBatchNorm(wider))
             stack.append(nn.LeakyReLU(0.2))
             c = wider
         stack.append(nn.Conv2d(c, 1, 4, padding=1))
@@ -88,12 +89,16 @@ def hinge(real, drawn):
     return 0.5 * wrong_on_real + 0.5 * wrong_on_drawn
 
 
-def adaptive_weight(reconstruction, gan, last):
+def adaptive_weight(reconstruction, gan, last, processes=ALONE):
     """The weight with which the GAN pulls at the decoder's last layer as hard as `reconstruction`.
-    reconstruction, gan: scalar losses; last: that layer's weight. Esser et al. 2021, eq. 7."""
+    reconstruction, gan: scalar losses; last: that layer's weight; processes: who has the other
+    parts of the batch. Esser et al. 2021, eq. 7."""
     # Without it the discriminator's scale would decide which of the two the decoder listens to.
     pull, = torch.autograd.grad(reconstruction, last, retain_graph=True)
     push, = torch.autograd.grad(gan, last, retain_graph=True)
+    # The norm of the mean, not the mean of norms.
+    pull = processes.average(pull)
+    push = processes.average(push)
     weight = pull.float().norm() / (push.float().norm() + 1e-4)
     return weight.clamp(0, 1e4).detach()                # 1e-4 and 1e4 as in the code they published
 
@@ -113,6 +118,7 @@ class VAELoss(nn.Module):
         self.identity = identity
         self.discriminator = discriminator
         self.gan_start = gan_start                      # Paper: App. C, from step 50,000
+        self.processes = ALONE
 
     def describe(self):
         """The loss in words, without the terms that are off:
@@ -149,7 +155,7 @@ class VAELoss(nn.Module):
             # The VAE wants its reconstructions taken for real: answers far above 0.
             answer = -self.discriminator(x_hat).mean()
             reconstruction = appendix_c(l1, lpips, 0, identity, 0)
-            terms["weight"] = adaptive_weight(reconstruction, answer, last)
+            terms["weight"] = adaptive_weight(reconstruction, answer, last, self.processes)
             terms["GAN"] = answer
             gan = terms["weight"] * answer
 

@@ -19,14 +19,16 @@ PAPER/HERE  same: `--paper` has App. C's network, loss and 1M steps with the GAN
             our choice: AdamW, its rates, the batch of 16. The paper names none of them.
             our choice: L1 + L2 on the toy. L1 alone is content with the median, and the median of a
             mostly black picture is black: whole objects stay missing for long.
-            not run here: CUDA, its bf16, and the paper's size. One GPU; several are not supported,
-            for lack of a way to test. Pictures are held in memory: 5 million of 256 x 256 take a
-            terabyte, so give it a sample of your pictures.
+            our choice: with --stream pictures stay on disk until they are wanted, because five
+            million of 256 x 256 would be a terabyte. Under torchrun each process takes a part of
+            the batch.
+            not run here: CUDA, its bf16, NCCL, and the paper's size.
 READ NEXT   ../patchify.py
 TRY IT      python -m autoencoder.train, python -m autoencoder.train --loss paper --codes 512
 TEST        tests/test_train_vae.py, tests/test_trust.py
 """
 import argparse
+import contextlib
 import json
 import math
 import sys
@@ -40,7 +42,9 @@ from torch import nn
 from tqdm import tqdm
 
 from autoencoder import losses, perceptual, quality
-from sources import choose
+from autoencoder.processes import ALONE, Processes, start
+from sources import choose, on_disk
+from sources.pairs import Pairs
 from support.checkpoint import load, pack_vae, save
 from support.common import Stopped, UserError, finish_step_first, pick_device, run_command
 from support.run_folder import Log, lock
@@ -66,6 +70,7 @@ class Training:
     generator   random numbers: the noise of the latents
     rng         random numbers: the choice of pictures
     options     {name: value}; a resumed run must have the same
+    processes   who takes which part of a batch
     step        how many steps have been taken
     sums        {term: (sum, count)} since the last line of the log
     balance     of colours, (c, c), in the toy's loss; None: none
@@ -76,6 +81,7 @@ class Training:
     generator: torch.Generator
     rng: np.random.Generator
     options: dict
+    processes: Processes = ALONE
     step: int = 0
     sums: dict = field(default_factory=dict)
     balance: torch.Tensor | None = None
@@ -89,7 +95,7 @@ class Training:
         return [self.vae, *self.optimizers]
 
 
-def prepare_training(config, vae_loss, options):
+def prepare_training(config, vae_loss, options, processes=ALONE):
     """A Training before its first step. config: VAEConfig; the rest as in `Training`."""
     lr = options["lr"]
     torch.manual_seed(options["seed"])
@@ -104,7 +110,8 @@ def prepare_training(config, vae_loss, options):
             optimizers.append(torch.optim.AdamW(critic, lr=lr, betas=(0.5, 0.9)))
     generator = torch.Generator().manual_seed(options["seed"])
     rng = np.random.default_rng(options["seed"])
-    return Training(vae, vae_loss, optimizers, generator, rng, options)
+    processes.join(vae, *([vae_loss] if vae_loss else []))
+    return Training(vae, vae_loss, optimizers, generator, rng, options, processes)
 
 
 def training_step(run, pixels):
@@ -113,17 +120,20 @@ def training_step(run, pixels):
     # 1. The learning rate, and a batch.
     for optimizer in run.optimizers:
         optimizer.param_groups[0]["lr"] = learning_rate(run.step, run.options)
+    #    All processes draw the same batch, and each takes its part of it.
     chosen = run.rng.integers(len(pixels), size=run.options["batch"])
+    chosen = run.processes.share(chosen)
     x = to_float(pixels[chosen]).contiguous(memory_format=torch.channels_last)
     x = x.to(run.vae.shift.device)                                          # (M, c, h, w)
 
     # 2. The VAE's step.
     with bf16(x.device):
-        x_hat, prior = run.vae(x, run.generator)                            # (M, c, h, w), scalar
+        x_hat, prior = run.vae(x, run.generator, run.processes.draw)        # (M, c, h, w), scalar
         loss, terms, clip = whole_loss(run, x, x_hat, prior)
     vae_optimizer = run.optimizers[0]
     vae_optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    run.processes.average_gradients(run.vae.parameters())
     norm = nn.utils.clip_grad_norm_(run.vae.parameters(), clip)
     check_finite(run, "the VAE", loss, norm)
     vae_optimizer.step()
@@ -138,6 +148,7 @@ def training_step(run, pixels):
         critic_optimizer = run.optimizers[1]
         critic_optimizer.zero_grad(set_to_none=True)
         terms["D"].backward()
+        run.processes.average_gradients(run.vae_loss.discriminator.parameters())
         critic = run.vae_loss.discriminator.parameters()
         norm = nn.utils.get_total_norm([weight.grad for weight in critic])
         check_finite(run, "the discriminator", terms["D"], norm)
@@ -147,14 +158,14 @@ def training_step(run, pixels):
     terms["codebook" if run.vae.quantiser else "KL"] = prior
     for name, term in terms.items():
         total, count = run.sums.get(name, (0.0, 0))
-        run.sums[name] = (total + term.detach(), count + 1)
+        run.sums[name] = (total + run.processes.average(term.detach()), count + 1)
     run.step += 1
 
 
 def check_finite(run, who, loss, norm):
     """Raise UserError if a step must not be taken: its loss, or the norm of its gradient, is not
-    finite."""
-    if not (loss.isfinite() and math.isfinite(norm)):
+    finite, on any process."""
+    if run.processes.any(not (loss.isfinite() and math.isfinite(norm))):
         raise UserError(f"step {run.step + 1} of {who} was not taken: its loss is {loss.item()}, "
                         f"the norm of its gradient {float(norm)}; lower its learning rate, now "
                         f"{run.options['lr']:g}; what was saved before is still good")
@@ -220,10 +231,10 @@ def colour_balance(pixels):
 # ------------------------------------------------------------------------------------ the whole run
 def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed=0, progress=True,
               vae_loss=None, out=None, resume=False, save_every=1000, log_every=100, stop=(),
-              on_save=None, balance=False):
+              on_save=None, balance=False, processes=None):
     """A trained VAE, with shift, scale and x0_max measured; or None if it was stopped.
 
-    pixels      (N, h, w, c) uint8
+    pixels      (N, h, w, c) uint8, or what looks so (sources/on_disk.py)
     config      VAEConfig
     vae_loss    App. C's loss; None for the toy's
     out         folder for log.jsonl and, every save_every steps, last.pt
@@ -231,6 +242,7 @@ def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed
     stop        something that becomes true to stop early; then the state is saved
     on_save     function (vae), called whenever the state is saved: to look at it early
     balance     whether rare colours count more: see colour_balance. For the toy's loss
+    processes   those that train together; None: this one alone, also among others
     Raises UserError, before any weight is touched, if a step's loss or gradient is not finite.
     """
     options = {
@@ -244,16 +256,15 @@ def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed
         "loss": vae_loss.describe() if vae_loss else "L1 + L2",
         "balance": balance,
     }
-    run = prepare_training(config, vae_loss, options)
+    processes = processes or ALONE
+    run = prepare_training(config, vae_loss, options, processes)
     if balance:
         run.balance = colour_balance(pixels).to(pick_device())
     if resume:
         resume_training(run, out)
     log = None
-    if out:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        log = Log(out, run.step)
-        log.start()
+    if out and processes.rank == 0:                     # one process speaks and writes for all
+        log = start_log(out, run.step)
 
     def keep():
         save_training(run, out)
@@ -261,7 +272,7 @@ def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed
             on_save(run.vae)
 
     bar = tqdm(total=steps, initial=run.step, desc="training the VAE", disable=not progress)
-    while run.step < steps and not stop:
+    while run.step < steps and not processes.any(stop):
         training_step(run, pixels)
         bar.update()
         if run.step % log_every == 0 or run.step == steps:
@@ -269,15 +280,23 @@ def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed
             bar.set_postfix({name: f"{row[name]:.3g}" for name in row if name != "step"})
             if log:
                 log.add(row)
-        if out and (run.step % save_every == 0 or run.step == steps):
+        if log and (run.step % save_every == 0 or run.step == steps):
             keep()
     bar.close()
 
     if run.step < steps:
-        if out:
+        if log:
             keep()
         return None
     return measure_latents(run.vae.eval(), some_of(pixels, 4096, seed)).cpu()
+
+
+def start_log(out, step):
+    """The Log of a training that goes on at a step, in the folder `out`."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    log = Log(out, step)
+    log.start()
+    return log
 
 
 def some_of(pixels, n, seed):
@@ -415,6 +434,8 @@ def parse_arguments(argv):
     add("--data", choices=pictures, default="scenes", help="what to learn from")
     add("--data-dir", help="folder of MNIST idx files, or of pictures with captions.jsonl")
     add("--image-size", type=int, help="pixels per side (scenes, folder)")
+    add("--stream", action="store_true",
+        help="read pictures when they are wanted: all those in --data-dir, its folders and tars")
     add("--codes", type=int, default=0, help="codes of a VQ-VAE (App. C has 16384); 0 for a VAE")
     add("--loss", choices=("toy", "paper"),
         help="L1 + L2, or App. C's L1 + LPIPS + 0.5 GAN + 0.2 ID")
@@ -439,7 +460,7 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def check_arguments(args, config, out):
+def check_arguments(args, config, out, processes):
     """Raise UserError for options that cannot work, before any work is done."""
     for name in ("steps", "image_size", "batch", "save_every"):
         value = getattr(args, name)
@@ -458,6 +479,15 @@ def check_arguments(args, config, out):
     if args.loss == "toy" and (args.lpips_weights or args.moco_weights):
         raise UserError("--lpips-weights and --moco-weights are for --loss paper: add it, or leave "
                         "them out")
+    if args.batch % processes.size:
+        raise UserError(f"{processes.size} processes cannot share --batch {args.batch} evenly: "
+                        f"make it a multiple of {processes.size}")
+    if args.stream and not args.data_dir:
+        raise UserError("--stream needs --data-dir: the folder of pictures, or of tars")
+    if args.stream and args.loss == "paper" and not args.paper:
+        if not (args.lpips_weights and args.moco_weights):
+            raise UserError("--stream reads no captions, from which our small network would learn: "
+                            "give --lpips-weights and --moco-weights")
     begun = (out / "last.pt").exists()
     if args.resume and not begun:
         raise UserError(f"there is nothing to resume: {out}/last.pt does not exist")
@@ -474,17 +504,31 @@ def main(argv=None):
     args = parse_arguments(argv)
     out = Path(args.out)
     config = paper_config(args.codes) if args.paper else VAEConfig(codes=args.codes)
-    with lock(out):                                     # no other training writes there meanwhile
-        check_arguments(args, config, out)
-        train_and_show(args, config, out)
+    processes = start()
+    with contextlib.ExitStack() as stack:
+        if processes.rank == 0:
+            stack.enter_context(lock(out))              # no other training writes there meanwhile
+        check_arguments(args, config, out, processes)
+        train_and_show(args, config, out, processes)
 
 
-def train_and_show(args, config, out):
+def load_pictures(args, silent):
+    """(Pairs to learn from, pictures for the test (N, h, w, c) uint8) of the command line.
+    silent: see `on_disk.PicturesOnDisk`."""
+    if args.stream:
+        pixels, test = on_disk.load_on_disk(args.data_dir, args.image_size, silent)
+        return Pairs("pictures on disk", [], pixels), test[:]
+    choice = {"folder": args.data_dir, "size": args.image_size, "seed": args.seed}
+    pairs = choose.load_pairs(args.data, n=20000, progress=not silent, **choice)
+    test = choose.load_pairs(args.data, split="test", n=256, progress=not silent, **choice)
+    return pairs, test.pixels
+
+
+def train_and_show(args, config, out, processes):
     """All of `main` after its checks. config: VAEConfig; out: the run's folder, a Path."""
     # 1. Data, and the loss.
-    pairs = choose.load_pairs(args.data, args.data_dir, args.image_size, n=20000, seed=args.seed)
-    test = choose.load_pairs(args.data, args.data_dir, args.image_size, split="test", n=256,
-                             seed=args.seed)
+    silent = processes.rank > 0
+    pairs, test = load_pictures(args, silent)
     config.image_channels = pairs.pixels.shape[-1]
     vae_loss = None
     networks = "the toy's loss"
@@ -492,23 +536,28 @@ def train_and_show(args, config, out):
         vae_loss, networks = build_loss(args, pairs)
     terms = vae_loss.describe() if vae_loss else "L1 + L2"
     prior = "codebook" if args.codes else f"{args.kl_weight:g} KL"
-    print(f"loss: {terms} + {prior}  ({networks})")
+    if not silent:
+        print(f"loss: {terms} + {prior}  ({networks}); {len(pairs.pixels):,} pictures, "
+              f"{processes.size} processes")
 
     # 2. The training. Ctrl-C finishes a step and saves; a second one stops at once.
     began = time.time()
-    unseen = test.pixels[:256]
+    unseen = test[:256]
 
     def show(vae, n=quality.COLUMNS):
         return quality.show(vae, unseen[:n], out / "reconstructions.png")
 
-    with finish_step_first() as heard:
+    with finish_step_first(alone=processes.size == 1) as heard:
         vae = train_vae(pairs.pixels, config, args.steps, args.batch, args.lr, args.kl_weight,
-                        args.seed, vae_loss=vae_loss, out=out, resume=args.resume,
-                        save_every=args.save_every, stop=heard, on_save=show)
+                        args.seed, progress=not silent, vae_loss=vae_loss, out=out,
+                        resume=args.resume, save_every=args.save_every, stop=heard, on_save=show,
+                        processes=processes)
     if vae is None:
         raise Stopped(f"saved in {out}/last.pt; the same command with --resume goes on from there; "
                       f"look at {out}/reconstructions.png", heard)
 
+    if silent:
+        return
     # 3. The file, and how good it is on pictures that it has not seen.
     save(out / "vae.pt", pack_vae(vae))
     vae.to(pick_device())
