@@ -58,7 +58,7 @@ class Quality:
         line = f"PSNR {self.psnr:.1f} dB, mean error {self.error:.2f} of 255"
         if self.least:
             hue, share = self.least
-            line += f", of all hues {hue} is kept least: {share:.0%}"
+            line += f", of all hues {hue} is kept least: {max(0, share):.0%}"
         return line
 
     def bottleneck(self):
