@@ -32,6 +32,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from support.common import UserError, check_writable, read_json, run_command
+from support.figures import save_figure
 
 RIVALS = ("transfusion", "chameleon")
 ABOUT = ("model", "flops", "seed")                      # of a point: what is not a metric
@@ -154,7 +155,7 @@ def plot(points, path):
         axis.set_title(f"{metric}: parity at {row['ratio']:.2g}{between}", fontsize=9)
         axis.set(xscale="log", yscale="log", xlabel="FLOPs, 6 N D")
         axis.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 # ---------------------------------------------------------------------------------- the real thing
@@ -173,13 +174,15 @@ def read_points(path):
             points.append(point)
     except FileNotFoundError as problem:
         raise UserError(f"there is no file {problem.filename}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
         raise UserError(f"{path} does not list runs as {wanted} ({type(problem).__name__}: "
                         f"{problem})") from None
     for point in points:
         if point["model"] not in RIVALS or not 0 < point["flops"] < math.inf:
             raise UserError(f"{path}: a run's model must be {' or '.join(RIVALS)}, its parameters "
                             f"and tokens above 0; got {point}")
+        if type(point["seed"]) is not int:
+            raise UserError(f"{path}: a run's seed must be a whole number, got {point['seed']!r}")
     return points
 
 
@@ -188,7 +191,7 @@ def numbers_of(label, content):
     dict. Of the Llama suite the mean over its tasks is taken."""
     numbers = {}
     for name, value in content.get("mean", content).items():
-        if name in TAKEN and type(value) in (int, float):
+        if name in TAKEN and type(value) in (int, float) and math.isfinite(value):
             numbers[f"{label} {name}"] = value
     return numbers
 
@@ -212,7 +215,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.runs is None:
         return demo()
-    check_writable(args.out)
+    check_writable(args.out, ".png")
     points = read_points(args.runs)
     plot(points, args.out)
     print(*markdown(compare(points)), f"\nthe figure is {args.out}", sep="\n")

@@ -24,6 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from support.figures import save_figure
+
 LEVEL = 0.05
 
 
@@ -114,7 +116,7 @@ def plot_tables(tables, headings, paper, path):
             plot_column(axis, rows, heading, paper.get(title, {}))
             axis.set_yticks(range(len(rows)), list(rows) if axis is axes[0] else [])
         axes[0].set_title(f"{title}: {headings[0]}", fontsize=9, loc="left")
-    figure.savefig(path, dpi=90)
+    save_figure(figure, path, dpi=90)
 
 
 def plot_column(axis, rows, heading, paper):

@@ -114,10 +114,10 @@ def new_figure(width, height):
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure, path):
+def save_figure(figure, path, dpi=110):
     """Write a matplotlib figure as a .png, whole or not at all."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
+    figure.savefig(content, format="png", dpi=dpi)
     with whole_file(path) as file:
         file.write(content.getvalue())
 

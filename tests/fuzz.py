@@ -56,8 +56,8 @@ import train
 import vae as vae_module
 from autoencoder import train as vae_training
 from diffusion import Diffusion
-from metrics import coco, likelihood, questions
-from scale import pack, shards, streams
+from metrics import coco, doctor, likelihood, questions, scaling
+from scale import export, pack, shards, streams
 from sources import edits, folder, mnist, scenes
 from support import checkpoint
 from support.common import UserError, open_picture, run_command
@@ -858,7 +858,8 @@ def checkpoint_case(rng, given, shelf):
             how = odd_file(rng, path)
     if name == "model.pt":
         ways = [lambda: sample.main(["a red circle", "--steps", "1", "--checkpoint", str(path)]),
-                lambda: likelihood.main(["choices", "scenes", "--limit", "2", "--checkpoint", str(path)])]
+                lambda: likelihood.main(["choices", "scenes", "--limit", "2", "--checkpoint", str(path)]),
+                lambda: doctor.main([str(path), "--n", "2"])]
     elif name == "vae.pt":
         argv = [*small_run(shelf), "--steps", "1", "--vae", str(path), "--out", "run"]
         ways = [lambda: train.main(argv)]
@@ -923,7 +924,10 @@ def run_case_of_folder(rng, given, shelf):
         model.SIZES["toy"] = (1, 16, 2)
         train.main([*small_run(shelf), "--steps", "3", "--out", str(run), "--resume"])
 
-    return Case(resume, EITHER, f"{path.relative_to(run)}: {how}")
+    def write_model():
+        export.main([str(run / "checkpoints/step_000002"), "--out", "exported.pt"])
+
+    return Case(pick(rng, (resume, resume, write_model)), EITHER, f"{path.relative_to(run)}: {how}")
 
 
 def report_case(rng, given, shelf):
@@ -961,6 +965,24 @@ def report_case(rng, given, shelf):
         experiments.make_table(root, results, base, number, 1)
 
     return Case(tables, EITHER, f"{number}, {path.name}: {about}")
+
+
+def scaling_case(rng, given, shelf):
+    """A list of runs, and the numbers that --json wrote."""
+    runs = []
+    for k in range(4):
+        runs.append({"model": scaling.RIVALS[k % 2], "parameters": 10 ** (6 + k // 2), "tokens": 1e9, "seed": 0,
+                     "files": {"toy": f"{k}.json"}})
+        numbers = {"alone": 0.5 / (1 + k), "captions": 0.5 + k / 10, "exact": 0.1 * (1 + k)}
+        (given / f"{k}.json").write_text(json.dumps(numbers))
+    path = given / "runs.json"
+    path.write_text(json.dumps(runs))
+    target = pick(rng, (path, path, given / "0.json"))
+    raw, how = odd_json(rng, json.loads(target.read_text()))
+    target.write_bytes(raw)
+    if rng.random() < 0.1:
+        how = odd_file(rng, target)
+    return Case(lambda: scaling.main([str(path)]), EITHER, f"{target.name}: {how}")
 
 
 def prompt_case(rng, given, shelf):
@@ -1082,6 +1104,9 @@ PROGRAMS = {
     "autoencoder.train": program(vae_training.main, "--steps", "1", "--batch", "2"),
     "metrics.coco": program(coco.main, "scenes", "--limit", "4", "--steps", "1", "--vae", "SHELF/vae.pt", *MODEL),
     "metrics.likelihood": program(likelihood.main, *MODEL, "choices", "scenes", "--limit", "2"),
+    "metrics.doctor": program(doctor.main, "SHELF/model.pt", "--n", "2"),
+    "metrics.scaling": program(scaling.main),
+    "scale.export": program(export.main, "SHELF/run/checkpoints/step_000002", "--out", "exported.pt"),
     "chameleon.py": program(chameleon.main, "a red circle", "--steps", "1", *MODEL),
 }
 
@@ -1095,6 +1120,7 @@ KINDS = {
     "checkpoints": checkpoint_case,
     "runs": run_case_of_folder,
     "reports": report_case,
+    "scaling": scaling_case,
     "prompts": prompt_case,
     "flags": flag_case,
 }

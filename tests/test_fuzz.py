@@ -19,13 +19,13 @@ def outcomes_of(tmp_path, *argv):
 
 
 def test_bad_inputs_get_a_sentence(tmp_path, capfd):
-    """Catches a traceback, a library's sentence, a hang, a gigabyte, or a changed file, for 45 bad and odd inputs of all kinds."""
-    wrong, outcomes = outcomes_of(tmp_path, "--n", "45", "--seed", "100000")
+    """Catches a traceback, a library's sentence, a hang, a gigabyte, or a changed file, for 48 bad and odd inputs of all kinds."""
+    wrong, outcomes = outcomes_of(tmp_path, "--n", "48", "--seed", "100000")
     assert wrong == 0, capfd.readouterr().out
     verdicts = Counter(outcome["verdict"] for outcome in outcomes)
     kinds = Counter(outcome["kind"] for outcome in outcomes)
     assert verdicts.keys() == {"accepted", "refused"} and min(verdicts.values()) > 8        # neither always the same
-    assert len(kinds) == 11 and min(kinds.values()) >= 3
+    assert len(kinds) == 12 and min(kinds.values()) >= 3
 
 
 def test_a_bug_is_seen(tmp_path, monkeypatch):
