@@ -30,7 +30,7 @@ def plot_curves(log, path):
     has no diffusion loss and perhaps no gap: then these panels are left out.
 
     log: list of dicts, the lines of log.jsonl."""
-    from matplotlib import colormaps                    # here, as in `new_figure`
+    from matplotlib import colormaps  # here, as in `new_figure`
     diffuses = any(row["diffusion"] is not None for row in log)
     # It is measured now and then, and not at all where all captions are alike.
     with_gap = [row for row in log if row.get("gap") is not None]
