@@ -130,6 +130,8 @@ def is_finite(value):
         return math.isfinite(value)
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return True
+    if value.layout is not torch.strided:               # sparse: `build` refuses it
+        return True
     if hasattr(value, "to_local"):                      # a tensor of scale/distributed.py
         value = value.to_local()
     return bool(value.isfinite().all())
@@ -215,6 +217,8 @@ def build(kind, config, weights):
         tensor = weights.pop(old)
         if name not in wanted or wanted[name].shape != tensor.shape:
             raise RuntimeError(f"{name} of the shape {tuple(tensor.shape)} has no place")
+        if tensor.layout is not torch.strided or tensor.is_complex():
+            raise RuntimeError(f"{name} is sparse or complex")
         # 16 bits are for the disk only.
         today[name] = tensor.to(wanted[name].dtype, copy=True,
                                 memory_format=torch.contiguous_format)

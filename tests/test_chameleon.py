@@ -121,8 +121,10 @@ def test_a_batch_is_its_rows(trained):
 def test_after_a_picture_the_model_has_read_it(trained):
     """Catches a cache that keeps other codes than were drawn, or the blind branch's: what follows must read the picture."""
     decoder = Decoder(trained, [["a circle"], ["the red square"]], draw_now=True)
-    for _ in decoder.diffusion_steps([0, 1], torch.zeros(2, 4, 4, 4), generator=[torch.Generator().manual_seed(k) for k in (0, 1)]):
-        pass
+    left = []                                           # codes that are still to come, for the bar
+    for t, *_ in decoder.diffusion_steps([0, 1], torch.zeros(2, 4, 4, 4), generator=[torch.Generator().manual_seed(k) for k in (0, 1)]):
+        left.append(t)
+    assert left == [*range(15, -1, -1)]
     for b, text in enumerate(["a circle", "the red square"]):
         whole = forward(trained, [text, ("image", 0, 0)], decoder.latents[b][0][None])
         assert torch.allclose(decoder.logits[b], whole[-1], atol=1e-5)

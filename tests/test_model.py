@@ -457,7 +457,7 @@ def test_unet_adds_the_papers_parameters(patch):
     """Another U-Net at another width or patch side: §4.1 has the same 0.27B "across all configurations"."""
     for size in PAPER_SIZES:
         assert count(paper_model(size, "unet", patch).patch_encoder) == pytest.approx(0.27e9, rel=0.05), size
-    assert count(Transfusion(sized("toy", vocabulary=9, encoder="unet")).patch_encoder) < 1e6    # the toy keeps its own
+    assert count(Transfusion(sized("toy", vocabulary=9, encoder="unet")).patch_encoder) == 581_956       # the toy keeps its own
 
 
 # ------------------------------------------------------------------------------------------------------- FlexAttention
@@ -538,6 +538,7 @@ def test_first_weights_speak_equally_loudly(size):
     patches = net.patch_encoder.encode(torch.randn(64, *net.config.latent), torch.full((64,), 500))[0].std().item()
     for vectors in (net.embedding.weight, net.place):
         assert 0.3 < vectors.std().item() / patches < 1
+        assert vectors.std().item() == pytest.approx(0.5, rel=0.05)
     for block in net.blocks:
         for layer, expected in ((block.qkv, D ** -0.5), (block.gate_up, D ** -0.5), (block.out, (2 * L * D) ** -0.5), (block.down, (2 * L * D) ** -0.5)):
             assert layer.weight.std().item() == pytest.approx(expected, rel=0.05)

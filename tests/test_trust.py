@@ -519,14 +519,15 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change", [
     dict(weights=[]), dict(weights={}), dict(config=None), dict(words=7), dict(vae={}), dict(diffusion={"kind": "x"}), dict(layers=2 ** 63),
-    dict(weight=None), dict(about={"reach": 1})], ids=str)
+    dict(weight=None), dict(weight=torch.ones(32).to_sparse()), dict(weight=torch.ones(32, dtype=torch.complex64)),
+    dict(about={"reach": 1})], ids=str)
 def test_a_checkpoint_of_odd_content(whole, tmp_path, change):
     """Catches a traceback, or a model of 2^63 layers, built for ever."""
     content = torch.load(whole / "model.pt", weights_only=True)
     if "layers" in change:
         content["config"] |= change
     elif "weight" in change:
-        content["weights"]["norm.weight"] = None
+        content["weights"]["norm.weight"] = change["weight"]
     else:
         content |= change
     torch.save(content, tmp_path / "model.pt")
