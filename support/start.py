@@ -26,7 +26,7 @@ from support.common import UserError
 
 # The options that a checkpoint decides, see `decided_by`.
 DECIDED_BY_INIT = {"size", "encoder", "patch", "patch_position", "bidirectional", "stable",
-                   "diffusion", "shift"}
+                   "diffusion", "shift", "noise_skip"}
 
 
 # ------------------------------------------------------------------------------- the run's options

@@ -40,7 +40,7 @@ def test_one_command_sweeps_a_report(tmp_path, capsys, monkeypatch):
         jobs.append(job)
         return {"exact": 0.9 - abs(job.options["guidance"] - 4) / 10, "captions": 0.5}, []
     monkeypatch.setitem(evaluate.REPORTS, "scenes", measure)
-    monkeypatch.setattr(evaluate, "conditioning_gap", lambda *a: 0.2)
+    monkeypatch.setattr(evaluate, "caption_losses", lambda *a: None)
     evaluate.main(["--guidance", "1", "4", "6", "--n", "6", "--json", str(tmp_path / "n.json")])
     written = json.loads((tmp_path / "n.json").read_text())
     assert written.keys() == {"1.0", "4.0", "6.0"} and written["1.0"]["exact"] == pytest.approx(0.6)
