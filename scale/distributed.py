@@ -248,9 +248,17 @@ def from_rank_0(look):
     as which files there are: on a disk that machines share, some see a file later."""
     if size() == 1:
         return look()
-    seen = [look() if rank() == 0 else None]
+    seen = [None]
+    if rank() == 0:
+        try:
+            seen = [(look(), None)]
+        except UserError as mistake:        # all end with the same sentence
+            seen = [(None, mistake)]
     dist.broadcast_object_list(seen, src=0)
-    return seen[0]
+    result, mistake = seen[0]
+    if mistake:
+        raise mistake
+    return result
 
 
 @functools.cache

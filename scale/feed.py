@@ -6,7 +6,6 @@ THE IDEA    The same feed as sources/feed.py, for data that do not fit in memory
 A PICTURE   packed/ --shards.Shards--> rows of documents, latents --lay_out--> Batch
 READ NEXT   shards.py       TEST  tests/test_shards.py
 """
-import json
 from dataclasses import dataclass
 from typing import Callable
 
@@ -16,7 +15,7 @@ import torch
 from scale import distributed
 from scale.mixture import last_from, read_weights
 from scale.shards import Shards
-from sources.feed import digest, noise_limits, shape_of
+from sources.feed import noise_limits, shape_of
 from support.common import UserError
 
 
@@ -78,11 +77,7 @@ class ShardFeed:
     def describe(self):
         """What config.json says of the data: the settings they were packed with, and the name of
         their content."""
-        headers = []
-        for shards in self.shards.headers.values():
-            headers += shards.values()
-        content = digest(json.dumps(headers, sort_keys=True).encode())
-        return {"packed": self.shards.settings | {"content": content}}
+        return {"packed": self.shards.settings | {"content": self.shards.content}}
 
 
 def build_feed(config, diffusion, start, view):
@@ -94,7 +89,7 @@ def build_feed(config, diffusion, start, view):
         config.data_dir or "packed", **limits, text_only=config.model == "llama",
         mixture=read_weights(config.mixture),
         at_the_end=read_weights(config.mixture_end, "--mixture-end"),
-        last_from=last_from(config.steps))
+        last_from=last_from(config.steps), once=distributed.from_rank_0)
     say_mixture(config, shards)
     check_codes(config, shards)
     shards.check_setting("seq_len", config.seq_len)

@@ -54,6 +54,7 @@ import data
 import vae as vae_module
 from data import Pieces
 from scale.mixture import Order, Source, check_folders
+from sources.feed import digest
 from support import checkpoint
 from support.common import UserError, read_json, run_command
 
@@ -237,6 +238,11 @@ class Phase:
     key: str
 
 
+def call(function):
+    """What the function returns."""
+    return function()
+
+
 class Shards:
     """Packed shards as a stream of batches.
 
@@ -245,19 +251,21 @@ class Shards:
     text_only                  never a row of pairs (the Llama baseline)
     mixture                    {folder: how often its rows come per epoch}, see mixture.py
     at_the_end                 the same for the steps from last_from on, where it differs
+    once                       calls a function once for all processes (distributed.from_rank_0)
 
     Opening reads headers only. Arrays are memory-mapped when a row of theirs is wanted."""
 
     def __init__(self, folder, drop=data.Documents.drop, t_limit=data.Documents.t_limit,
                  noisiest=data.Documents.noisiest, text_only=False, mixture=None,
-                 at_the_end=None, last_from=None):
+                 at_the_end=None, last_from=None, once=call):
         self.folder = Path(folder)
         self.noise_rules = {"drop": drop, "t_limit": t_limit, "noisiest": noisiest}
         self.text_only = text_only
         self.open_arrays = functools.lru_cache(maxsize=256)(open_arrays)
 
         indices = self.find_indices()
-        self.headers, self.settings = read_headers(indices)
+        # At the paper's size these are 283,000 files, and 512 processes.
+        self.headers, self.settings, self.content = once(lambda: read_headers(indices))
         self.patches = self.settings.get("patches", 0)
         self.codes = self.settings.get("codes", 0)          # 0: the shards hold latents
         self.vae_path = find_beside(indices, "vae.pt")
@@ -508,8 +516,9 @@ class Shards:
 
 
 def read_headers(indices):
-    """({kind: {path: header}}, settings) of all shards that these index.json list. Raises UserError
-    if one is missing or broken, or has other settings than the rest."""
+    """({kind: {path: {count: number}}}, settings, the name of their content) of all shards that
+    these index.json list. Raises UserError if one is missing or broken, or has other settings than
+    the rest."""
     headers = {kind: {} for kind in KINDS}
     settings = {}
     for index in indices:
@@ -518,7 +527,13 @@ def read_headers(indices):
             header = read_header(path, settings)
             settings |= header["settings"]
             headers[header["kind"]][path] = header
-    return headers, settings
+    whole = [header for shards in headers.values() for header in shards.values()]
+    content = digest(json.dumps(whole, sort_keys=True).encode())
+    counts = {}                             # the rest need not travel to other processes
+    for kind, shards in headers.items():
+        counts[kind] = {path: {name: header[name] for name in ("rows", "positions", "pictures")}
+                        for path, header in shards.items()}
+    return counts, settings, content
 
 
 def read_index(path):

@@ -350,6 +350,11 @@ def work(folder):
     with pytest.raises(UserError if distributed.rank() == 0 else ZeroDivisionError, match="division by zero"):
         distributed.split_work(lambda part, first: 1 / (1 - first), [0] * 2)       # rank 1 fails: rank 0 must not wait for it
     assert distributed.from_rank_0(distributed.rank) == 0
+
+    def refuse():
+        raise UserError("seen by rank 0 alone")
+    with pytest.raises(UserError, match="seen by rank 0 alone"):
+        distributed.from_rank_0(refuse)
     distributed.split_work(lambda part, first: part, [0] * distributed.size())     # a message just before the end: see distributed.stop
 
 

@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -969,6 +970,17 @@ def test_fine_tuning_on_shards_of_another_tokenizer_or_vae(packed, vae_path, oth
         shutil.copytree(out, tmp_path / "copy")
         with pytest.raises(UserError, match=f"again has learned from shards with another {what.lower()}"):
             train.main(training(tmp_path / "copy", tmp_path / "again", steps=1) + ["--resume"])
+
+
+def test_only_one_process_reads_the_headers(packed, monkeypatch):
+    """283,000 shards times 512 processes, each a header and five sizes: one reads them, and tells the others what counts."""
+    told = []
+    one = shards.Shards(packed, once=lambda look: told.append(look()) or told[0])
+    monkeypatch.setattr(shards, "read_header", lambda *_: 1 / 0)
+    other = shards.Shards(packed, once=lambda look: told[0])
+    assert other.rows == one.rows and other.content == one.content and len(pickle.dumps(told[0])) < 1000 * len(told[0][0]["pairs"]) + 3000
+    batches = [stream.batch(0, 3, 0, rows=2) for stream in (one, other)]
+    assert torch.equal(batches[0].tokens, batches[1].tokens) and torch.equal(batches[0].latents, batches[1].latents)
 
 
 def test_resume_in_smaller_pieces(packed, tmp_path, monkeypatch):
