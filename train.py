@@ -39,7 +39,7 @@ from scale import distributed, plan
 from scale.distributed import say
 from scale.run import WHOLE_MODEL, prepare, sole_run
 from sources import scenes
-from support import figures, run_folder
+from support import figures, reference, run_folder
 from support.common import Stopped, finish_step_first, run_command, write_json
 from support.origin import command_line
 
@@ -276,7 +276,7 @@ def train(config, resume, overwrite, command):
     seconds = time.time() - began
     trained = keep_model(run, out, draw=stopped)
     if distributed.rank() == 0 and log:
-        figures.plot_curves(log, out / "curves.png")
+        figures.plot_curves(log, out / "curves.png", reference.find(config))
     if stopped:
         distributed.wait()                              # torchrun ends all when the first one ends
         raise Stopped(f"saved at step {run.step}; the same command with --resume goes on, with "

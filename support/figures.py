@@ -25,11 +25,12 @@ from support.common import whole_file, write_image
 
 
 # -------------------------------------------------------------------------------- a training run
-def plot_curves(log, path):
+def plot_curves(log, path, reference=()):
     """Save curves.png: the losses, the diffusion loss by noise level, the conditioning gap. A rival
     has no diffusion loss and perhaps no gap: then these panels are left out.
 
-    log: list of dicts, the lines of log.jsonl."""
+    log         list of dicts, the lines of log.jsonl
+    reference   those of a run like this one (reference.py), drawn below it, dotted; or nothing"""
     from matplotlib import colormaps  # here, as in `new_figure`
     diffuses = any(row["diffusion"] is not None for row in log)
     # It is measured now and then, and not at all where all captions are alike.
@@ -46,12 +47,18 @@ def plot_curves(log, path):
 
     # Both losses in one panel: L = L_LM + 5 L_DDPM, and their scales differ, so on a log axis.
     steps = [row["step"] for row in log]
+    steps_before = [row["step"] for row in reference]
+    dotted = {"linestyle": ":", "alpha": 0.6, "zorder": 1}
     axis = axes["losses"]
     lm = [row["lm"] for row in log]
-    axis.plot(steps, lm, label="LM (nats per word)")
+    axis.plot(steps, lm, color="C0", label="LM (nats per word)")
+    axis.plot(steps_before, [row["lm"] for row in reference], color="C0", **dotted)
     if diffuses:
         diffusion = [row["diffusion"] for row in log]
-        axis.plot(steps, diffusion, label="diffusion (mean square)")
+        axis.plot(steps, diffusion, color="C1", label="diffusion (mean square)")
+        axis.plot(steps_before, [row["diffusion"] for row in reference], color="C1", **dotted)
+    if reference:
+        axis.plot([], [], color="grey", label="a run like this one", **dotted)
     axis.set_title("the two losses" if diffuses else "the loss")
     axis.set_yscale("log")
     axis.legend(frameon=False)
@@ -64,6 +71,8 @@ def plot_curves(log, path):
             first = 200 * k + 1
             color = colormaps["viridis"](k / 5)
             axis.plot(steps, values, color=color, label=f"t in {first}..{first + 199}")
+            before = [row["by_t"][k] for row in reference]
+            axis.plot(steps_before, before, color=color, **dotted)
         axis.set_title("diffusion loss by noise level")
         axis.set_yscale("log")
         axis.legend(frameon=False, fontsize=8)
@@ -72,7 +81,10 @@ def plot_curves(log, path):
         axis = axes["gap"]
         measured = [row["step"] for row in with_gap]
         gaps = [row["gap"] for row in with_gap]
-        axis.plot(measured, gaps, marker=".")
+        axis.plot(measured, gaps, marker=".", color="C0")
+        before = [row for row in reference if row.get("gap") is not None]
+        measured = [row["step"] for row in before]
+        axis.plot(measured, [row["gap"] for row in before], color="C0", **dotted)
         axis.axhline(0, color="grey", linewidth=0.8)
         axis.set_title("conditioning gap (0: caption ignored)")
 

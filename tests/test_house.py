@@ -367,7 +367,7 @@ def has_main(path):
 
 
 PROGRAMS = [name for name, path in FILES.items() if has_main(path) and name.split(".")[0] not in ("docs", "notebooks", "exercises")]
-COMMANDS = {"train", "sample", "evaluate", "experiments", "scale.pack", "scale.export", "metrics.likelihood", "metrics.coco", "metrics.doctor", "support.convert", "autoencoder.train"}
+COMMANDS = {"train", "sample", "evaluate", "experiments", "scale.pack", "scale.export", "metrics.likelihood", "metrics.coco", "metrics.doctor", "support.convert", "support.reference", "autoencoder.train"}
 
 
 @pytest.fixture(scope="module")
