@@ -355,7 +355,8 @@ def build_parser():
         kind = dict(type=f.type, choices=f.metadata["choices"])
         if f.type is bool:
             kind = dict(action=argparse.BooleanOptionalAction)      # --compile, --no-compile
-        add(option_name(f.name), help=f"{f.metadata['help']} (default: {f.default})",
+        about = f.metadata["help"].replace("%", "%%")   # argparse fills in what follows a %
+        add(option_name(f.name), help=f"{about} (default: {f.default})",
             default=argparse.SUPPRESS, **kind)          # SUPPRESS: leave out what is not given
     return parser
 
