@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from support.common import UserError, check_writable, read_json, run_command
 from support.figures import save_figure
@@ -154,7 +155,8 @@ def plot(points, path):
             between = f"\n95%: {row['low']:.2g} to {row['high']:.2g}"
         axis.set_title(f"{metric}: parity at {row['ratio']:.2g}{between}", fontsize=9)
         axis.set(xscale="log", yscale="log", xlabel="FLOPs, 6 N D")
-        axis.legend(frameon=False, fontsize=8)
+        axis.xaxis.set_minor_formatter(NullFormatter())         # they would run into each other
+        axis.legend(fontsize=8)
     save_figure(figure, path)
 
 

@@ -101,11 +101,11 @@ def judge(claims, values, lower_is_better):
 
 # --------------------------------------------------------------------------------------- the figure
 def plot_tables(tables, headings, paper, path):
-    """Save one picture of several tables: a dot per seed, mean and deviation, and at the right the
-    paper's number.
+    """Save one picture of several tables: a dot per seed, mean and deviation, and at the right, in
+    green, the paper's number.
 
     tables     {title: {row: {heading: numbers per seed}}}
-    headings   the columns, in order
+    headings   {heading: what is written above the column}
     paper      {title: {row: {heading: number}}}, as far as it has them"""
     heights = [1.2 + 0.3 * len(rows) for rows in tables.values()]
     figure = Figure(figsize=(4 + 2.6 * len(headings), sum(heights)), layout="constrained")
@@ -115,22 +115,24 @@ def plot_tables(tables, headings, paper, path):
         for axis, heading in zip(axes, headings):
             plot_column(axis, rows, heading, paper.get(title, {}))
             axis.set_yticks(range(len(rows)), list(rows) if axis is axes[0] else [])
-        axes[0].set_title(f"{title}: {headings[0]}", fontsize=9, loc="left")
+            axis.set_title(f"{title}: {headings[heading]}", fontsize=9)
     save_figure(figure, path, dpi=90)
 
 
 def plot_column(axis, rows, heading, paper):
     """One column of a table: its rows from top to bottom."""
-    for y, (row, values) in enumerate(rows.items()):
+    for y, values in enumerate(rows.values()):
         numbers = values.get(heading, [])
         if numbers:
             axis.errorbar(np.mean(numbers), y, xerr=np.std(numbers, ddof=min(1, len(numbers) - 1)),
                           fmt="|", color="#2c3e50", markersize=14, capsize=3)
             axis.plot(numbers, [y] * len(numbers), "o", color="#d35400", markersize=4, alpha=0.7)
+    # The paper's numbers have another unit: they stand in a column of their own.
+    low, high = axis.get_xlim()
+    axis.set(ylim=(len(rows) - 0.5, -0.5), xlim=(low, high + 0.3 * (high - low)))
+    for y, row in enumerate(rows):
         if heading in paper.get(row, {}):
-            axis.text(1.01, y, f"{paper[row][heading]:g}", va="center", fontsize=8,
+            axis.text(0.98, y, f"{paper[row][heading]:g}", va="center", ha="right", fontsize=9,
                       color="#16a085", transform=axis.get_yaxis_transform())
-    axis.set(ylim=(len(rows) - 0.5, -0.5))
-    axis.set_title(heading, fontsize=9)
     axis.grid(axis="x", alpha=0.4)
     axis.tick_params(labelsize=8)

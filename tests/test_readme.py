@@ -41,7 +41,7 @@ RUN = {
     "python exercises/grade.py student.py": ("--no-reward", []),
     "python train.py --data mnist": (FEW + " --vae-steps 1 --samples 0", ["out/mnist/model.pt", "out/mnist/vae.pt"]),
     "python train.py --preset edit": (FEW, ["out/edit/model.pt", "out/edit/report.json"]),
-    "python experiments.py 3 --seeds 2": ("--seeds 1 --jobs 1", ["out/experiments/table_3.md"]),
+    "python experiments.py 3 --flow --seeds 2": ("--seeds 1 --jobs 1", ["out/experiments_flow/table_3.md"]),
     "python train.py --preset flagship --dry-run --gpus 512": ("", []),
     "python -m autoencoder.train": ("--steps 1", ["out/vae/vae.pt", "out/vae/reconstructions.png"]),
     "--data folder --data-dir my_pictures": (FEW + " --vae-steps 1", ["out/folder/model.pt"]),
@@ -161,7 +161,7 @@ def run_all(copy):
 
     prepare(copy)
     # The rows of a table take no options from the command line: fewer steps here.
-    experiments.BASES["paper"] = f"{FEW} --gap-every 1"
+    experiments.BASES["flow"] = f"{FEW} --gap-every 1"
     results = {}
     for command, (more, _) in RUN.items():
         began = time.time()

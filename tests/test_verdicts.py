@@ -21,6 +21,7 @@ def test_equal_numbers_are_no_difference():
     """Catches rounding that breaks ties: 0.1 + 0.2 is not 0.3."""
     assert permutation_p([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]) >= 0.5
     assert permutation_p([7.7] * 3, [7.7] * 3) == 1
+    assert permutation_p([0.1, 0.8, 0.8], [0.3, 0.5, 0.4]) == 17 / 20      # unrounded sums would say 15
 
 
 def test_luck_alone_is_called_a_difference_in_a_twentieth():
@@ -59,5 +60,5 @@ def test_lines_of_a_table():
 def test_the_figure(tmp_path):
     """Rows without a number, and one seed, can be drawn."""
     tables = {"Table 1": {"a": {"x": [1.0, 2.0]}, "b": {}}, "Table 2": {"c": {"x": [3.0], "y": [1.0, 1.5]}}}
-    verdicts.plot_tables(tables, ["x", "y"], {"Table 1": {"a": {"x": 8.41}}}, tmp_path / "t.png")
+    verdicts.plot_tables(tables, {"x": "the x", "y": "the y"}, {"Table 1": {"a": {"x": 8.41}}}, tmp_path / "t.png")
     assert (tmp_path / "t.png").stat().st_size > 5000
