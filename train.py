@@ -10,7 +10,8 @@ THE RULE    L = (sum of LM) / words  +  lambda (sum of DDPM) / pictures         
             Words and pictures are counted over all micro-batches of a step, on all processes.
 OUT         out/<name>/   config.json, log.jsonl, curves.png, samples.png, report.json,
                           model.pt       the averaged weights: all that sample.py needs
-                          checkpoints/   everything, to resume to the bit
+                          checkpoints/   everything, to resume to the bit; with parts.pt, for
+                                         scale/export.py, each is a model.pt while the run goes on
 PAPER/HERE  same: AdamW (0.9, 0.95), decay 0.1, clip 1, warm-up, cosine to a twentieth, lambda = 5.
             our choice: sampling from an average of the weights (EMA).
             toys: `python train.py` alone takes five minutes on two cores. It trains rectified
