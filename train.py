@@ -72,7 +72,7 @@ def train_step(run):
     tokens = sum(int((batch.tokens != data.PAD).sum()) for batch in batches)
     all_words, all_pictures = words, pictures
     if sharded:
-        all_words, all_pictures = distributed.total([words, pictures])
+        all_words, all_pictures = distributed.total([words, pictures], run.ranks.device)
     batches = [batch.to(run.ranks.device) for batch in batches]
 
     # 3. Forward and backward, one micro-batch at a time: only one set of activations is in memory.
@@ -106,7 +106,7 @@ def train_step(run):
     lm, grad_norm, *parts = torch.stack([lm_sum, norm, *micro_losses]).tolist()     # one wait
     finite = all(math.isfinite(number) for number in (grad_norm, *parts))
     if sharded:                                         # if one process must stop, all must
-        finite = not any(distributed.total([not finite]))
+        finite = not any(distributed.total([not finite], run.ranks.device))
     if not finite:
         raise run.not_finite(norm, batches, micro_losses)
     for group in run.optimizer.param_groups:
@@ -179,7 +179,7 @@ def fit(run, out, heard):
     window = []                                         # what the steps since the last line gave
     began = time.time()
     try:
-        while run.step < run.end and not asked_to_stop(heard):
+        while run.step < run.end and not asked_to_stop(heard, run.ranks.device):
             window.append(train_step(run))
             bar.update()
             last = run.step == run.end
@@ -212,11 +212,11 @@ def fit(run, out, heard):
     return log.rows
 
 
-def asked_to_stop(heard):
+def asked_to_stop(heard, device="cpu"):
     """Whether any process was told to stop. heard is empty until Ctrl-C or SIGTERM. All must call
-    this."""
+    this. device: see `distributed.total`."""
     # All stop after the same step: one that went on would wait for the others' gradients for ever.
-    return any(distributed.total([len(heard)]))
+    return any(distributed.total([len(heard)], device))
 
 
 def measure_gap(run, probe):

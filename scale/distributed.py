@@ -232,13 +232,17 @@ def micro_batches(accumulate):
     return range(rank(), accumulate, size())
 
 
-def total(numbers):
+def total(numbers, device="cpu"):
     """List of floats: each of `numbers`, summed over the ranks. Every rank must call it, with a
-    list of the same length."""
+    list of the same length.
+
+    device      what the message travels between. At every step: the GPUs. Main memories are slower
+                the more ranks there are, 12 ms for 32 of them; but they wait longer for each other
+    """
     if size() == 1:
         return [float(n) for n in numbers]
     # float64: counts stay exact, and losses lose nothing in the sum.
-    sums = torch.tensor(numbers, dtype=torch.float64)
+    sums = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()
 

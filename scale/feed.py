@@ -6,6 +6,7 @@ THE IDEA    The same feed as sources/feed.py, for data that do not fit in memory
 A PICTURE   packed/ --shards.Shards--> rows of documents, latents --lay_out--> Batch
 READ NEXT   shards.py       TEST  tests/test_shards.py
 """
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Callable
 
@@ -78,6 +79,28 @@ class ShardFeed:
         """What config.json says of the data: the settings they were packed with, and the name of
         their content."""
         return {"packed": self.shards.settings | {"content": self.shards.content}}
+
+
+class Ahead:
+    """A feed whose next batches are drawn by a thread, while a GPU computes with these. `batch` is
+    a pure function, so they are the same batches. feed: any feed, of memory or of shards."""
+
+    def __init__(self, feed):
+        self.feed = feed
+        self.thread = ThreadPoolExecutor(1)
+        self.coming = {}                    # {(seed, step, micro): the future of that batch}
+
+    def __getattr__(self, name):
+        return getattr(self.feed, name)
+
+    def batch(self, seed, step, micro):
+        """The data.Batch of a micro-batch: see the feed's own. What is wrong with a batch is said
+        when it is asked for."""
+        future = self.coming.pop((seed, step, micro), None)
+        batch = future.result() if future else self.feed.batch(seed, step, micro)
+        following = (seed, step + 1, micro)
+        self.coming[following] = self.thread.submit(self.feed.batch, *following)
+        return batch
 
 
 def build_feed(config, diffusion, start, view):

@@ -222,6 +222,8 @@ def prepare(config, out, resume, overwrite, view, command=""):
     diffusion = start.diffusion if start else Diffusion(
         config.diffusion, shift=config.shift, noise_skip=config.noise_skip)
     feed = build_feed(config, out, diffusion, start, resume, view)
+    if ranks.device.type == "cuda":                         # a CPU's cores are busy with the step
+        feed = scale.feed.Ahead(feed)
     run = build_run(config, ranks, feed, diffusion, start)
     run.end = end
     run.origin = origin

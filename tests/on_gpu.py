@@ -48,6 +48,7 @@ from diffusion import Diffusion
 from model import PAPER_LATENT, PAPER_VOCABULARY, count, sized
 from sample import generate
 from scale import distributed, plan
+from scale.feed import Ahead
 from scale.run import build_feed, build_run
 from sources import scenes
 from support.checkpoint import encode_pixels, load_trained
@@ -179,7 +180,7 @@ def random_run(n, ranks, size, rows, accumulate, *options, layers=None, **change
     feed = RandomFeed(shape, rows)
     # Drawn on the GPU: 1B weights take ten seconds on a CPU.
     with torch.device(ranks.device), eager_on_cpu(ranks.device):
-        return build_run(config, ranks, feed, Diffusion(), None)
+        return build_run(config, ranks, Ahead(feed), Diffusion(), None)
 
 
 def wait(device):

@@ -27,6 +27,7 @@ from config import Config, parse_arguments
 from conftest import draw_batch, make_run
 from metrics import progress
 from scale import distributed, export
+from scale.feed import Ahead
 from sources import mnist, scenes
 from support import checkpoint
 from support.checkpoint import load_trained
@@ -130,6 +131,29 @@ def test_a_batch_is_a_function_of_seed_step_and_micro_batch(prepared):
     assert all("eps" in same(first[a], first[b]) for a in first for b in first if a != b)
     run.config.seed += 1
     assert "eps" in same(first[0, 0], tensors(draw_batch(run, 0, 0)))
+
+
+def test_a_thread_draws_the_next_step(prepared, monkeypatch):
+    """Catches a thread that draws other batches than the step would have, that hides what is wrong with one, or names it too early."""
+    run, asked = prepared(), []
+    real = type(run.feed).batch
+
+    def batch(feed, seed, step, micro):
+        asked.append((step, micro))
+        if step == 5:
+            raise UserError("the shard of step 5 is broken")
+        return real(feed, seed, step, micro)
+
+    wanted = {(s, m): tensors(draw_batch(run, s, m)) for s in (0, 1, 2, 4) for m in range(2)}
+    monkeypatch.setattr(type(run.feed), "batch", batch)
+    run.feed = Ahead(run.feed)
+    assert run.feed.tokenizer is run.feed.feed.tokenizer
+    for step, micro in wanted:                          # after 2 comes 4, as after a resume
+        assert same(wanted[step, micro], tensors(draw_batch(run, step, micro))) == []
+    run.feed.thread.shutdown()                          # when all that was begun is done
+    assert sorted(asked) == [(s, m) for s in range(6) for m in range(2)]        # each once
+    with pytest.raises(UserError, match="step 5"):
+        run.feed.coming[run.config.seed, 5, 0].result()
 
 
 def many_batches(run, n=60):
