@@ -271,6 +271,7 @@ def test_transfusion_loss_by_hand():
     assert transfusion_loss(lm_sum, 10, ddpm_sum, 4).item() == pytest.approx(30 / 10 + 5 * 8 / 4)
     assert transfusion_loss(lm_sum, 10, ddpm_sum, 4, lam=2.0).item() == pytest.approx(30 / 10 + 2 * 8 / 4)
     assert transfusion_loss(lm_sum, 10, torch.tensor(0.0), 0).item() == pytest.approx(3)
+    assert transfusion_loss(lm_sum, 10, ddpm_sum, 1).item() == pytest.approx(30 / 10 + 5 * 8)          # a step with one picture
 
 
 def test_transfusion_loss_adds_up_over_micro_batches(model):
