@@ -100,7 +100,7 @@ def test_codes_are_read_in_order(trained):
 
 
 # --------------------------------------------------------------------------------------------------------------- decoding
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("guidance", [1.0, 2.0, 3.0])
 def test_cached_is_uncached(trained, guidance):
     """Catches a code at the wrong place of the cache, a blind row of another length, guidance on words' logits too, and a
     first code that is not predicted by BOI."""

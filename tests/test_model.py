@@ -459,6 +459,8 @@ def test_unet_adds_the_papers_parameters(patch):
     for size in PAPER_SIZES:
         assert count(paper_model(size, "unet", patch).patch_encoder) == pytest.approx(0.27e9, rel=0.05), size
     assert count(Transfusion(sized("toy", vocabulary=9, encoder="unet")).patch_encoder) == 581_956       # the toy keeps its own
+    # The toys' feed-forward layers are rounded to 128, and to 256.
+    assert [count(Transfusion(sized(size, vocabulary=9))) for size in ("toy", "small")] == [896_928, 1_618_336]
 
 
 # ------------------------------------------------------------------------------------------------------- FlexAttention
