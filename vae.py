@@ -116,9 +116,10 @@ class Attention(nn.Module):
         M, c, h, w = x.shape
         qkv = self.qkv(self.norm(x))                                        # (M, 3*c, h, w)
         qkv = qkv.view(M, 3, c, h * w).transpose(2, 3)                      # (M, 3, h*w, c)
-        q, k, v = qkv.unbind(1)                                             # each (M, h*w, c)
-        out = F.scaled_dot_product_attention(q, k, v)                       # (M, h*w, c)
-        out = out.transpose(1, 2).reshape(M, c, h, w)                       # (M, c, h, w)
+        # The dimension of the one head stays: without it PyTorch takes its slow, unfused path.
+        q, k, v = qkv.split(1, dim=1)                                       # each (M, 1, h*w, c)
+        out = F.scaled_dot_product_attention(q, k, v)                       # (M, 1, h*w, c)
+        out = out.transpose(2, 3).reshape(M, c, h, w)                       # (M, c, h, w)
         return x + self.out(out)
 
 
@@ -400,7 +401,9 @@ def to_pixels(x):
 def batches(vae, pixels, progress=False):
     """Yields pixels (N, h, w, c) uint8, in order, as float (n, c, h, w) on the VAE's device."""
     N, h, w, c = pixels.shape
-    n = max(1, 2 ** 18 // (h * w))                      # so many fit in memory: 256 of 32 x 32
+    # So many fit in memory: 256 of 32 x 32. On a CPU 64, which its caches hold: a fifth faster.
+    most = 2 ** 16 if vae.shift.device.type == "cpu" else 2 ** 18           # pixels at once
+    n = max(1, most // (h * w))
     starts = range(0, N, n)
     for k in tqdm(starts, desc="encoding pictures", disable=not progress, leave=False):
         x = to_float(pixels[k: k + n])

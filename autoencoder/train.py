@@ -362,8 +362,9 @@ def measure_latents(vae, pixels):
     variance = mean.var((0, 2, 3)) + deviation.square().mean((0, 2, 3))     # (z,), of q's draws
     vae.shift.copy_(mean.mean((0, 2, 3)))
     vae.scale.copy_(variance.sqrt())
-    mean, _ = encode_all(vae, pixels, progress=False)   # again: now they are normalised
-    vae.x0_max.fill_(mean.abs().max().item())
+    # The largest of what `encode` gives from now on: normalised.
+    normalised = (mean - vae.shift[:, None, None].cpu()) / vae.scale[:, None, None].cpu()
+    vae.x0_max.fill_(normalised.abs().max().item())
     return vae
 
 
