@@ -191,9 +191,6 @@ class Quantiser(nn.Module):
         # All codes begin as idle, so the first training step places every one of them.
         self.register_buffer("idle", torch.full((codes,), IDLE))
         self.register_buffer("uses", torch.zeros(codes, dtype=torch.long))
-        # Who has the other parts of a batch, if several processes share it: then `gather` and `add`
-        # of autoencoder.processes.Processes make one of them.
-        self.processes = None
 
     def forward(self, e, generator=None):
         """(vectors for the decoder (M, z, h, w), codes (M, h, w) int64, loss: a scalar).
@@ -239,8 +236,6 @@ class Quantiser(nn.Module):
     @torch.no_grad()
     def revive(self, vectors, generator=None):
         """Put idle codes on vectors of this batch, drawn at random. vectors: (n, z)."""
-        if self.processes:
-            vectors = self.processes.gather(vectors)
         # A code far from every vector is never the nearest, so no gradient ever moves it.
         dead = (self.idle >= IDLE).nonzero().squeeze(1)                     # their numbers
         size = (len(dead),)
@@ -253,8 +248,6 @@ class Quantiser(nn.Module):
     def count(self, codes):
         """Keep `uses` and `idle` up to date. codes: (n,) int64, those of one batch."""
         uses = torch.bincount(codes, minlength=len(self.codebook))
-        if self.processes:
-            uses = self.processes.add(uses)
         self.uses += uses
         self.idle += 1
         self.idle[uses > 0] = 0

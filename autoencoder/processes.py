@@ -24,6 +24,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
 from support.common import UserError
+from vae import Quantiser
 
 
 @dataclass(frozen=True)
@@ -62,30 +63,43 @@ class Processes:
         for gradient, piece in zip(gradients, pieces, strict=True):
             gradient.copy_(piece.view_as(gradient))
 
-    def gather(self, vectors):
-        """The vectors (n, z) of all processes in the order of the batch, (size n, z)."""
+    def gather(self, x):
+        """The parts (n, ...) of all processes in the order of the batch, (size n, ...)."""
         if self.size == 1:
-            return vectors
-        parts = [torch.empty_like(vectors) for _ in range(self.size)]
-        dist.all_gather(parts, vectors.contiguous())
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
-
-    def add(self, counts):
-        """The sum of a tensor of counts over the processes."""
-        if self.size > 1:
-            dist.all_reduce(counts)
-        return counts
 
     def any(self, flag):
         """Whether a flag is true on any process: if one must stop, all must."""
-        return bool(self.add(torch.tensor(int(bool(flag)))))
+        flags = self.gather(torch.tensor([bool(flag)]))
+        return bool(flags.any())
 
     def join(self, *modules):
-        """Tell every module that looks at the whole batch who has the other parts."""
+        """Let every module that looks at the whole batch see all parts of it."""
+        if self.size == 1:
+            return
         for module in modules:
             for part in module.modules():
                 if hasattr(part, "processes"):
                     part.processes = self
+                if isinstance(part, Quantiser):
+                    self.join_quantiser(part)
+
+    def join_quantiser(self, quantiser):
+        """Let a quantiser place idle codes, and count, as if it saw the whole batch."""
+        revive = quantiser.revive
+        count = quantiser.count
+
+        def revive_all(vectors, generator=None):
+            revive(self.gather(vectors), generator)
+
+        def count_all(codes):
+            count(self.gather(codes))
+
+        quantiser.revive = revive_all
+        quantiser.count = count_all
 
 
 ALONE = Processes()
