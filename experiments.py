@@ -230,7 +230,7 @@ def run(argv, out, children):
     # One core per run: two programs with two threads each would wait for one another.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # Several runs at a time would mix on the screen, so each writes to a file of its own.
-    with open(out / "output.txt", "w") as output:
+    with open(out / "output.txt", "w", encoding="utf-8") as output:
         status = children.run(command, stdout=output, stderr=output, env=environment)
     if status != 0 or not (out / "report.json").exists():
         raise UserError(f"a row failed or was stopped; {out}/output.txt says how, and the same "

@@ -112,7 +112,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m notebooks.page")
     parser.add_argument("--checkpoint", default=ASSETS / "scenes.pt", help="it draws and writes")
     parser.add_argument("--edit", default=ASSETS / "scenes_edit.pt", help="it edits")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=0, help="0: any free one")
     args = parser.parse_args(argv)
     Handler.drawn = {}
     Handler.models = [load_trained(path, pick_device()) for path in (args.checkpoint, args.edit)]

@@ -205,7 +205,7 @@ class ShardWriter:
             "deviation_squared": self.deviation_squared,
         }
         content = json.dumps({**header, **counts, "bytes": sizes}, indent=1)
-        (folder / "header.json").write_text(content)
+        (folder / "header.json").write_text(content, encoding="utf-8")
 
 
 def bounds(lists):

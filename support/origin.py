@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from support.common import one_sentence
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -53,8 +55,9 @@ class Origin:
             return ["this checkpoint does not say where it comes from"]
         day = time.strftime("%Y-%m-%d", time.gmtime(self.began))
         commit = f"commit {self.commit}" if self.commit else "no commit is known"
-        return [f"trained by: {self.command}",
-                f"  {commit}, torch {self.torch}, {self.device}, {day}, {self.seconds:.0f} s"]
+        lines = [f"trained by: {self.command}",
+                 f"  {commit}, torch {self.torch}, {self.device}, {day}, {self.seconds:.0f} s"]
+        return [one_sentence(line) for line in lines]   # a file may hold codes that terminals obey
 
 
 def command_line(program, argv):

@@ -53,7 +53,8 @@ def lock(out):
         yield
     finally:
         # Removed while it is held. Otherwise it could be another training's lock by now.
-        (out / ".lock").unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):      # Windows: not while it is open
+            (out / ".lock").unlink(missing_ok=True)
         file_lock.release()
         for folder in made:                             # a run that was refused leaves no folder
             with contextlib.suppress(OSError):          # it is not empty: there was a run

@@ -58,7 +58,7 @@ def test_the_commit(repository, tmp_path, monkeypatch):
 def test_a_run_writes_it_and_evaluate_prints_it(tmp_path, capsys, monkeypatch):
     """Catches a command that lost an option or its quotes, seconds that are not the run's, and a file that forgets on the way."""
     monkeypatch.setattr(origin, "commit_of", lambda folder: "abc1234 (changed)")
-    monkeypatch.setattr(evaluate, "load_test", lambda *_: None)
+    monkeypatch.setattr(evaluate, "load_data", lambda *_: None)
     monkeypatch.setattr(evaluate, "report", lambda *a, **k: ({}, ["  measured"], []))
     out = tmp_path / "my run"
     began = time.time()
@@ -82,6 +82,12 @@ def test_older_files_say_nothing(capsys):
     found = checkpoint.load_trained(ASSETS / "scenes.pt").origin
     assert found == origin.Origin() == found.until_now()
     assert found.lines() == ["this checkpoint does not say where it comes from"]
+
+
+def test_a_command_cannot_speak_to_the_terminal():
+    """Catches a file whose command clears the screen, or pretends to be three lines."""
+    lines = origin.Origin(command="python train.py --out \x1b[2J\nall is well", began=1.0).lines()
+    assert len(lines) == 2 and all(line.isprintable() for line in lines) and "\\x1b" in lines[0]
 
 
 @pytest.mark.parametrize("damaged", [{"command": 3}, {"seconds": "long"}, {"began": None}, {"new": ""}, [], "x"], ids=str)
