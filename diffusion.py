@@ -142,14 +142,15 @@ class Diffusion:
 
     def at(self, t, x):
         """(a, s) at t, shaped to multiply x. t: (M,) int64, or one int for all; x: (M, c, h, w)."""
-        a, s = self.tables(x.device)                    # each (T + 1,)
-        t = torch.as_tensor(t, device=a.device)
+        t = torch.as_tensor(t)
+        a, s = self.tables(t.device)                    # each (T + 1,)
+        t = t.to(a.device)
         shape = (-1,) + (1,) * (x.ndim - 1)             # (M, 1, 1, 1)
         return a[t].reshape(shape).to(x), s[t].reshape(shape).to(x)
 
     def tables(self, device):
-        """(a, s), each (T + 1,) float64: on a GPU of Nvidia's, where t is; else on the CPU, as some
-        devices have no float64."""
+        """(a, s), each (T + 1,) float64: on a GPU of Nvidia's, if t is there; else on the CPU, as
+        some devices have no float64. device: that of t."""
         if device.type != "cuda":
             return self.a, self.s
         # Kept: to fetch t, or to send the tables, would be to wait for the GPU at every step.

@@ -288,6 +288,21 @@ def test_a_step_fits_the_processes(tmp_path, monkeypatch):
         divided(1, "--auto", "--preset", "0.16b")
 
 
+def test_auto_takes_what_the_dry_run_shows(tmp_path, monkeypatch, capsys):
+    """A step of another size, a choice for a GPU that is not there, or a run that begins although nothing fits."""
+    memory = 85e9                                       # what an H100 80GB says
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, memory))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    ranks = distributed.Ranks(torch.device("cuda", 0))
+    config = parse_arguments(["--preset", "0.16b", "--auto", "--checkpointing"])[0]
+    divide_step(config, tmp_path, ranks, resume=False)
+    assert (config.documents, config.accumulate, config.checkpointing) == (16, 32, False)
+    assert "16 rows per micro-batch, without checkpointing" in capsys.readouterr().out
+    seven = parse_arguments(["--preset", "7b", "--auto"])[0]
+    with pytest.raises(UserError, match="nothing fits in the 85 GB of a NVIDIA H100"):
+        divide_step(seven, tmp_path, ranks, resume=False)
+
+
 @pytest.mark.parametrize("memory_error", [lambda: torch.empty(10 ** 15), lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA"))])
 def test_out_of_memory(folder, tmp_path, monkeypatch, memory_error):
     """Catches a traceback where a smaller batch would do, and advice that names what is already so."""
