@@ -1,8 +1,7 @@
 """
 page.py: a page to click. A document grows while you look         (Transfusion §3 "Inference", §4.5)
 
-The browser asks in JSON; the Events of `sample.generate` reach it as lines of JSON, one by one.
-TRY IT      python -m notebooks.page        TEST  tests/test_page.py
+The Events of `sample.generate` reach the browser as lines of JSON.     TEST  tests/test_page.py
 """
 import argparse
 import base64
@@ -83,8 +82,7 @@ class Handler(BaseHTTPRequestHandler):
         for part in [*ask["parts"], ask["text"]]:       # perhaps "[my.png] and words"
             new = part not in self.drawn
             prompt += sample.read_prompt(part, trained) if new else [self.drawn[part]]
-        prompt = prompt[-2:] if edits else prompt       # Paper: §4.5, a document of its own
-        if edits and [isinstance(part, str) for part in prompt] != [False, True]:
+        if edits and [isinstance(part, str) for part in prompt[-2:]] != [False, True]:
             raise UserError("draw a picture first, then say how to change it")
 
         def watch(event):
@@ -102,7 +100,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.drawn[url] = event.x[0].cpu()
                 self.tell(mark="<eoi>")
 
-        sample.generate(trained, [prompt], not writes, 64 * writes, 3, [int(ask["seed"])],
+        document = prompt[-2:] if edits else prompt     # Paper: §4.5, an edit is a document
+        sample.generate(trained, [document], not writes, 64 * writes, 3, [int(ask["seed"])],
                         watch=watch, over="both" if edits else "words", steps=int(ask["steps"]),
                         sampler=ask["sampler"], guidance=float(ask["guidance"]))
 
@@ -112,11 +111,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m notebooks.page")
     parser.add_argument("--checkpoint", default=ASSETS / "scenes.pt", help="it draws and writes")
     parser.add_argument("--edit", default=ASSETS / "scenes_edit.pt", help="it edits")
-    parser.add_argument("--port", type=int, default=0, help="0: any free one")
     args = parser.parse_args(argv)
     Handler.drawn = {}
     Handler.models = [load_trained(path, pick_device()) for path in (args.checkpoint, args.edit)]
-    with ThreadingHTTPServer(("127.0.0.1", args.port), Handler) as server:
+    if {trained.kind for trained in Handler.models} != {"transfusion"}:
+        raise UserError("a page can show Transfusion only: the rivals have no diffusion mode")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         print(f"open http://127.0.0.1:{server.server_port} in a browser", flush=True)
         server.serve_forever()
 

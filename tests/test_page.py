@@ -21,7 +21,7 @@ from PIL import Image
 from notebooks import page
 from sources import scenes
 from support import checkpoint
-from support.common import ASSETS
+from support.common import ASSETS, UserError
 
 ASK = {"parts": [], "guidance": "3", "steps": "8", "sampler": "dpm++", "seed": "0"}
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=900,900"]
@@ -102,6 +102,17 @@ def test_mistakes_are_sentences(address, what, text, options, sentence):
     assert before == [] or options
     assert event["mode"] == "error" and sentence in event["t"]
     assert call(address) == page.PAGE
+
+
+def test_a_rival_has_no_page(tmp_path):
+    """Catches a server that starts and can do nothing."""
+    content = checkpoint.load(ASSETS / "scenes.pt", "model")
+    content["about"] = {"kind": "llama", "text_share": -1.0}
+    checkpoint.save(tmp_path / "llama.pt", content)
+    models = page.Handler.models
+    with pytest.raises(UserError, match="Transfusion only"):
+        page.main(["--checkpoint", str(tmp_path / "llama.pt")])
+    page.Handler.models = models
 
 
 # ----------------------------------------------------------------------------------------------------------- in a browser
