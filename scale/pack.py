@@ -22,8 +22,8 @@ PAPER/HERE  same: rows of 4096, pictures centre-cropped to 256x256, the Llama 2 
             pictures and bad lines.
             our choice: after a pair, another follows in the same document with probability 0.1.
             Many machines pack at once by packing different sources, each into its own folder inside
-            one. shards.py reads packed/*/ together, if tokenizer, VAE and sizes are the same. One
-            command runs on one GPU.
+            one. shards.py reads packed/*/ together, if tokenizer, VAE and sizes are the same, and
+            mixture.py reads some of these folders more often. One command runs on one GPU.
 READ NEXT   shards.py       TEST  tests/test_shards.py
 TRY IT      python -m scale.pack --text scenes --pairs scenes --vae assets/scenes_vae.pt
                    --seq-len 128 --image-size 32

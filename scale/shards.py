@@ -331,7 +331,8 @@ class Shards:
         return folders
 
     def make_phase(self, weights, key=""):
-        """The Phase of a mixture {folder: weight}. Raises UserError if no row is left."""
+        """The Phase of a mixture {folder: weight}. key: what tells its order from another phase's.
+        Raises UserError if no row is left."""
         orders = {}
         for kind in KINDS:
             sources = []
