@@ -30,6 +30,7 @@ def test_weights_that_make_no_sense(command, weights, words):
     """Catches one found out after the pictures of the first."""
     with pytest.raises(UserError, match=words):
         command(["--guidance", *weights])
+    sweep.check_weights([0, 0.5, 1])                    # these do
 
 
 def test_one_command_sweeps_a_report(tmp_path, capsys, monkeypatch):
