@@ -34,7 +34,7 @@ STARTS = (0.25, 0.5, 0.75, 1.0)                         # of T, where redrawing 
 LEAST_DB = 20                                           # of a picture, there and back
 MOST_LEFT = 0.1                                         # of the picture, at t = T
 SAME = 1e-2                                             # latents that differ by less
-MOST_OF_NO_NETWORK = 0.5                                # of the loss of knowing no network
+MOST_OF_NO_NETWORK = 0.8                                # of the loss of knowing no network
 LEAST_Z = 3                                             # the gap, in its standard errors
 
 

@@ -111,6 +111,17 @@ def test_a_healthy_model(trained, capsys):
     assert max(found["redrawn"]) == 1000 and found["judged"]
 
 
+def test_small_latents_of_digits_are_no_disease():
+    """What a model of MNIST measures that draws 99% of its digits as asked: of weak noise in them little can be known. Catches a limit
+    that is only right for the world of scenes."""
+    found = {"db": 24.5, "left": 0.0, "uncached": 8e-4, "unguided": 5.0, "judged": False, "z": 10.5,
+             "right": [0.416, 0.229, 0.110, 0.043, 0.012], "no_network": [0.706, 0.387, 0.213, 0.083, 0.010],
+             "redrawn": {250: 1.0, 500: 0.96, 750: 0.79, 1000: 0.25}}
+    assert doctor.diagnose(found) == "nothing is wrong: from t = 250 on, 100% come out as themselves"
+    assert doctor.diagnose(found | {"right": found["no_network"]}).startswith("it is undertrained: its loss is 100%")
+    assert doctor.diagnose(found | {"z": 2.0}).startswith("it ignores")
+
+
 def test_without_a_judge_the_nearest_picture_counts(trained):
     """Catches data of one's own that nobody can examine."""
     patient = doctor.find_patient(trained, n=12)
