@@ -124,7 +124,7 @@ def kept_is_good(out):
 
 # ----------------------------------------------------------------------------------------------------------------- numbers
 WAYS = {                                                # options, and a word of the sentence
-    "rate": (dict(lr=1e6, warmup=0), "step"),
+    "rate": (dict(lr=1e6, warmup=0), "step|not finite"),
     "rate that overflows the weights": (dict(lr=1e38, warmup=0, save_every=1), "not finite|not taken"),
     "decay that overflows the weights": (dict(decay=1e300, warmup=0, save_every=1), "not finite|not taken"),
     "lambda": (dict(lam=1e308), "step 1 was not taken"),
