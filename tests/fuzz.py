@@ -144,6 +144,7 @@ class Running:
         self.outcome.megabytes = max(0, usage.ru_maxrss // 1024 - self.inherited // 2 ** 20)
         # A 7B does take gigabytes. Where they are not there, our sentence counts them.
         counted = self.outcome.text.startswith("out of memory: a process needs")
+        counted = counted or any(size in self.outcome.input for size in model.PAPER_SIZES)
         if self.outcome.megabytes * 2 ** 20 > MEMORY and not counted:
             self.outcome.verdict = "memory"
         if not self.keep:
@@ -848,7 +849,7 @@ def checkpoint_case(rng, given, shelf):
         content = torch.load(shelf / name, weights_only=True)
         tensor = content["weights"][pick(rng, content["weights"])]
         if tensor.is_floating_point():
-            tensor.view(-1)[0] = float(pick(rng, ("nan", "inf", "-inf")))
+            tensor[(0,) * tensor.ndim] = float(pick(rng, ("nan", "inf", "-inf")))
             wanted = NEVER
         torch.save(content, path)
     else:

@@ -471,3 +471,21 @@ def test_train_a_judge(tmp_path, capsys):
     assert "judge.pt" in capsys.readouterr().out
     with pytest.raises(UserError, match="there is no checkpoint"):
         digits.load_classifier(tmp_path / "none.pt")
+
+
+def test_how_much_is_measured(monkeypatch):
+    """n pictures, shared among the categories, and 50 unseen pairs of each; n captions; 500 texts of 5,000 scenes. Catches n per category:
+    hours for minutes; and numbers of other sets than docs/RESULTS.md has."""
+    asked = []
+    table = {"colors": {"exact": 1.0, "rule": 1.0}}
+    stands = {"geneval": lambda trained, names, n, unseen, *_, **__: asked.append((n, unseen)) or (table, []),
+              "captioning": lambda trained, names, n, *_: asked.append(n) or (1.0, []), "crowd_distance": lambda *_: 0.0,
+              "excess_nats": lambda trained, documents, world, n, seed: asked.append((n, len(documents.pairs.captions))) or (0.0, 1.0)}
+    for name, stand in stands.items():
+        monkeypatch.setattr(evaluate.scene_metrics, name, stand)
+    monkeypatch.setattr(evaluate, "report_text", lambda *_: {})
+    config = SimpleNamespace(patches=16, context=96, latent=(4, 8, 8))
+    trained = SimpleNamespace(kind="transfusion", text_share=0.5, tokenizer=data.Words(scenes.vocabulary()), vae=SimpleNamespace(f=4),
+                              model=SimpleNamespace(config=config))
+    evaluate.report_scenes(trained, evaluate.Job(("single_object", "two_object"), None, 7, 0, [], {}))
+    assert asked == [(4, False), (50, True), 7, (500, 5000)]

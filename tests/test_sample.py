@@ -125,6 +125,15 @@ def test_wide_pictures(make_trained, eager, encoder):
     assert set(shapes) == {(4, 4, 8)} and len(shapes) >= 2, shapes
 
 
+def test_room_for_the_longest_prompt(make_trained):
+    """Several prompts, measured by the shortest: the longest ends in the middle of a picture. P = 4, so two pictures take 12."""
+    trained = make_trained(context=20)
+    sample.check_room(trained, [["a"], ["the red circle and the square"]], 2)           # <bos>, six words, 12 and EOS: 20
+    for prompts in ([["a"], ["the red circle and the blue square"]], [["the red circle and the blue square"], ["a"]]):
+        with pytest.raises(UserError, match="need 21 positions"):
+            sample.check_room(trained, prompts, 2)
+
+
 @pytest.mark.parametrize("guidance", [1, 3.0])
 def test_the_shipped_model_writes_what_the_paper_says(guidance):
     """The same of a model that has learned to draw, greedily: it says BOI itself, and then EOS."""
