@@ -20,6 +20,7 @@ PAPER/HERE  same: cosine schedule (offset 0.008, beta <= 0.999), T = 1000, eps l
             steps, guidance.
             our choice: eq. 3's norm is a mean over elements; estimates of x0 are clipped to the
             range that latents have.
+            our choice: `noise_skip`, a path for the noisy picture beside the network.
             our choice: `flow`, which §3 names as future work, and `shift`, which moves the schedule
             to more noise (1 = the paper's). docs/RESULTS.md "What it took" says when they pay.
 READ NEXT   patchify.py
