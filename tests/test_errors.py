@@ -276,7 +276,7 @@ def test_resume_with_a_changed_option(capsys, monkeypatch, tmp_path, shelf):
     ("evaluate.py", ["--guidance", "-1"], ["--guidance"]),
     ("evaluate.py", ["--sampler", "euler"], ["euler", "ddpm"]),
     ("evaluate.py", ["--steps", "0"], ["0"]),
-    ("evaluate.py", ["--steps", "1001"], ["1000", "1001"]),
+    ("evaluate.py", ["--steps", "1001"], ["--steps must be between 1 and 1000, got 1001"]),
     ("evaluate.py", ["--world", "seven"], ["--world", "seven"]),
     ("evaluate.py", ["--json", "nowhere/numbers.json"], ["nowhere/numbers.json"]),
     ("evaluate.py", ["--json", "model.pt"], ["model.pt", "must end in .json"]),
