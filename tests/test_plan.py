@@ -4,6 +4,7 @@ import math
 import re
 import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -245,6 +246,17 @@ def test_dry_run_of_the_rivals(capsys):
     plain, stable = (dict((what, size) for what, size, _ in plan.memory(paper_model("0.76b", stable=s), 64))["at the worst moment: the loss"]
                      for s in (False, True))
     assert stable - plain == 2 * 4 * 4096 * 32007                       # kept by the denominator loss, and its gradient
+
+
+def test_preset_paper_is_the_papers_objective():
+    """Catches a preset of that name that trains flow, another schedule, lambda or noise limit, or draws without DDPM's steps;
+    and a `python train.py` whose objective is not the one that its output and README say."""
+    config, default = parse_arguments(["--preset", "paper"])[0], parse_arguments([])[0]
+    for name in ("diffusion", "shift", "lam", "t_limit", "patch_position", "sampler"):
+        assert getattr(config, name) == getattr(type(config)(), name), name
+    assert config.noise_skip and not type(config)().noise_skip          # ours: an option, not the default
+    readme = Path(train.__file__).with_name("README.md").read_text(encoding="utf-8")
+    assert default.diffusion == "flow" and "This first run trains rectified flow" in readme
 
 
 @pytest.mark.parametrize("size", PAPER_SIZES)
