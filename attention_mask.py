@@ -100,7 +100,7 @@ def intervals(image_id, doc_id, bidirectional=True):
     starts = changes(doc_id)                                            # (B, T)
     lo = torch.where(starts, pos, 0).cummax(dim=1).values               # (B, T)
 
-    # 2. hi of a word, and in the ablation of a patch too: the position itself.
+    # 2. hi, in the ablation: each position's own. Otherwise only a word's, see 3.
     if not bidirectional:
         return lo, pos.clone()
 
@@ -110,7 +110,8 @@ def intervals(image_id, doc_id, bidirectional=True):
     #        ends        T   F   T   T        something begins at the next position, or the row ends
     #        hi          0   2   2   3
     begins = starts | changes(image_id)                                 # (B, T)
-    ends = begins.roll(-1, dims=1)                                      # (B, T), last: begins[0]
+    # The roll brings begins[0], which is True, to the last place: the end of the row is an end.
+    ends = begins.roll(-1, dims=1)                                      # (B, T)
     # The next end from q on is q's own. It is the smallest one to the right, so look from there.
     from_right = torch.where(ends, pos, T).flip(1)                      # (B, T)
     next_end = from_right.cummin(dim=1).values.flip(1)                  # (B, T)
@@ -181,8 +182,8 @@ def tile_mask(lo, hi):
     full = covers.all(dim=2)                # every q of it: #            (B, T/128, T/128)
     partial = some & ~full                  # o                           (B, T/128, T/128)
 
-    # TRAP: `look` may close over tensors of one shape only. A number that changes with the layout,
-    # such as how many pictures there are, would compile the kernel anew for every batch.
+    # TRAP: what `look` uses must keep its shape from batch to batch. A number that changes with the
+    # layout, such as how many pictures there are, would compile the kernel anew for every batch.
     lo = lo.int()
     hi = hi.int()
 
@@ -229,7 +230,7 @@ def attend(q, k, v, mask):
     mask   (B, 1, T, keys) bool, or a BlockMask; that has no backward on CPU, says torch 2.13"""
     if not isinstance(mask, BlockMask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, N, T, K)
-    # In a block that is being compiled, that compiler fuses the kernel. On CPU the tests use
+    # Inside torch.compile, that compiler fuses the kernel; otherwise we must. On CPU the tests use
     # PyTorch's unfused one.
     if q.is_cuda and not torch.compiler.is_compiling():
         return fused_kernel()(q, k, v, block_mask=mask)                 # (B, N, T, K)

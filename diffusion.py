@@ -5,7 +5,7 @@ THE IDEA    Mix a picture with noise, by an amount that grows with t. Train a ne
             noise was mixed in. Then start from noise alone, ask again and again, and each time take
             a little of the predicted noise away.
 A PICTURE   t = 0            t = 250       t = 500       t = 750       t = 1000
-            picture    ->    grain   ->    ghost   ->    hint    ->    noise     q(xt | x0), exact
+            picture    ->    grain   ->    ghost   ->    hint    ->    noise     eq. 2, at once
             picture    <-    x(t-1)  <-    ...     <-    xt      <-    noise     samplers, by steps
 THE RULE    xt = a[t] x0 + s[t] eps,   eps ~ N(0, 1)                                         eq. 2
               DDPM, cosine schedule:  a = sqrt(alpha_bar), s = sqrt(1 - alpha_bar)
@@ -78,7 +78,7 @@ def straight(T, shift=1.0):
 
 # ------------------------------------------ what the network must say, and x0 from what it has said
 # All of these take and give (M, c, h, w); a and s are those of eq. 2, shaped to multiply them.
-# Neither target here needs a and s, but others do: v = a eps - s x0 is one.
+# Neither target here needs a and s, but others do: forks/v_prediction.diff has one.
 def eps_target(x0, eps, a, s):
     """The noise itself: the target of the paper's DDPM."""
     return eps                                          # Paper: eq. 3
@@ -183,12 +183,13 @@ class Diffusion:
         out   (M, c, h, w), its output
         t     (M,) int64, or one int for all"""
         if not self.noise_skip:
-            return out                                  # Paper: eq. 3. The output is eps.
-        # Our choice: eps = s xt + a v holds exactly, with v = a eps - s x0. So the noisy picture
-        # passes beside the network, which only adds v. The loss stays eq. 3, of this sum. Near
-        # t = T the network would have to copy xt to the last digit, through its RMSNorm: x0 is
-        # (xt - s eps) / a, and a is almost 0. This way x0 is a xt - s v: nothing is divided.
-        # Measured (docs/RESULTS.md "The paper's own objective"): colours as asked 4% -> 62%.
+            return out                                  # the target itself: Paper: eq. 3, eps
+        # Our choice: the noisy picture passes beside the network, which only adds the rest, v.
+        # That is exact: eps = s xt + a v, with v = a eps - s x0. The loss stays eq. 3, of the sum.
+        # Why: near t = T, x0 = (xt - s eps) / a, and a is almost 0. So eps must be right to the
+        # last digit, and a network has to copy xt through its RMSNorm to say it. With v,
+        # x0 = a xt - s v: nothing is divided. Colours as asked went from 4% to 62%
+        # (docs/RESULTS.md "The paper's own objective").
         a, s = self.at(t, xt)
         return s * xt + a * out
 
@@ -218,7 +219,7 @@ def loss(target, out):
 
     target   (M, c, h, w), what `Diffusion.target` says: eps, for the paper's DDPM
     out      (M, c, h, w), what the network says, in any precision"""
-    # In float32: bfloat16 has 8 bits, too few to sum thousands of squares.
+    # In float32: bfloat16 keeps 8 binary digits, too few to sum thousands of squares.
     error = target - out.float()                        # (M, c, h, w)
     # Our choice: the norm of eq. 3 is a mean, not a sum. A sum would grow with the size of the
     # picture, and lambda = 5 would mean something else for each.
@@ -263,6 +264,7 @@ def ancestral_step(diffusion, xt, x0, t, u, noise):
     # Bayes: the mean lies between what x_t says and what x0 says.
     from_xt = keep * noise_u / noise_t * xt
     from_x0 = a_u * beta / noise_t * x0
+    # Our choice: this variance, DDPM's eq. 7. Their other one, beta itself, is larger.
     # TRAP: no noise on the last step. At u = 0, s_u = 0. (Rounding may leave a bit less than 0.)
     variance = (beta * noise_u / noise_t).clamp(min=0)
     return from_xt + from_x0 + variance.sqrt() * noise
@@ -290,7 +292,7 @@ def dpm_step(diffusion, xt, x0, x0_before, t, u, t_before):
         def log_ratio(k):
             return torch.log(diffusion.a[k] / diffusion.s[k])
 
-        # The ratio is infinite where a[T] = 0: no correction then.
+        # Where a[T] = 0, on flow, ln(a/s) is -inf at T: the correction becomes 0.
         ratio = (log_ratio(t) - log_ratio(t_before)) / (log_ratio(u) - log_ratio(t))
         change = x0 - x0_before
         x0 = x0 + change / (2 * ratio).to(x0)

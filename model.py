@@ -40,8 +40,8 @@ from patchify import PATCHES
 
 # ------------------------------------------------------------------------------------------- sizes
 SIZES = {                                   # name: (layers, width, heads)
-    # Our choice: toys. Two for minutes and for an hour on two CPU cores, and two smaller ones, so
-    # that experiments.py can say what size does (Tables 5, 10, Fig. 5).
+    # Our choice: toys. mini and midi let experiments.py say what size does (Tables 5, 10, Fig. 5);
+    # toy learns in minutes, small in an hour, on two CPU cores.
     "mini": (2, 64, 4),
     "midi": (3, 96, 4),
     "toy": (4, 128, 4),
@@ -140,8 +140,8 @@ class Block(nn.Module):
     D          width
     N          heads
     multiple   the feed-forward width is a multiple of this
-    stable     True: Chameleon's block, with a norm after each layer in place of before it, and
-               with norms of queries and keys"""
+    stable     True: Chameleon's block, with a norm after each half (attention, feed-forward) in
+               place of before it, and with norms of queries and keys"""
 
     def __init__(self, D, N, multiple=256, stable=False):
         super().__init__()
@@ -169,12 +169,12 @@ class Block(nn.Module):
         cache          Cache to write keys and values to, and to read all earlier ones from
         layer, slots   where in the cache: the number of this block, and (B, T) int64"""
         if self.stable:
-            # Paper: §4.1 "Baseline", post-normalization: what a layer *adds* has a fixed size.
+            # Paper: §4.1 "Baseline", post-normalization: what each half *adds* has a fixed size.
             y = self.attention(x, rope, mask, cache, layer, slots)      # (B, T, D)
             x = x + self.norm1(y)
             return x + self.norm2(self.swiglu(x))                       # (B, T, D)
 
-        # Paper: §4.1, "the standard settings from Llama": what a layer *reads* has a fixed size.
+        # Paper: §4.1, "the standard settings from Llama": what each half *reads* has a fixed size.
         y = self.attention(self.norm1(x), rope, mask, cache, layer, slots)
         x = x + y                                                       # (B, T, D)
         return x + self.swiglu(self.norm2(x))                           # (B, T, D)
@@ -270,8 +270,8 @@ def patch_places(image_id, M, P):
     n = M * P
     is_patch = (image_id >= 0).flatten()                                # (B*T,)
     if is_patch.is_cuda:
-        # To count on a GPU is to wait for all that it has to do. So it counts for itself, and stops
-        # the program later.
+        # To read a count from a GPU, Python waits for all that the GPU has to do. So the check runs
+        # there, and stops the program later.
         torch._assert_async(is_patch.sum() == n, "the rows have other pictures than were given")
         return torch.nonzero_static(is_patch, size=n)[:, 0]
     places = is_patch.nonzero()[:, 0]
@@ -337,7 +337,7 @@ class Transfusion(nn.Module):
         into = self.patch_encoder.into
         nn.init.normal_(into.weight, std=into.in_features ** -0.5)
         # 3. The outputs start near zero. So the losses start at those of knowing nothing: ln V for
-        #    words, and 1 for saying "no noise".
+        #    words, and for pictures the size of the target: 1 for eps, about 2 for flow's velocity.
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.patch_encoder.out.weight)
         nn.init.zeros_(self.patch_encoder.out.bias)
@@ -423,8 +423,8 @@ class Transfusion(nn.Module):
         # 2. Who may look at whom, made once for all layers.
         T = tokens.shape[1]
         lo, hi = intervals(image_id, doc_id, self.config.bidirectional)
-        # Flex has no backward on CPU and takes multiples of 128 only, so measuring stays dense. So
-        # do the toys' short rows: of 512 positions, the whole mask is a quarter of a megabyte.
+        # Dense where FlexAttention cannot run or need not: on CPU it has no backward; rows that are
+        # measured may be no multiple of 128; the mask of a toy's row of 512 is 0.25 MB.
         if x.is_cuda and self.training and T > SHORT:
             mask = tile_mask(lo, hi)
         else:
@@ -508,7 +508,8 @@ def losses(model, batch, diffusion, stable=False):
     batch       data.Batch with latents, t and eps filled in
     diffusion   diffusion.Diffusion
     stable      add Chameleon's denominator loss to the first
-    The LM sum is a scalar, over n_text predicted words; per_picture is (M,)."""
+    The LM sum is a scalar, over n_text predicted words; per_picture is (M,). A training step has
+    counted its words before; whoever measures divides by n_text."""
     # TRAP: a mean of means gives the words of short batches more weight. So these are sums: micro-
     # batches and processes are added up first, and then `transfusion_loss` divides.
 
@@ -552,7 +553,7 @@ def transfusion_loss(lm_sum, n_text, ddpm_sum, M, lam=5.0):
     # Paper: §3. "LM loss is computed per token, while diffusion loss is computed per image."
     # Paper: §4.1, lambda = 5.
     # TRAP: n_text and M count the *whole* step, all its micro-batches and all processes.
-    M = max(1, M)                           # a step may have text alone
+    M = max(1, M)                           # a step may have text alone, but never no word
     #      L_LM            + lambda * L_DDPM
     return lm_sum / n_text + lam * ddpm_sum / M
 

@@ -85,8 +85,8 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, t):
-        # From a wave that turns once in 2 pi steps down to one that turns less than once in T: the
-        # fast ones tell neighbours apart, the slow ones beginning and end.
+        # Waves with periods from 6 steps, which tell neighbours apart, up to 60 T, which tell the
+        # beginning from the end.
         k = torch.arange(self.frequencies, device=t.device)             # (frequencies,)
         fall = math.log(self.T * 10)
         rate = torch.exp(-fall * k / self.frequencies)                  # from 1 to 1 / (10 T)
@@ -128,7 +128,7 @@ class LinearPatches(nn.Module):
 
     def decode(self, vectors, t, kept):
         """Vectors (M, P, D), and what `encode` kept -> what the network says, (M, c, h, w)."""
-        # The vectors know the time already: all patches were told. So t is not asked here.
+        # The vectors know the time already: all patches were told. t is for UNetPatches.decode.
         patches = self.out(self.norm(vectors))                          # (M, P, c*p*p)
         return unpatchify(patches, self.p, h=kept)                      # (M, c, h, w)
 
@@ -138,8 +138,8 @@ class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of each pixel of (M, C, h, w)."""
 
     # Paper: §3, footnote. Plain layer norm in place of the U-Net's AdaLN.
-    # Our choice: AdaLN would let t scale what the norm gives. A plain norm does not, so t is added
-    # between the convolutions.
+    # Our choice: t is added between the convolutions. AdaLN let t scale what the norm gives, and a
+    # plain norm has no place for it.
 
     def forward(self, x):
         pixels = x.permute(0, 2, 3, 1)                                  # (M, h, w, C)

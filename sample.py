@@ -91,7 +91,7 @@ def write(trained, prompt, max_words=64, max_pictures=1, temperature=0.0, top_p=
             break
         if token == BOI:
             if max_pictures == 0 or len(tokens) + P + 1 > model.config.context:
-                break
+                break                                   # BOI stays last: nothing follows it
             # Diffusion mode: P patches of pure noise, and denoise them where they stand.
             noise = torch.randn(1, *model.config.latent, generator=generator)   # (1, c, h, w)
             tokens += [PATCH] * P
@@ -116,6 +116,7 @@ def prompt_tokens(trained, prompt, draw_now=False):
     config = trained.model.config
     parts = []
     for part in prompt:
+        # The zeros are for training: which picture of the data, and its largest t.
         parts.append(part if isinstance(part, str) else ("image", 0, 0))
     # TRAP: a layout of its own would drift away from the one in training, with BOI twice, say. So
     # this is the same function (docs/PAPER.md §4.2).
@@ -146,7 +147,7 @@ def read_all(model, tokens, pictures, t=0):
     # TRAP: only the picture being drawn is noisy. A finished one has t = 0, not some t as in
     # training: the model would take clean patches for noisy ones (docs/PAPER.md §4.7).
     times = torch.zeros(len(pictures), dtype=torch.long, device=device)         # (M,)
-    times[-1:] = t
+    times[-1:] = t                                      # a slice: there may be no picture
     latents = stack(pictures, model.config.latent).to(device)                   # (M, c, h, w)
     logits, out = model(tokens, image_ids(tokens), same_document, everywhere, latents, times)
     return logits, out.float()
@@ -180,7 +181,7 @@ def choose(logits, temperature=0.0, top_p=1.0, generators=None):
     if temperature == 0:
         return logits.argmax(-1)                        # Paper: App. B.1, greedy
     p, order = (logits / temperature).softmax(-1).sort(descending=True)         # (B, V) each
-    likelier = p.cumsum(-1) - p                         # what stands before each word
+    likelier = p.cumsum(-1) - p                         # of all that are likelier, together
     p = p.masked_fill(likelier >= top_p, 0).cpu()       # so the word that crosses top_p is kept
     ranks = []                                          # 0 is the likeliest word
     for b, row in enumerate(p):

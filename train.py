@@ -130,7 +130,8 @@ def draw_noise(batch):
     """Give every picture its noise level t (M,) int64, and its noise eps (M, c, h, w)."""
     # Paper: App. B.2. t is uniform, but for a picture that precedes its caption only up to 500:
     # a caption cannot be learned from pure noise. On flow's schedule the limit is the t with as
-    # much noise. It comes with the document (t_max); t_min is 1 unless an edit wants pure noise.
+    # much noise (sources.feed.same_noise: about 250). It comes with the document (t_max); t_min is
+    # 1 unless an edit wants pure noise.
     # TRAP: one t per picture, not one per batch; and the network must be told the very t that the
     # noise has. Both mistakes train with a falling loss (docs/PAPER.md §4.3).
     spread = batch.t_max - batch.t_min + 1                                      # (M,)

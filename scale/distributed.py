@@ -367,6 +367,8 @@ def shard_weights(model, ranks):
         precision |= {"param_dtype": ranks.dtype, "reduce_dtype": torch.float32}
     policy = MixedPrecisionPolicy(**precision)
 
+    # TRAP: from the inside out. `fully_shard` takes what no earlier call has taken: with the whole
+    # model first, no block would be a unit, and all weights would be gathered at once.
     for block in model.blocks:
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
     # The backward pass begins with norm and head: they stay gathered.

@@ -392,15 +392,18 @@ def build_run(config, ranks, feed, diffusion, start):
             average = distributed.wrap_weights(make, weights)
     feed.vae.to(ranks.device)
 
-    # 2. The optimizer.
+    # 2. The optimizer, and which micro-batches of each step are ours.
+    optimizer = make_optimizer(model, config)
+    micros = distributed.micro_batches(config.accumulate)
+    return Run(config, ranks, micros, feed, diffusion, model, average, optimizer, config.steps)
+
+
+def make_optimizer(model, config):
+    """AdamW over the weights of a model. Its rate is set anew at every step, see train.py."""
     # Paper: App. B.1, AdamW with betas (0.9, 0.95), eps 1e-8, weight decay 0.1.
     # Our choice: no decay on vectors, which are norms and biases.
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.decay},
               {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-    # 3. Which micro-batches of each step are ours.
-    micros = distributed.micro_batches(config.accumulate)
-    return Run(config, ranks, micros, feed, diffusion, model, average, optimizer, config.steps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
