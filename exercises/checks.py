@@ -91,7 +91,8 @@ TABLE = (
              codes.try_quantise, codes.PROPERTIES),
     Exercise(8, lay_out, 15, 2, '§3 "Data Representation"',
              "A document becomes one row of tokens. The pieces are in data.py: `Sequence()` and "
-             "its method `add`, and the ids BOS, BOI, PATCH, EOI, EOS, DROP.",
+             "its method `add`, and the ids BOS, BOI, PATCH, EOI, EOS, DROP. A position has a loss "
+             "if a token follows that the model shall learn to write.",
              layout.try_lay_out, layout.PROPERTIES),
     Exercise(8, writing.write, 15, 3, '§3 "Inference"',
              "The mode switch: write words until the model says BOI, denoise a picture, write on.",

@@ -291,6 +291,8 @@ def beta_on_the_encoder(seen):
     distance = (e - seen.right[0].detach()).norm(dim=1).mean()
     if near(seen.loss.detach(), (1 + BETA) * distance):
         return "These are distances, |e - c|. The loss has their squares, as a mean over elements."
+    if near(seen.loss.detach(), (1 + BETA) * (e - seen.right[0].detach()).abs().mean()):
+        return "This is L1, the absolute difference: both terms square it."
     if seen.gradient_is("loss", "codebook"):
         return ("The codebook term is right, the commitment is not: beta mean |e - sg(c)|^2, with "
                 "beta = 0.25.")

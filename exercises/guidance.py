@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from exercises.trial import near, need_shape, need_tensor
+from exercises.trial import Advice, near, need_shape, need_tensor
 
 WEIGHTS = (0.0, 1.0, 1.5, 3.0)
 
@@ -45,6 +45,8 @@ def try_guide(trial):
     for w in WEIGHTS:
         result = need_tensor(trial(cond, uncond, w), f"The result at w = {w:g}", like="float")
         need_shape(result, cond.shape)
+        if result.dtype.itemsize == 2:
+            raise Advice(f"The dtype must stay {cond.dtype}; yours becomes {result.dtype}.")
         flat = result.double().flatten()[:, None]                       # (n, 1)
         found = torch.linalg.lstsq(inputs, flat).solution               # (2, 1)
         factors.append(found.flatten())
@@ -118,6 +120,8 @@ KNOWN = (
     (lambda w: (w / (1 + w), 1 / (1 + w)),
      "The result is divided by 1 + w, so it never goes beyond the conditional answer."),
     (lambda w: (w ** 2, 1 - w ** 2), "w is squared: it multiplies the difference as it is."),
+    (lambda w: (w, 1 + w),
+     "w multiplies the sum of the two: it belongs to their difference, cond - uncond."),
     (lambda w: (w, 2 - w), "The unconditional answer is added once too often."),
 )
 
@@ -135,8 +139,9 @@ def right_weights(seen):
     seen_so_far = "You have " + "; ".join(parts) + "."
     sums = seen.factors.sum(1)
     if near(sums, torch.ones_like(sums)):
-        return ("You go along the right line, but not as far as you should: at w, w times the way "
-                "from the unconditional answer to the conditional one. " + seen_so_far)
+        far = "too far" if seen.factors[-1, 0] > WEIGHTS[-1] else "not as far as you should"
+        return (f"You go along the right line, but {far}: at w, w times the way from the "
+                f"unconditional answer to the conditional one. {seen_so_far}")
     return ("The two factors must add up to 1, w x cond + (1 - w) x uncond: is the result scaled, "
             "or a bracket missing? " + seen_so_far)
 

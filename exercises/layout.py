@@ -35,6 +35,7 @@ DOCUMENTS = {
     "a caption as ids": ([A_CIRCLE, ("image", 7, 1000)], 4, True),
     "a picture with a t_min": (["a cross", ("image", 8, 1000, 1000)], 4, True),
     "a dropped caption": ([("dropped", "a red circle"), ("image", 7, 1000)], 4, True),
+    "a dropped caption as ids": ([("dropped", A_CIRCLE), ("image", 7, 1000)], 4, True),
     "a dropped caption after a picture": (
         ["a cross", ("image", 1, 1000), ("dropped", "a circle"), ("image", 2, 1000)], 2, True),
 }
@@ -142,6 +143,9 @@ def right_tokens(seen):
             return f"A dropped caption has as many DROPs as it has words. {where}"
         return (f"A dropped caption must become DROPs, one for each of its words: both branches of "
                 f"guidance then have equal positions. {where}")
+    if found.count(DROP) > right.count(DROP) > 0:
+        return ("A dropped caption has as many DROPs as it has words, or ids; yours has more: "
+                f"len of a text counts its letters. {where}")
     if sorted(found) == sorted(right):
         return f"The tokens are right, but in another order: the parts come in theirs. {where}"
     return f"The tokens are not right yet. {where}"
@@ -230,6 +234,10 @@ def right_has_loss(seen):
         return f"The last token has nothing to predict: no loss there. {where}"
 
     # 3. Where there must be one.
+    words = [k for k in range(len(right)) if right[k] and tokens[k] >= len(data.SPECIAL)]
+    if len(words) > 1 and set(words) <= set(missing):
+        return ("Words have no loss here, so the model never learns to write: each predicts what "
+                f"comes next. {where}")
     if any(tokens[k] == EOI for k in missing):
         return ("EOI predicts what follows the picture, a word, BOI or EOS: it has an LM loss. "
                 f"{where}")

@@ -306,6 +306,12 @@ def sum_of_words(seen):
     twice = one.model.logits[one.batch.has_loss].softmax(-1)
     if near(one.lm, F.cross_entropy(twice, following, reduction="sum")):
         return ("The softmax is taken twice: F.cross_entropy takes the logits as they are.")
+    logits = one.model.logits[one.batch.has_loss]
+    if near(one.lm, F.nll_loss(logits.log_softmax(0), following, reduction="sum")):
+        return "The softmax is over the positions: it must be over the words, the last dimension."
+    if near(one.lm, F.nll_loss(logits, following, reduction="sum")):
+        return ("The softmax is missing: a logit is no log of a probability. F.cross_entropy takes "
+                "logits, F.nll_loss their log_softmax.")
     return f"The LM loss is {one.lm.item():.2f} and should be {lm.item():.2f}."
 
 

@@ -265,6 +265,11 @@ def text_does_not_look_ahead(seen):
     if ends[ahead].all():
         return ("This is a prefix-LM: words before a picture look ahead to its end. Only patches "
                 "see ahead, and only in their own picture; a word has hi = q. " + seen.place(ahead))
+    first_ones = ahead & ~ahead.roll(1, 1)
+    like_before = (seen.hi == seen.hi.roll(1, 1))[ahead].all()
+    if like_before and (seen.is_patch.roll(1, 1) & (seen.pos > 0))[first_ones].all():
+        return ("Words after a picture are taken for more patches of it. Pictures may have any "
+                "number of them: one ends where image_id changes. " + seen.place(ahead))
     return ("A word sees later words. Text has image_id -1, and -1 == -1: being equal is not "
             "enough, it must be a picture's. " + seen.place(ahead))
 

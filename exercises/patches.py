@@ -90,6 +90,8 @@ def check_shape(out):
                          "its own (stack, not cat).",
         (M, C, N, P * P): "The channels are a dimension of their own. A patch has all channels of "
                           "its place: one vector of c*p*p numbers.",
+        (M, P * P, C * (H // P) * (W // P)): "Each side is cut into p patches. p is the side of a "
+                                             "patch, so there are h/p times w/p.",
         (M, H * W, C): "Each pixel has become a vector of its own: p is not used.",
         (M, C, H, W): "This is still a picture of (M, c, h, w): make it P vectors of c*p*p "
                       "numbers.",

@@ -100,8 +100,11 @@ def falls(seen):
         if t < 990:
             return (f"It rises again from t = {t} on: the angle goes beyond pi/2. cos^2 must reach "
                     f"0 at t = T, not before.")
-        return (f"It rises again from t = {t} on, just before the end: t/T + offset goes beyond 1. "
-                f"Divide by 1 + offset.")
+        return (f"It rises again from t = {t} on, just before the end: the angle goes beyond pi/2. "
+                f"Divide t/T + offset by 1 + offset, and let t go from 0 to T.")
+    if near(table[1:], 1 - (1 - seen.right[1:] / seen.right[:-1]).cumsum(0), atol=1e-3):
+        return ("This is 1 minus the sum of the betas, and falls below 0. Each step keeps a share "
+                "of what the one before has kept: the product of (1 - beta), torch.cumprod.")
     if (table < 0).any():
         t = int((table < 0).nonzero()[0])
         return (f"It is negative from t = {t} on, but it is a share of variance, so it must be "
@@ -140,7 +143,11 @@ def cosine_squared(seen):
     if abs(power - 1) > 0.1 and near(table, seen.right ** power, atol=1e-3):
         return f"This is the right curve to the power of {power:.3g}: cos^2, no root and no square."
     if near(table, cosine_alpha_bar(1000, offset=0.0), atol=1e-5):
-        return "The offset is not used: t/T starts at 0.008, or the first betas are almost 0."
+        return ("The offset is not used, or divided by T like t: t/T starts at 0.008, or the first "
+                "betas are almost 0.")
+    in_brackets = ((t + 0.008) / 1000 / 1.008 * math.pi / 2).cos() ** 2
+    if near(table[:-1], in_brackets[:-1] / in_brackets[0], atol=1e-4):
+        return "The offset is divided by T: it is (t/T + offset), not (t + offset)/T."
     if near(table, cosine_alpha_bar(1001)[:-1]):
         return "t is divided by T + 1. There are T + 1 entries, but t/T goes from 0 to 1."
     if near(table, torch.cumprod(seen.right, 0), atol=0.02):
@@ -155,10 +162,15 @@ def cosine_squared(seen):
     if near(table, torch.cumprod(1 - betas, 0), atol=0.02):
         return ("This is the linear schedule, betas from 0.0001 to 0.02 (Ho et al. 2020). Wanted "
                 "is the cosine one.")
-    kept = 1 - seen.right[1:] / seen.right[:-1]
-    if near(table[1:], 1 - kept, atol=1e-4):
+    beta = 1 - seen.right[1:] / seen.right[:-1]
+    if near(table[1:], 1 - beta, atol=1e-4):
         return ("These are 1 - beta, step by step. alpha_bar[t] is their product up to t "
                 "(torch.cumprod).")
+
+    lost = 1 - table[1:] / table[:-1]
+    if beta[0] < lost[0] - 1e-6 and near(lost, beta.clamp(min=lost[0].item())):
+        return (f"The first betas are raised to {lost[0]:.2g}: they have an upper limit, beta_max, "
+                f"and no lower one.")
 
     # 3. Show a few numbers.
     numbers = ", ".join(f"{table[k]:.4f} at t = {k} ({seen.right[k]:.4f})" for k in (250, 500, 750))
@@ -213,6 +225,10 @@ def in_float64(seen):
     if table.dtype != torch.float64:
         return (f"The numbers are right, but in {table.dtype}. The end of the table is 2e-9, and "
                 f"samplers divide by it: ask torch.arange for float64.")
+    # Wrong by 6e-5 of itself at the end, where f(t-1) and f(t) differ most. float64: by 1e-12.
+    if not near(table, seen.right, atol=0, rtol=1e-7):
+        return ("The table is float64, but its numbers are those of float32: somewhere before the "
+                "end it was computed in that. Ask torch.arange for float64, not the result.")
 
 
 PROPERTIES = (starts_clean, falls, cosine_squared, last_beta_clipped, any_number_of_steps,

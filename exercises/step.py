@@ -80,6 +80,7 @@ def try_step(trial):
         seen = all_factors(trial, "ddpm")
     except Advice:
         check_direction(trial, diffusion)
+        check_neighbours(trial, diffusion)
         raise
     return Seen(seen, right_factors("ddpm"), diffusion, trial)
 
@@ -92,6 +93,19 @@ def check_direction(trial, diffusion):
         return
     if near(found, factors(ancestral_step, diffusion, 500, 400)):
         raise Advice("t and u are exchanged: xt is at t, and the step goes down to u < t.")
+
+
+def check_neighbours(trial, diffusion):
+    """Raise Advice if the answer takes the factors of the t before, or of the t after."""
+    # diffusers counts its steps from 0: its timestep + 1 is our t.
+    try:
+        found = factors(trial, diffusion, *MIDDLE)
+    except Advice:
+        return
+    for shift in (-1, 1):
+        if near(found, factors(ancestral_step, diffusion, 500 + shift, 400 + shift)):
+            raise Advice("Off by one: these are the factors of the neighbouring t. The tables have "
+                         "T + 1 entries, and entry 0 is the clean picture.")
 
 
 def explain_failure(problem, kind, t, u):
@@ -184,12 +198,8 @@ def last_step_is_clean(seen):
 
 def off_by_one(seen):
     """Entry t of the tables is step t"""
-    # diffusers counts its steps from 0: its timestep + 1 is our t.
-    for shift in (-1, 1):
-        other = factors(ancestral_step, seen.diffusion, 500 + shift, 400 + shift)
-        if not seen.fits(MIDDLE) and near(seen.seen[MIDDLE], other):
-            return ("Off by one: these are the factors of the neighbouring t. The tables have T + "
-                    "1 entries, and entry 0 is the clean picture.")
+    if not seen.fits(MIDDLE):
+        check_neighbours(seen.trial, seen.diffusion)
 
 
 def noise_factor(seen):
@@ -223,10 +233,11 @@ def mean(seen):
     if near(found[:2], right[:2]):
         return None
     # keep: how much of x_u is left in x_t.
+    a_t = seen.diffusion.a[500]
     a_u = seen.diffusion.a[400]
     s_u = seen.diffusion.s[400]
     s_t = seen.diffusion.s[500]
-    keep = seen.diffusion.a[500] / a_u
+    keep = a_t / a_u
     for_xt, for_x0 = right[:2]
     # The factors that the usual mistakes have instead: of xt, of x0.
     known = (
@@ -238,6 +249,18 @@ def mean(seen):
          "xt is right, but x0 lacks its factor a_u: x_u has only that much of the clean picture."),
         (for_xt, for_x0 * keep,
          "xt is right, but x0 has the factor a_t: at u there is a_u of the clean picture."),
+        (for_xt * s_t / s_u, for_x0 * s_t,
+         "The weights have s where s^2 belongs: s is the noise's factor, s^2 its variance."),
+        (keep.sqrt() * (1 - a_u) / (1 - a_t), a_u.sqrt() * (1 - keep) / (1 - a_t),
+         "You take a for alpha_bar. `diffusion.at` gives the factor of the picture, a, and a^2 is "
+         "alpha_bar: alpha_t is (a_t / a_u)^2."),
+        (a_t * s_u ** 2 / s_t ** 2, a_u * (s_t ** 2 - a_t ** 2 * s_u ** 2) / s_t ** 2,
+         "You have a_t where a_t / a_u belongs: a_t is what x_t has of x0, a_t / a_u of x_u."),
+        (for_xt * s_t ** 2, for_x0 * s_t ** 2,
+         "Both weights of the mean must be divided by s_t^2."),
+        (1 / keep, -right_beta(seen) / s_t / keep,
+         "This is the formula for a network's eps (Ho et al. 2020, eq. 11), with x0 in its place: "
+         "x0 is the picture. Use eq. 7."),
         (for_xt / keep, for_x0,
          "x0 is right, but xt lacks the factor a_t / a_u: that much of x_u is left in x_t."),
         (for_xt / keep ** 2, for_x0, "x0 is right, but xt has the factor a_t / a_u upside down."),
@@ -306,6 +329,9 @@ def elementwise(seen):
         diffusion = Diffusion(kind)
         result = need_tensor(seen.trial(diffusion, xt, x0, 700, 690, noise), like="float")
         need_shape(result, xt.shape)
+        if result.dtype != xt.dtype:
+            return (f"The numbers are right, but xt is {xt.dtype} and the result {result.dtype}: "
+                    f"the network could not read it. `diffusion.at(t, xt)` has the dtype of xt.")
         if not near(result, ancestral_step(diffusion, xt, x0, 700, 690, noise), atol=1e-4):
             return (f"Right for single numbers, wrong for pictures ({NAMES[kind]}): is something "
                     f"clipped, or averaged over elements?")

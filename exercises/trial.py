@@ -108,14 +108,23 @@ class Trial:
         return "nothing"
 
     def check_parameters(self, inputs):
-        """Raise Advice if the answer cannot be called with these inputs."""
+        """Raise Advice if the answer cannot be called with these inputs, or has other defaults."""
         try:
-            inspect.signature(self.answer).bind(*inputs)
+            signature = inspect.signature(self.answer)
+            signature.bind(*inputs)
         except ValueError:                              # a built-in function does not say
-            pass
+            return
         except TypeError:
             raise Advice(f"The parameters must be those of the stub: "
                          f"{self.name}{self.signature}.") from None
+        # A check gives most arguments itself. Whoever calls the function later may not.
+        for mine, own in zip(self.signature.parameters.values(), signature.parameters.values()):
+            if own.kind == own.VAR_POSITIONAL:
+                return
+            if mine.default is not mine.empty and repr(own.default) != repr(mine.default):
+                says = "has none" if own.default is own.empty else f"says {shorten(own.default)}"
+                raise Advice(f"`{own.name}` must have the default of the stub, {mine.default}; "
+                             f"yours {says}: {self.name}{self.signature}.")
 
     def explain(self, problem):
         """One sentence about an exception, with the line of the student's code, if it is known."""

@@ -115,7 +115,8 @@ class Script:
             raise Advice(f"model wants the pictures as a list, not {kind_of(pictures)}.")
         if len(self.log) >= PATIENCE:
             raise Advice("It never stops: the model was asked 100 times for a short document. "
-                         "What ends the loop at EOS, at max_words, and at a full context?")
+                         "What ends the loop at EOS, at max_words, at the BOI of a picture too "
+                         "many, and at a full context?")
         kept = [x.clone() if isinstance(x, torch.Tensor) else x for x in pictures]
         self.log.append(Question(mode, list(tokens), kept, t))
 

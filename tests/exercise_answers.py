@@ -354,6 +354,25 @@ def _(image_id, doc_id, bidirectional=True):
 del WRONG["intervals"]["broadcasts"]                    # it is right
 
 
+@wrong("intervals", "another default", "the default of the stub, True")
+def _(image_id, doc_id, bidirectional=False):
+    return attention_mask.intervals(image_id, doc_id, bidirectional)
+
+
+@from_module("every picture has four patches", "one ends where image_id changes")
+def _(lo, hi, image_id, doc_id, bidirectional):
+    if image_id.shape != doc_id.shape or not bidirectional:
+        return lo, hi
+    hi = torch.arange(hi.shape[1]).repeat(len(hi), 1)
+    for b, row in enumerate(image_id.tolist()):
+        q = 0
+        while q < len(row):
+            more = 4 if row[q] >= 0 else 1
+            hi[b, q: q + more] = min(q + more, len(row)) - 1
+            q += more
+    return lo, hi
+
+
 # ----------------------------------------------------------------------------------------- patchify
 def checked(x, p):
     if x.shape[2] % p or x.shape[3] % p:
@@ -537,6 +556,12 @@ def _(x, p):
     grid = patchify_module.patchify(x, p).view(M, h // p, w // p, -1).clone()
     grid[:, 1::2] = grid[:, 1::2].flip(2)
     return grid.flatten(1, 2)
+
+
+@wrong("patchify", "p patches per side", "the side of a patch")
+def _(x, p):
+    checked(x, p)
+    return rearrange(x, "m c (p h) (q w) -> m (p q) (c h w)", p=p, q=p)
 
 
 # --------------------------------------------------------------------------------- cosine_alpha_bar
@@ -791,6 +816,39 @@ def _(T=1000, offset=0.008, beta_max=0.999):
 @schedule("t // T", "t // T")
 def _(T=1000, offset=0.008, beta_max=0.999):
     return from_f(curve(steps(T) // T * T, T, offset), beta_max)
+
+
+@schedule("float32 called float64", "those of float32")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    f = curve(torch.arange(T + 1), T, offset)
+    kept = 1 - (1 - f[1:] / f[:-1]).clamp(max=beta_max)
+    return torch.cat([torch.ones(1), kept.cumprod(0)]).double()
+
+
+@schedule("1 minus the sum of betas", "sum of the betas")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    return 1 - torch.cat([torch.zeros(1), betas(T, offset, beta_max).cumsum(0)])
+
+
+@schedule("another default", "`offset` must have the default")
+def _(T=1000, offset=0.08, beta_max=0.999):
+    return product(betas(T, offset, beta_max))
+
+
+@schedule("(t + offset) / T", "(t/T + offset)")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    return from_f(torch.cos((steps(T) + offset) / T / (1 + offset) * math.pi / 2) ** 2, beta_max)
+
+
+@schedule("t from 1", "from 0 to T")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    f = curve(steps(T) + 1, T, offset)
+    return f / f[0]
+
+
+@schedule("betas clipped from below, too", "no lower one")
+def _(T=1000, offset=0.008, beta_max=0.999):
+    return product(betas(T, offset, beta_max).clamp(min=1e-4))
 
 
 # ----------------------------------------------------------------------------------- ancestral_step
@@ -1077,6 +1135,47 @@ def _(diffusion_, xt, x0, t, u, noise):
     return diffusion.ancestral_step(diffusion_, 2 * xt, x0, t, u, noise)
 
 
+@changed_step("s for s^2 in the mean", "s^2 its variance")
+def _(at, st, au, su):
+    return at / au * su / st, au * beta_of(at, st, au, su) / st, spread(at, st, au, su)
+
+
+@changed_step("a taken for alpha_bar", "a for alpha_bar")
+def _(at, st, au, su):
+    alpha = at / au
+    noise = ((1 - alpha) * (1 - au) / (1 - at)).sqrt()
+    return alpha.sqrt() * (1 - au) / (1 - at), au.sqrt() * (1 - alpha) / (1 - at), noise
+
+
+@changed_step("x0 taken for eps", "x0 is the picture")
+def _(at, st, au, su):
+    keep = (at / au).clamp(min=1e-9)
+    return 1 / keep, -beta_of(at, st, au, su) / st / keep, spread(at, st, au, su)
+
+
+@step("the t before, and NaN at u = 0", "Off by one")
+def _(diffusion_, xt, x0, t, u, noise):
+    (at, st), (au, su) = diffusion_.at(t - 1, xt), diffusion_.at(u - 1, xt)
+    var = beta_of(at, st, au, su)
+    return (at / au * su ** 2 * xt + au * var * x0) / st ** 2 + (var * su ** 2 / st ** 2).sqrt() * noise
+
+
+@step("float64", "the result torch.float64")
+def _(diffusion_, xt, x0, t, u, noise):
+    return diffusion.ancestral_step(diffusion_, xt.double(), x0.double(), t, u, noise.double())
+
+
+@changed_step("a_t for a_t / a_u", "a_t / a_u belongs")
+def _(at, st, au, su):
+    beta = st ** 2 - at ** 2 * su ** 2
+    return at * su ** 2 / st ** 2, au * beta / st ** 2, (beta * su ** 2 / st ** 2).sqrt()
+
+
+@changed_step("not divided by s_t^2", "divided by s_t^2")
+def _(at, st, au, su):
+    return at / au * su ** 2, au * beta_of(at, st, au, su), spread(at, st, au, su)
+
+
 # -------------------------------------------------------------------------------------------- guide
 @right("guide", "lerp")
 def _(conditional, unconditional, w):
@@ -1222,6 +1321,21 @@ def _(c, u, w):
 def _(c, u, w):
     u += w * (c - u)
     return u
+
+
+@line("the sum for the difference", "sum of the two")
+def _(c, u, w):
+    return u + w * (c + u)
+
+
+@line("too far at a large w", "but too far")
+def _(c, u, w):
+    return c + (w if w > 1 else w - 1) * (c - u)
+
+
+@line("16 bits", "torch.float16")
+def _(c, u, w):
+    return u.half() + w * (c - u).half()
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -1557,6 +1671,21 @@ def _(model, batch, diffusion, stable=False):
     return all_three(logits, out, batch, diffusion)
 
 
+@loss("no softmax", "softmax is missing")
+def _(model, batch, diffusion, stable=False):
+    logits, out = told(model, batch, diffusion)
+    _, n, each = all_three(logits, out, batch, diffusion)
+    return F.nll_loss(logits, batch.tokens.roll(-1, 1)[batch.has_loss], reduction="sum"), n, each
+
+
+@loss("softmax over the positions", "over the words")
+def _(model, batch, diffusion, stable=False):
+    logits, out = told(model, batch, diffusion)
+    _, n, each = all_three(logits, out, batch, diffusion)
+    following = batch.tokens.roll(-1, 1)[batch.has_loss]
+    return F.nll_loss(logits.log_softmax(0), following, reduction="sum"), n, each
+
+
 # ----------------------------------------------------------------------------------------- quantise
 def parts(e, codebook):
     """(vectors (n, z), chosen (n, z), codes (n,), back: rows -> (M, z, h, w))."""
@@ -1736,6 +1865,20 @@ def _(e, codebook, beta=0.25):
     with torch.no_grad():
         codebook[0] += 1
     return vectors, code, loss
+
+
+quantiser("L1", "L1", first=lambda v, c: (c - v.detach()).abs().mean(),
+          second=lambda v, c: (v - c.detach()).abs().mean())
+
+
+@wrong("quantise", "another default", "the default of the stub, 0.25; yours says 1.0")
+def _(e, codebook, beta=1.0):
+    return quantised(e, codebook, beta)
+
+
+@wrong("quantise", "no default", "yours has none")
+def _(e, codebook, beta):
+    return quantised(e, codebook, beta)
 
 
 # ------------------------------------------------------------------------------------------ lay_out
@@ -1971,6 +2114,25 @@ def _(document, tokenizer, patches, ends=True):
     return sequence
 
 
+@wrong("lay_out", "one DROP per letter", "counts its letters")
+def _(document, tokenizer, patches, ends=True):
+    document = [("dropped", [0] * len(part[1])) if part[0] == "dropped" else part for part in document]
+    return data.lay_out(document, tokenizer, patches, ends)
+
+
+@wrong("lay_out", "dropped ids encoded", "AttributeError")
+def _(document, tokenizer, patches, ends=True):
+    document = [("dropped", tokenizer.encode(part[1])) if part[0] == "dropped" else part for part in document]
+    return data.lay_out(document, tokenizer, patches, ends)
+
+
+@after("words have no loss", "Words have no loss")
+def _(sequence, document):
+    sequence.has_loss = [mark and token < len(data.SPECIAL)
+                         for mark, token in zip(sequence.has_loss, sequence.tokens)]
+    return sequence
+
+
 # -------------------------------------------------------------------------------------------- write
 def written(model, tokens, generator, max_words, max_pictures, **o):
     """A right answer to `write`, unless `o` says otherwise."""
@@ -2187,3 +2349,16 @@ def _(model, tokens, generator, max_words=64, max_pictures=1):
     for _ in range(max_words):
         tokens.append(model.next_token(tokens, []))
     return tokens, []
+
+
+@wrong("write", "a BOI too many passed over for ever", "BOI of a picture too many")
+def _(model, tokens, generator, max_words=64, max_pictures=1):
+    tokens, pictures = written(model, tokens, generator, max_words, max_pictures)
+    while tokens[-1] == BOI:
+        model.next_token(tokens[:-1], pictures)
+    return tokens, pictures
+
+
+@wrong("write", "another default", "`max_words` must have the default")
+def _(model, tokens, generator, max_words=100, max_pictures=1):
+    return written(model, tokens, generator, max_words, max_pictures)
