@@ -56,12 +56,14 @@ TRAIN = HERE / "train.py"
 PAPER = HERE / "docs/results/paper_tables.json"         # the paper's own numbers, for the plots
 
 # --------------------------------------------------------------------------------- what is compared
-# The options of every row. A row's own options come after these, and win.
+# The options of every row. A row's own options come after these, and win. What none of them names
+# is one preset's: it stays, whatever the first run is.
 BASES = {
-    "paper": "--diffusion ddpm --shift 1 --lam 5 --no-patch-position --noise-skip "
+    "paper": "--preset flow --diffusion ddpm --shift 1 --lam 5 --no-patch-position --noise-skip "
              "--documents 128 --steps 300 --pairs 8000 --samples 200 "
              "--gap-every 100000 --save-every 100000",
-    "flow": "--documents 32 --steps 1500 --samples 400 --gap-every 500 --save-every 500",
+    "flow": "--preset flow --documents 32 --steps 1500 --samples 400 --gap-every 500 "
+            "--save-every 500",
 }
 
 # Our choice: what is compared is what a token buys. In all rows a step has as many tokens, and as
