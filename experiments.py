@@ -184,8 +184,8 @@ IN_THE_PAPER = {
 def written_out(base, options):
     """The options of a row after those of the base, as one line that names a run."""
     config, *_ = parse_arguments(base.split())
-    options = options.replace("QUARTER", str(config.steps // 4))
-    words = options.replace("HALF", str(config.steps // 2)).split()
+    options = options.replace("QUARTER", str(max(1, config.steps // 4)))
+    words = options.replace("HALF", str(max(1, config.steps // 2))).split()
     if "--documents" in words:                          # counted for a base of 32
         k = words.index("--documents") + 1
         words[k] = str(max(1, int(words[k]) * config.documents // 32))
@@ -218,12 +218,12 @@ def train_row(root, results, base, options, seed, children=None):
     if report.exists():
         check_options(out, argv)
     else:
-        run(argv, out, children or Children())
+        train_in(argv, out, children or Children())
     names = [name for name, *_ in COLUMNS.values()]
     results.add(line, seed, read_report(report, names))
 
 
-def run(argv, out, children):
+def train_in(argv, out, children):
     """Run train.py in its folder `out`. Raises UserError if it fails or is stopped."""
     out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(TRAIN), *argv]

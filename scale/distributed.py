@@ -107,7 +107,7 @@ def size():
 def start(shard=0):
     """Join the other processes, if torchrun started some. Returns Ranks.
 
-    shard: among how many ranks the weights are divided: see `owners`. Raises UserError if
+    shard: among how many ranks the weights are divided: see `ranks_per_copy`. Raises UserError if
     torchrun's variables are incomplete or the numbers do not fit."""
     # 1. Who is there?
     cuda = torch.cuda.is_available()
@@ -137,7 +137,7 @@ def start(shard=0):
         atexit.register(stop)
 
     # 4. Who shares the weights? Neighbours, which are on one node: they talk most.
-    shard = owners(shard, processes)
+    shard = ranks_per_copy(shard, processes)
     if shard == processes:
         mesh = init_device_mesh(device.type, (processes,), mesh_dim_names=("shard",))
     else:
@@ -146,7 +146,7 @@ def start(shard=0):
     return Ranks(device, mesh, dist.new_group(backend="gloo"))
 
 
-def owners(shard, processes):
+def ranks_per_copy(shard, processes):
     """Among how many of the processes the weights are divided, in groups of neighbours, each with a
     whole copy. shard: what --shard says; 0: those of one machine."""
     # Our choice: weights are gathered twice per micro-batch, gradients travel once per step. Within
@@ -668,7 +668,7 @@ def is_out_of_memory(problem):
 
 def needs_of_step(shape, config, ranks, checkpointing):
     """[(what, bytes)] of a training step on one process: see plan.memory."""
-    lines = plan.memory(empty_model(shape), owners(config.shard, size()), config.documents,
+    lines = plan.memory(empty_model(shape), ranks_per_copy(config.shard, size()), config.documents,
                         checkpointing, config.ema > 0, ranks.dtype.itemsize,
                         config.model == "transfusion", config.compile)
     return [(what, number) for what, number, _ in lines]
@@ -678,7 +678,7 @@ def needs_beside_training(shape, config, activity, bytes_per_parameter):
     """[(what, bytes)] of something that happens between the steps, on one process."""
     model = empty_model(shape)
     state = "weights, AdamW and average" if config.ema > 0 else "weights, AdamW"
-    needs = [(state, plan.at_rest(model, owners(config.shard, size()), config.ema > 0))]
+    needs = [(state, plan.at_rest(model, ranks_per_copy(config.shard, size()), config.ema > 0))]
     if bytes_per_parameter:
         needs.append((f"what happens now ({activity})", bytes_per_parameter * count(model)))
     return needs
@@ -697,7 +697,7 @@ def memory_advice(shape, config, ranks, training):
         needs = needs_of_step(shape, config, ranks, checkpointing=True)
         in_all = gigabytes(sum(number for _, number in needs))
         advice.append(f"--checkpointing (in all {in_all})")
-    shard = owners(config.shard, size())
+    shard = ranks_per_copy(config.shard, size())
     if shard < size():
         advice.append(f"--shard {2 * shard}")               # each process owns half as much
     if config.ema:

@@ -267,7 +267,7 @@ def divide_step(config, out, ranks, resume):
     _, memory = torch.cuda.mem_get_info(ranks.device)
     memory, = distributed.total([memory / processes])       # all must choose the same
     rows = config.documents * config.accumulate
-    owners = distributed.owners(config.shard, processes)
+    owners = distributed.ranks_per_copy(config.shard, processes)
     chosen = plan.choose(model, rows, processes, owners, memory, plan.peak(name) or 1e15,
                          config.ema > 0, config.model == "transfusion", config.compile)
     if chosen is None:

@@ -260,10 +260,10 @@ def test_sizes_that_do_not_fit(monkeypatch):
 def test_weights_are_divided_within_a_machine(monkeypatch):
     """The 7B's weights, gathered twice per micro-batch between 64 machines: longer than the step itself."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert [distributed.owners(shard, 512) for shard in (0, 4, 512)] == [8, 4, 512]
-    assert distributed.owners(0, 12) == 12              # machines of different sizes: all of them
+    assert [distributed.ranks_per_copy(shard, 512) for shard in (0, 4, 512)] == [8, 4, 512]
+    assert distributed.ranks_per_copy(0, 12) == 12              # machines of different sizes: all of them
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    assert distributed.owners(0, 2) == 2
+    assert distributed.ranks_per_copy(0, 2) == 2
 
 
 def test_a_step_fits_the_processes(tmp_path, monkeypatch):

@@ -367,7 +367,7 @@ def test_impossible_configurations_raise():
     with pytest.raises(ValueError, match="a picture of 64 patches.* does not fit in a context of 65: raise --seq-len or --patch"):
         ModelConfig(vocabulary=9, latent=(4, 16, 16), context=65)
     assert ModelConfig(vocabulary=9, latent=(4, 16, 16), context=66).patches == 64
-    with pytest.raises(ValueError, match="choose from toy, small"):
+    with pytest.raises(ValueError, match="choose from mini, midi, toy, small"):
         sized("8b", vocabulary=9)
 
 

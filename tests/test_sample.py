@@ -769,7 +769,8 @@ def test_names_of_pictures(here, tmp_path, monkeypatch, name):
 
 def test_figures_leave_a_notebook_alone():
     """Pictures under the wrong cell of a notebook: this module made a choice for all of the program when it was imported."""
-    code = "import sys, support.figures; assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
+    code = ("import sys, support.figures; support.figures.new_figure(2, 1); "
+            "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(sample.__file__).parent)
 
 
