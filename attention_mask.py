@@ -52,7 +52,8 @@ TILE = 128                                  # side of FlexAttention's tiles, its
 
 # ----------------------------------------------------------------------------- the rule, two forms
 def or_mask(image_id, doc_id, bidirectional=True):
-    """The mask in the words of the paper, (B, T, T) bool. Large: for teaching and for tests.
+    """The mask in the words of the paper, (B, T, T) bool: same_document & (causal | same_picture).
+    Large: for teaching and for tests.
 
     image_id        (B, T) int64
     doc_id          (B, T) int64

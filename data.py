@@ -161,7 +161,8 @@ class Sequence:
 
 
 def lay_out(document, tokenizer, patches, ends=True):
-    """The Sequence of a document. Transfusion §3.
+    """The Sequence of a document: its tokens, and where the LM loss is. BOI has none, see "3. A
+    picture" below. Transfusion §3.
 
     document    a list of parts. A part is one of
                     "a red circle"                  words

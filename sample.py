@@ -51,8 +51,9 @@ def write(trained, prompt, max_words=64, max_pictures=1, temperature=0.0, top_p=
           guidance=3.0, steps=250, sampler="ddpm", seed=0):
     """The document that continues the prompt: a list of str and latents (c, h, w).
 
-    One document, no cache, no batch. It is slow and says what happens; `generate` is fast, and with
-    seed=[seed] it must give the same. Transfusion §3 "Inference".
+    LM mode adds tokens, and `if token == BOI` below switches to diffusion mode. One document, no
+    cache, no batch: it is slow and says what happens; `generate` is fast, and with seed=[seed] it
+    must give the same. Transfusion §3 "Inference".
 
     trained       checkpoint.Trained
     prompt        list of str (words) and latents (c, h, w) (finished pictures); may be empty

@@ -195,7 +195,7 @@ class Quantiser(nn.Module):
     def forward(self, e, generator=None):
         """(vectors for the decoder (M, z, h, w), codes (M, h, w) int64, loss: a scalar).
         e: (M, z, h, w), the encoder's output. generator: for placing idle codes, in training.
-        van den Oord et al. 2017, eq. 3."""
+        Straight-through is the line `straight = ...` below. van den Oord et al. 2017, eq. 3."""
         M, z, h, w = e.shape
         vectors = rearrange(e, "m z h w -> (m h w) z")                      # (M*h*w, z)
         # Bookkeeping that is ours, here and at the end: it keeps all codes in use.
