@@ -431,6 +431,7 @@ class Documents:
 
         # 2. Or pairs, each drawn by itself. All pairs of a document have the same order, so that a
         #    caption is never between two pictures of which either might be its own.
+        # Paper: §4.1, the caption first in 80%.
         caption_first = rng.random() < self.caption_first
         how_many = 1 + int(rng.choice(self.most, p=self.pairs_odds()))
         document = []

@@ -231,14 +231,14 @@ def loss(target, out):
 def guide(conditional, unconditional, w):
     """Classifier-free guidance, (M, c, h, w): w = 0 ignores the caption, w = 1 is the plain model,
     more exaggerates the caption. Ho & Salimans 2022; Transfusion §2.2."""
-    # Paper: §4.1. w = 5 in the controlled comparison, 3 in the ablations.
+    # Paper: App. B.1. w = 5 in the controlled comparison, 3 in the ablations.
     return unconditional + w * (conditional - unconditional)
 
 
 def respace(T, steps):
     """`steps` + 1 ints T = t_0 > t_1 > ... > 0, evenly spread.
     Raises ValueError unless 1 <= steps <= T."""
-    # Paper: §4.1. 250 steps of the 1,000 that the model is trained on.
+    # Paper: App. B.1. 250 steps of the 1,000 that the model is trained on.
     if not 1 <= steps <= T:
         raise ValueError(f"the number of sampling steps must be between 1 and {T}, got {steps}")
     times = torch.linspace(T, 0, steps + 1)

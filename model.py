@@ -228,6 +228,7 @@ class Cache:
         """Put k, v (B, N, n, K) into slots (B, n) of a layer; return all keys and all values of the
         layer, each (B, N, S, K)."""
         row = torch.arange(len(slots), device=slots.device)[:, None]    # (B, 1), beside (B, n)
+        # Paper: §3, x_{t-1} takes the slots of x_t.
         self.k[layer, row, slots] = k.transpose(1, 2)                   # (B, n, N, K)
         self.v[layer, row, slots] = v.transpose(1, 2)                   # (B, n, N, K)
         return self.k[layer].transpose(1, 2), self.v[layer].transpose(1, 2)

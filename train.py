@@ -142,7 +142,7 @@ def draw_noise(batch):
 
 def learning_rate(config, step):
     """The rate of a step, counted from 0: linear warm-up to lr, then half a cosine to lr / 20."""
-    # Paper: §4.1, 4,000 steps of warm-up to 3e-4, then down to 1.5e-5.
+    # Paper: App. B.1, 4,000 steps of warm-up to 3e-4, then down to 1.5e-5.
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     share = (step - config.warmup) / max(1, config.steps - config.warmup)       # 0 to 1
