@@ -193,7 +193,7 @@ def load_clip(folder, device):
     try:
         net = CLIPModel.from_pretrained(folder, local_files_only=True).eval().to(device)
         prepare = CLIPProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError):
+    except Exception:                       # a damaged file raises what its reader happens to raise
         raise UserError(f"{folder} has no CLIP model: --clip must name a folder that "
                         f"transformers' save_pretrained wrote, such as a download of "
                         f"openai/clip-vit-base-patch32") from None

@@ -313,8 +313,8 @@ def main(argv=None):
     add("--world", choices=scenes.WORLDS, default="one", help="which captions of scenes")
     add("--n", type=int, default=48, help="how many unseen pictures to look at")
     args = parser.parse_args(argv)
-    if args.n < 2:
-        raise UserError(f"--n must be at least 2, got {args.n}")
+    if not 2 <= args.n <= 10_000:
+        raise UserError(f"--n must be from 2 to 10,000, got {args.n}")
 
     trained = load_trained(args.checkpoint, pick_device())
     if trained.kind != "transfusion":

@@ -124,6 +124,11 @@ def test_clip_is_transformers(tmp_path):
     assert torch.allclose(found, out.logits_per_image.diagonal() / model.logit_scale.exp(), atol=1e-5) and found.std() > 1e-4
     with pytest.raises(UserError, match="absent has no CLIP model"):
         coco.load_clip(tmp_path / "absent", "cpu")
+    for weights in (tmp_path / "clip").glob("model*"):
+        weights.unlink()
+    (tmp_path / "clip/pytorch_model.bin").write_bytes(b"garbage")           # unpickling it says nothing of CLIP
+    with pytest.raises(UserError, match="clip has no CLIP model"):
+        coco.load_clip(tmp_path / "clip", "cpu")
 
 
 @pytest.fixture

@@ -151,8 +151,9 @@ def test_no_network_is_the_best_that_knows_no_picture():
 
 def test_mistakes(tmp_path):
     """Catches a traceback for a rival, and for too few pictures."""
-    with pytest.raises(UserError, match="--n must be at least 2"):
-        doctor.main(["--n", "1"])
+    for n in ("1", "1000000000000"):                    # the second asked for 2.7 PiB
+        with pytest.raises(UserError, match="--n must be from 2 to 10,000"):
+            doctor.main(["--n", n])
     content = checkpoint.load(ASSETS / "scenes.pt", "model")
     content["about"] = {"kind": "llama", "text_share": -1.0}
     checkpoint.save(tmp_path / "model.pt", content)
