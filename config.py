@@ -150,7 +150,7 @@ MAY_CHANGE_ON_RESUME = {
 # late (docs/RESULTS.md). The paper's own objective, made fit for a toy, is --preset paper; as it
 # stands in the paper it is Config's default: --diffusion ddpm --shift 1 --lam 5 --no-patch-position
 # Flow's loss is larger than the eps loss: with lambda 2 it has the share of the sum that the eps
-# loss has with lambda 5.
+# loss has with lambda 5. Flow, six and edit keep the paper's 5.
 TOY_DEFAULTS = dict(
     diffusion="flow",
     lam=2.0,
@@ -199,7 +199,7 @@ PRESETS = {
         steps=3300,
         text_share=0.15,                                # 1 : 1 would leave no text alone
         guidance=2.0,
-        vae_steps=350,
+        vae_steps=350,                                  # with --data mnist
     ),
     # Your own pictures, with captions.jsonl.
     "folder": dict(

@@ -183,7 +183,7 @@ class Diffusion:
         out   (M, c, h, w), its output
         t     (M,) int64, or one int for all"""
         if not self.noise_skip:
-            return out                                  # the target itself: Paper: eq. 3, eps
+            return out                                  # Paper: eq. 3. For DDPM it is eps.
         # Our choice: the noisy picture passes beside the network, which only adds the rest, v.
         # That is exact: eps = s xt + a v, with v = a eps - s x0. The loss stays eq. 3, of the sum.
         # Why: near t = T, x0 = (xt - s eps) / a, and a is almost 0. So eps must be right to the
