@@ -543,12 +543,12 @@ def z_loss(logits):
     return 1e-5 * log_z.square().sum()
 
 
-def transfusion_loss(lm_sum, n_text, ddpm_sum, M, lam=5.0):
+def transfusion_loss(lm_sum, n_text, diff_sum, M, lam=5.0):
     """eq. 4: L = L_LM + lambda * L_DDPM, a scalar.
 
     lm_sum     LM loss summed over words (eq. 1)
     n_text     how many words
-    ddpm_sum   diffusion loss summed over pictures (eq. 3)
+    diff_sum   diffusion loss summed over pictures (eq. 3)
     M          how many pictures
     lam        lambda"""
     # Paper: §3. "LM loss is computed per token, while diffusion loss is computed per image."
@@ -556,7 +556,7 @@ def transfusion_loss(lm_sum, n_text, ddpm_sum, M, lam=5.0):
     # TRAP: n_text and M count the *whole* step, all its micro-batches and all processes.
     M = max(1, M)                           # a step may have text alone, but never no word
     #      L_LM            + lambda * L_DDPM
-    return lm_sum / n_text + lam * ddpm_sum / M
+    return lm_sum / n_text + lam * diff_sum / M
 
 
 # ------------------------------------------------------------------------------------ making models

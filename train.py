@@ -52,80 +52,62 @@ def train_step(run):
     Returns a dict of this process's part of the step: the sums "lm", "words", "tokens"; "each" and
     "t" (M,), the diffusion loss and the noise level of every picture; and "grad_norm".
     Raises UserError, before any weight is touched, if the gradient or a loss is not finite."""
-    config = run.config
     model = run.model.train()
     sharded = run.ranks.mesh is not None                # weights are divided: several processes
     processes = distributed.size() if sharded else 1
 
-    # 1. The batches. A step is a fixed set of micro-batches, each a pure function of (seed, step,
-    #    micro): a resumed run sees the same data as one that was never stopped, on any number of
-    #    processes. This process takes its own share of them.
-    batches = [run.feed.batch(config.seed, run.step, micro) for micro in run.micros]
+    # 1. Draw documents, and noise for their pictures. A step is a fixed set of micro-batches, each
+    #    a pure function of (seed, step, micro): a resumed run sees the same data as one that was
+    #    never stopped, on any number of processes. This process takes its own share of them.
+    batches = [run.feed.batch(run.config.seed, run.step, micro) for micro in run.micros]
     for batch in batches:
         draw_noise(batch)                               # t and eps, one of each per picture
 
-    # 2. What eq. 4 divides by. Counted before the batches leave: to ask a GPU is to wait for it.
+    # 2. Count what eq. 4 divides by. Before the batches leave: to ask a GPU is to wait for it.
     # TRAP: counted over the whole step and over all processes, before anything is divided. A mean
     # of micro-batch means would give the words of short batches more weight (docs/PAPER.md §4.10).
     words = sum(int(batch.has_loss.sum()) for batch in batches)
     pictures = sum(len(batch.latents) for batch in batches)
     tokens = sum(int((batch.tokens != data.PAD).sum()) for batch in batches)
-    all_words, all_pictures = words, pictures
-    if sharded:
-        all_words, all_pictures = distributed.total([words, pictures], run.ranks.device)
+    all_words, all_pictures = total(run, [words, pictures])
     batches = [batch.to(run.ranks.device) for batch in batches]
 
-    # 3. Forward and backward, one micro-batch at a time: only one set of activations is in memory.
-    #    The gradients add up in the weights.
+    # 3. Forward, two losses, their sum, backward. One micro-batch at a time: only one set of
+    #    activations is in memory. The gradients add up in the weights.
     lm_sum = 0.0
-    per_picture = []
-    micro_losses = []                                   # also to name the culprit in not_finite
+    diff_each = []
+    parts = []
     for k, batch in enumerate(batches, 1):
         if sharded:                                     # gradients travel after the last one only
             distributed.last_of_step(model, k == len(batches))
         # Paper: eq. 1, a sum over words, and eq. 3, one number per picture.
-        lm, _, ddpm = losses(model, batch, run.diffusion, model.config.stable)      # (), _, (M,)
+        lm, _, diff = losses(model, batch, run.diffusion, model.config.stable)      # (), _, (M,)
         # Paper: eq. 4. This micro-batch's part of it: the parts add up to L.
-        part = transfusion_loss(lm, all_words, ddpm.sum(), all_pictures, config.lam)
+        part = transfusion_loss(lm, all_words, diff.sum(), all_pictures, run.config.lam)
         # FSDP averages gradients over processes, but this loss is already divided by global
         # counts: undo the average.
         (part * processes).backward()
         # Detached, or the log would keep the whole graph alive.
         lm_sum += lm.detach()
-        per_picture.append(ddpm.detach())
-        micro_losses.append(part.detach())
+        diff_each.append(diff.detach())
+        parts.append(part.detach())
 
-    # 4. Clip, then step.
-    # Paper: App. B.1 clips the gradient's norm at 1.
-    # TRAP: the norm of the whole gradient, so after all micro-batches and over all processes.
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-    if sharded:
-        norm = distributed.gather(norm)
-    # TRAP: one step with NaN ruins every weight, and then all that is saved. The losses, too: with
-    # --lam 0 a loss can be infinite while the gradient is finite.
-    lm, grad_norm, *parts = torch.stack([lm_sum, norm, *micro_losses]).tolist()     # one wait
-    finite = all(math.isfinite(number) for number in (grad_norm, *parts))
-    if sharded:                                         # if one process must stop, all must
-        finite = not any(distributed.total([not finite], run.ranks.device))
-    if not finite:
-        raise run.not_finite(norm, batches, micro_losses)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(config, run.step)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)           # frees the memory before the next forward
-    run.step += 1
-    update_average(run)
-
+    # 4. Clip the gradient, see that all is finite, step.
+    norm = clip_gradient(run)
+    lm_sum, norm, *parts = torch.stack([lm_sum, norm, *parts]).tolist()     # one wait for the GPU
+    check_finite(run, batches, norm, parts)
+    update_weights(run)
     return {
-        "lm": lm,
+        "lm": lm_sum,
         "words": words,
         "tokens": tokens,
-        "each": torch.cat(per_picture),
+        "each": torch.cat(diff_each),
         "t": torch.cat([batch.t for batch in batches]),
-        "grad_norm": grad_norm,
+        "grad_norm": norm,
     }
 
 
+# What `train_step` calls, in the order in which it does.
 def draw_noise(batch):
     """Give every picture its noise level t (M,) int64, and its noise eps (M, c, h, w)."""
     # Paper: App. B.2. t is uniform, but for a picture that precedes its caption only up to 500:
@@ -138,6 +120,45 @@ def draw_noise(batch):
     share = torch.rand(len(spread), generator=batch.generator)                  # (M,) in [0, 1)
     batch.t = batch.t_min + (share * spread).long()                             # (M,)
     batch.eps = torch.randn(batch.latents.shape, generator=batch.generator)     # (M, c, h, w)
+
+
+def total(run, numbers):
+    """Each of these numbers, summed over all processes. Every process must call it."""
+    if run.ranks.mesh is None:                          # this process is alone
+        return numbers
+    return distributed.total(numbers, run.ranks.device)
+
+
+def clip_gradient(run):
+    """Scale the gradient down to the norm config.clip, if it is longer. Returns the norm that it
+    had, a scalar tensor."""
+    # Paper: App. B.1 clips the gradient's norm at 1.
+    # TRAP: the norm of the whole gradient, so after all micro-batches and over all processes.
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip)
+    return norm if run.ranks.mesh is None else distributed.gather(norm)
+
+
+def check_finite(run, batches, norm, parts):
+    """Raise UserError if the step must not be taken: some process has a number that is not finite.
+
+    batches   list of this process's data.Batch
+    norm      float, of the whole gradient
+    parts     list of floats, what each batch adds to L"""
+    # TRAP: one step with NaN ruins every weight, and then all that is saved. The losses, too: with
+    # --lam 0 a loss can be infinite while the gradient is finite.
+    broken = not all(math.isfinite(number) for number in (norm, *parts))
+    if any(total(run, [broken])):                       # if one process must stop, all must
+        raise run.not_finite(norm, batches, parts)
+
+
+def update_weights(run):
+    """AdamW's step, at the rate of this step; then the average of the weights."""
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.config, run.step)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)           # frees the memory before the next forward
+    run.step += 1
+    update_average(run)
 
 
 def learning_rate(config, step):

@@ -113,23 +113,23 @@ class Run:
             program = 'sample.py --open "..."'
         return f"python {program} --checkpoint {self.config.out}/model.pt"
 
-    def not_finite(self, norm, batches, micro_losses):
+    def not_finite(self, norm, batches, losses):
         """The UserError for a step that must not be taken: the norm of its gradient, or a loss of
         some process, is not finite. Every process must call it, and all say the same.
 
-        norm            of the whole gradient, a scalar
-        batches         the data.Batch of each of this process's micro-batches
-        micro_losses    the loss of each, scalars"""
+        norm      float, of the whole gradient
+        batches   the data.Batch of each of this process's micro-batches
+        losses    the loss of each, floats"""
         culprit = ""
-        for micro, batch, loss in zip(self.micros, batches, micro_losses, strict=True):
-            if not loss.isfinite():
+        for micro, batch, loss in zip(self.micros, batches, losses, strict=True):
+            if not math.isfinite(loss):
                 words = words_of_culprit(batch, self.feed.tokenizer)
-                culprit = f"the loss of micro-batch {micro} is {loss.item()}, in \"{words}\""
+                culprit = f"the loss of micro-batch {micro} is {loss}, in \"{words}\""
                 break
         culprits = distributed.split_work(lambda *_: culprit, range(distributed.size()))
         named = [name for name in culprits if name] or ["its losses are finite"]
         return UserError(f"step {self.step + 1} was not taken: {named[0]}; the norm of its "
-                         f"gradient is {float(norm)}; lower --lr, raise --warmup, or look at these "
+                         f"gradient is {norm}; lower --lr, raise --warmup, or look at these "
                          f"documents; {last_good(self.config.out, self.step)}")
 
 

@@ -267,11 +267,11 @@ def test_micro_batches_add_up(model):
 
 def test_transfusion_loss_by_hand():
     """eq. 4 with lambda on the other loss, a loss divided by the other's count, or a step of text alone that divides by 0."""
-    lm_sum, ddpm_sum = torch.tensor(30.0), torch.tensor(8.0)
-    assert transfusion_loss(lm_sum, 10, ddpm_sum, 4).item() == pytest.approx(30 / 10 + 5 * 8 / 4)
-    assert transfusion_loss(lm_sum, 10, ddpm_sum, 4, lam=2.0).item() == pytest.approx(30 / 10 + 2 * 8 / 4)
+    lm_sum, diff_sum = torch.tensor(30.0), torch.tensor(8.0)
+    assert transfusion_loss(lm_sum, 10, diff_sum, 4).item() == pytest.approx(30 / 10 + 5 * 8 / 4)
+    assert transfusion_loss(lm_sum, 10, diff_sum, 4, lam=2.0).item() == pytest.approx(30 / 10 + 2 * 8 / 4)
     assert transfusion_loss(lm_sum, 10, torch.tensor(0.0), 0).item() == pytest.approx(3)
-    assert transfusion_loss(lm_sum, 10, ddpm_sum, 1).item() == pytest.approx(30 / 10 + 5 * 8)          # a step with one picture
+    assert transfusion_loss(lm_sum, 10, diff_sum, 1).item() == pytest.approx(30 / 10 + 5 * 8)          # a step with one picture
 
 
 def test_transfusion_loss_adds_up_over_micro_batches(model):
