@@ -1,7 +1,5 @@
 """
-page.py: a page to click. A document grows while you look         (Transfusion §3 "Inference", §4.5)
-
-The Events of `sample.generate` reach the browser as lines of JSON.     TEST  tests/test_page.py
+page.py: a page to click. A document grows while you look       (§3 "Inference"; tests/test_page.py)
 """
 import argparse
 import base64
@@ -16,21 +14,20 @@ from support.checkpoint import decode_latents, load_trained
 from support.common import ASSETS, UserError, pick_device, run_command
 
 PAGE = """<!doctype html><meta charset=utf-8><title>Transfusion</title><style>
- body {font: 17px/1.7 system-ui, sans-serif; max-width: 46em; margin: 2em auto; color: #222}
+ body {font: 17px/1.7 system-ui, sans-serif; max-width: 46em; margin: 2em auto} * {font: inherit}
  b, span, button {padding: .2em .8em; border: 0; border-radius: .5em} b {background: #eee}
- .lm b:first-child {background: #2563eb; color: #fff} .error #t {color: #b91c1c}
- .noise b + b {background: #ea580c; color: #fff} label {margin-right: 1.2em} * {font: inherit}
- div {display: flex; flex-wrap: wrap; gap: .4em; align-items: center; min-height: 11em; margin:
-   1em 0; padding: 1em; border-radius: .8em; background: #f6f6f4} div span {background: #dbeafe}
- .mark {background: #fed7aa !important} img {width: 9em; image-rendering: pixelated}</style>
-<b>LM mode</b> <b>diffusion mode</b> <span id=t></span><div id=row></div><form><input name=text
-size=70 value="a red circle left of a blue square"><p><button value=draw>Draw</button>
-<button value=edit>Edit the picture</button> <button value=write>Go on by itself</button>
-<a href=/>Clear</a><p><label>guidance <input name=guidance type=range max=8 step=.5 value=3
-oninput="nextSibling.value = value"><output>3</output></label> <label>steps <input name=steps
-type=range min=2 max=250 value=25 oninput="nextSibling.value = value"><output>25</output></label>
-<label>seed <input name=seed size=3 value=0></label> <select name=sampler><option>dpm++<option>ddim
-<option>ddpm</select></form><script>
+ .lm b:first-child, .noise b + b {background: #ea580c; color: #fff} .error #t {color: #b91c1c}
+ div {display: flex; flex-wrap: wrap; gap: .4em; align-items: center; min-height: 11em;
+   margin: 1em 0; padding: 1em; border-radius: .8em; background: #f6f6f4}
+ div span {background: #dbeafe} .mark {background: #fed7aa !important}
+ img {width: 9em; image-rendering: pixelated} output {margin-right: 1em}</style>
+<b>LM mode</b> <b>diffusion mode</b> <span id=t></span><div id=row></div>
+<form oninput="g.value = guidance.value; n.value = steps.value">
+<input name=text size=70 value="a red circle left of a blue square">
+<p><button>draw</button> <button>edit</button> <button>write</button> <a href=/>clear</a>
+<p>guidance <input name=guidance type=range max=8 step=.5 value=3> <output name=g>3</output>
+steps <input name=steps type=range min=2 max=250 value=25> <output name=n>25</output>
+seed <input name=seed size=3 value=0></form><script>
 const form = document.forms[0]; let parts = [], image       // the document; a picture being drawn
 const add = (tag, more) => row.appendChild(Object.assign(document.createElement(tag), more))
 const say = text => { if (text) { parts.push(text); add('span', {textContent: text}) } }
@@ -43,7 +40,7 @@ const show = event => {
   if (event.mark == '<eoi>') { parts.push(image.src); image = null } }
 form.onsubmit = click => {
   click.preventDefault(); form.inert = true
-  const ask = {what: click.submitter.value, parts, ...Object.fromEntries(new FormData(form))}
+  const ask = {what: click.submitter.textContent, parts, ...Object.fromEntries(new FormData(form))}
   const request = new XMLHttpRequest(); let seen = 0
   request.onprogress = () => { const lines = request.responseText.split('\\n')
     while (seen < lines.length - 1) show(JSON.parse(lines[seen++])) }
@@ -55,17 +52,16 @@ class Handler(BaseHTTPRequestHandler):
     """GET is answered by the page, POST by a line of JSON for each event. drawn: the latents of
     pictures, by what the page shows of them; models: one that draws and writes, one that edits."""
 
-    def do_GET(self, kind="text/html; charset=utf-8", content=PAGE):
+    def do_GET(self, content=PAGE):
         """Send the page."""
         self.send_response(200)
-        self.send_header("Content-Type", kind)
         self.end_headers()
         self.wfile.write(content.encode())
 
     def do_POST(self):
         """Send what happens, and a mistake of the user's as the last event."""
         ask = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.do_GET("application/jsonl", "")
+        self.do_GET(content="")
         try:
             self.grow(ask, edits=ask["what"] == "edit", writes=ask["what"] == "write")
         except ValueError as mistake:
@@ -78,11 +74,10 @@ class Handler(BaseHTTPRequestHandler):
     def grow(self, ask, edits, writes):
         """Let the document grow: edit its last picture, or write, or draw."""
         trained = self.models[edits]
-        prompt = []
+        parts = []
         for part in [*ask["parts"], ask["text"]]:       # perhaps "[my.png] and words"
-            new = part not in self.drawn
-            prompt += sample.read_prompt(part, trained) if new else [self.drawn[part]]
-        if edits and [isinstance(part, str) for part in prompt[-2:]] != [False, True]:
+            parts += [self.drawn[part]] if part in self.drawn else sample.read_prompt(part, trained)
+        if edits and [isinstance(part, str) for part in parts[-2:]] != [False, True]:
             raise UserError("draw a picture first, then say how to change it")
 
         def watch(event):
@@ -100,10 +95,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.drawn[url] = event.x[0].cpu()
                 self.tell(mark="<eoi>")
 
-        document = prompt[-2:] if edits else prompt     # Paper: §4.5, an edit is a document
+        document = parts[-2:] if edits else parts     # Paper: §4.5, an edit is a document
         sample.generate(trained, [document], not writes, 64 * writes, 3, [int(ask["seed"])],
                         watch=watch, over="both" if edits else "words", steps=int(ask["steps"]),
-                        sampler=ask["sampler"], guidance=float(ask["guidance"]))
+                        sampler="dpm++", guidance=float(ask["guidance"]))
 
 
 def main(argv=None):
