@@ -318,8 +318,9 @@ def train(config, resume, overwrite, command):
     if distributed.rank() == 0:
         write_json(out / "report.json", numbers)
     say(*lines, sep="\n")
-    say(f"trained in {seconds:.0f} s, all in {time.time() - began:.0f} s; look at "
-        f"{out}/samples.png and {out}/curves.png; {run.how_to_use()}")
+    pictures = "" if config.model == "llama" else f"{out}/samples.png and "     # it draws none
+    say(f"trained in {seconds:.0f} s, all in {time.time() - began:.0f} s; look at {pictures}"
+        f"{out}/curves.png; {run.how_to_use()}")
     return numbers
 
 

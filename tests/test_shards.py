@@ -1057,7 +1057,9 @@ def test_the_rivals_learn_from_shards(coded, packed, tmp_path, monkeypatch, caps
     train.main(training(coded, tmp_path / "c", model="chameleon", patch=1, seq_len=160, steps=2, gap_every=2, samples=2) + ["--stable"])
     log = [json.loads(line) for line in (tmp_path / "c/log.jsonl").read_text().splitlines()]
     assert "gap" in log[-1] and log[-1]["diffusion"] is None and (tmp_path / "c/samples.png").stat().st_size > 1000
+    assert f"look at {tmp_path}/c/samples.png and {tmp_path}/c/curves.png; " in capsys.readouterr().out
     train.main(training(packed, tmp_path / "l", model="llama", steps=2, samples=2))
+    assert f"look at {tmp_path}/l/curves.png; " in capsys.readouterr().out              # it draws no samples.png: do not name one
     trained = load_trained(tmp_path / "l/model.pt")
     assert trained.kind == "llama" and not (tmp_path / "l/samples.png").exists()
     run = make_run(parse_arguments(training(packed, tmp_path / "other", model="llama"))[0], tmp_path / "other")
