@@ -21,7 +21,7 @@ from model import PAPER_SIZES
 from patchify import PATCHES
 from sources.choose import SOURCES
 from sources.scenes import WORLDS
-from support.common import ASSETS, UserError
+from support.common import ASSETS, Parser, UserError, run_command
 
 MODELS = ("transfusion", "chameleon", "llama")
 DATA = (*SOURCES, "shards")
@@ -334,7 +334,7 @@ def parse_arguments(argv=None):
 
 def build_parser():
     """The argparse parser: one option per field of Config, and what is not part of a run."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="python train.py [--preset NAME] [options]      (--help names them all)",
         description="Train a Transfusion model. `python train.py` alone trains the first toy.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -444,4 +444,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(lambda _: main())

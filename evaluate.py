@@ -41,6 +41,7 @@ from sources.feed import probe
 from support.checkpoint import encode_pixels, load_trained
 from support.common import (
     ASSETS,
+    Parser,
     UserError,
     check_writable,
     pick_device,
@@ -278,7 +279,7 @@ def describe_report(numbers, options):
 # -------------------------------------------------------------------------------- command line
 def parse_arguments(argv=None):
     """The options of the command line, checked."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Measure a trained model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument

@@ -42,6 +42,7 @@ from torch import nn
 
 from autoencoder.perceptual import stand_ins, train_small_net
 from autoencoder.processes import ALONE, WholeBatchNorm
+from support.common import run_command
 from vae import to_float
 
 
@@ -197,4 +198,4 @@ def demo():
 
 
 if __name__ == "__main__":
-    demo()
+    run_command(lambda _: demo())

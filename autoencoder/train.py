@@ -46,7 +46,7 @@ from autoencoder.processes import ALONE, Processes, start
 from sources import choose, on_disk
 from sources.pairs import Pairs
 from support.checkpoint import load, pack_vae, save
-from support.common import Stopped, UserError, finish_step_first, pick_device, run_command
+from support.common import Parser, Stopped, UserError, finish_step_first, pick_device, run_command
 from support.run_folder import Log, lock
 from vae import (
     VAE,
@@ -424,7 +424,7 @@ def build_loss(args, pairs):
 
 def parse_arguments(argv):
     """The command line's options. --paper changes the defaults of the others."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train the VAE or VQ-VAE and show reconstructions.", allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -520,7 +520,10 @@ def load_pictures(args, silent):
         pixels, test = on_disk.load_on_disk(args.data_dir, args.image_size, silent)
         return Pairs("pictures on disk", [], pixels), test[:]
     choice = {"folder": args.data_dir, "size": args.image_size, "seed": args.seed}
-    pairs = choose.load_pairs(args.data, n=20000, progress=not silent, **choice)
+    # Our choice: as many scenes as fit into 256 MB, and no more than 20,000. At the paper's size
+    # that is 1,365 of them.
+    n = min(20_000, max(1, 2 ** 28 // (3 * args.image_size ** 2)))
+    pairs = choose.load_pairs(args.data, n=n, progress=not silent, **choice)
     test = choose.load_pairs(args.data, split="test", n=256, progress=not silent, **choice)
     return pairs, test.pixels
 

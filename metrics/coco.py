@@ -61,6 +61,7 @@ from support import checkpoint
 from support.checkpoint import encode_pixels, load_trained
 from support.common import (
     ASSETS,
+    Parser,
     UserError,
     check_writable,
     load_json,
@@ -538,7 +539,7 @@ def demo():
 
 def parse_arguments(argv=None):
     """The options of the command line, checked."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=COMMAND, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="CIDEr, FID and CLIP score on captioned pictures; pictures for GenEval's own "
                     "judge.")

@@ -25,7 +25,7 @@ from metrics.gap import outputs, wrong_captions
 from sources import choose, scenes
 from sources.feed import probe
 from support.checkpoint import decode_latents, encode_pixels, load_trained
-from support.common import ASSETS, UserError, pick_device, run_command
+from support.common import ASSETS, Parser, UserError, pick_device, run_command
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)                      # of T, where the losses are measured
 STARTS = (0.25, 0.5, 0.75, 1.0)                         # of T, where redrawing begins
@@ -303,7 +303,7 @@ def describe(found):
 
 def main(argv=None):
     """Examine a checkpoint as the command line says; print what is measured, and the diagnosis."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m metrics.doctor", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="What is wrong with this model? One sentence, and the numbers behind it.")
     add = parser.add_argument

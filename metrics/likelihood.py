@@ -44,6 +44,7 @@ from scale import distributed, streams
 from support.checkpoint import device_of, load_trained
 from support.common import (
     ASSETS,
+    Parser,
     UserError,
     check_writable,
     run_command,
@@ -354,7 +355,7 @@ def demo(trained):
 
 def parse_arguments(argv=None):
     """The options of the command line, checked."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=COMMAND, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Text, judged by likelihood: perplexity; choices; the Llama suite of "
                     "lm-evaluation-harness.")

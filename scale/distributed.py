@@ -63,7 +63,7 @@ from torch.utils.checkpoint import checkpoint
 from model import Transfusion, count
 from scale import plan
 from support.checkpoint import name_not_finite
-from support.common import UserError, load_json, pick_device, write_json
+from support.common import UserError, load_json, pick_device, run_command, write_json
 
 # One process saves in the same format, which torch finds worth a warning.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -737,4 +737,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(lambda _: main())

@@ -48,6 +48,7 @@ from scale.streams import collect_words, find_sources, items_of, stamp_of
 from sources import scenes
 from support import checkpoint
 from support.common import (
+    Parser,
     UserError,
     full_disk_named,
     pick_device,
@@ -421,7 +422,7 @@ def picture_settings(vae, args):
 # ------------------------------------------------------------------------------------- command line
 def parse_arguments(argv):
     """The options. Raises UserError if one is wrong in itself."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scale.pack", formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Pack text and captioned pictures into shards. The same command goes on where "
                     "a killed one stopped, and packs missing or broken shards anew.")

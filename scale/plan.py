@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import PAPER_CODES, PAPER_SIZES, Transfusion, count, paper_model
 from patchify import PATCHES
-from support.common import UserError
+from support.common import UserError, run_command
 
 # Peak bf16 FLOP/s with fp32 accumulation, *dense*: the makers' data sheets print twice that, "with
 # sparsity". A name is found if all its words are in torch.cuda.get_device_name(). The first that
@@ -591,7 +591,8 @@ def total_bytes(lines):
     return sum(size for _, size, _ in lines)
 
 
-if __name__ == "__main__":
+def main():
+    """Print what each of the paper's runs costs."""
     # Paper: §4.1, 250k steps of 2M tokens: 512 rows of 4096.
     plans = {size: Plan(paper_model(size), 1, 512, 250_000, gpus=512) for size in PAPER_SIZES}
     # Paper: §4.4, the flagship: U-Net patches, and twice both.
@@ -599,3 +600,7 @@ if __name__ == "__main__":
     for name, plan in plans.items():
         print(f"======== {name}")
         print(*describe(plan), "", sep="\n")
+
+
+if __name__ == "__main__":
+    run_command(lambda _: main())

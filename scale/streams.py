@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data
 from sources import scenes
 from sources.pairs import check_text, clean_caption
-from support.common import UserError, check_ordinary, load_json, open_picture
+from support.common import UserError, check_ordinary, load_json, open_picture, run_command
 
 ENDINGS = {"text": (".txt", ".jsonl"), "pairs": (".tar",)}          # of a source's file
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")                       # in a tar
@@ -368,4 +368,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(lambda _: main())

@@ -41,6 +41,7 @@ from data import count_tokens
 from sources import scenes
 from sources.pairs import (
     SPLITS,
+    check_room,
     clean_caption,
     name_groups,
     print_skipped,
@@ -48,7 +49,7 @@ from sources.pairs import (
     words_of,
 )
 from sources.scenes import COLOURS, HELD_OUT, RELATIONS, SHAPES, Thing
-from support.common import UserError, open_picture, read_records
+from support.common import UserError, open_picture, read_records, run_command
 
 KINDS = ("recolour", "reshape", "remove", "add", "move")
 VERBS = ("make", "turn", "remove", "add", "move")       # the first word of each kind
@@ -347,6 +348,7 @@ def scene_edits(n=8000, seed=0, longest=3, single=0.5, size=32, progress=True):
                 single = 0: all of `longest`, as far as they go
     The first scenes are those of pretraining. The kind of each edit is uniform over the kinds that
     fit."""
+    check_room(2 * n, size)                             # a triple alone has two pictures
     rng = np.random.default_rng([*np.atleast_1d(seed), 11])
     world = scenes.World()
     chains = []
@@ -505,4 +507,4 @@ def demo():
 
 
 if __name__ == "__main__":
-    demo()
+    run_command(lambda _: demo())

@@ -23,6 +23,7 @@ import numpy as np
 from support.common import UserError
 
 SPLITS = ("train", "test")
+MOST_BYTES = 2 ** 31                                    # of all pictures that are drawn and held
 
 
 @dataclass
@@ -71,6 +72,15 @@ def words_of(texts):
 
 
 # ------------------------------------------------------------------------ what all sources agree on
+def check_room(n, size):
+    """Raise UserError if n pictures of size x size pixels cannot be held in memory."""
+    wanted = 3 * n * size ** 2
+    if wanted > MOST_BYTES:
+        most = MOST_BYTES // (3 * size ** 2)
+        raise UserError(f"{n:,} pictures of {size}x{size} would take {wanted / 2 ** 30:,.1f} GB of "
+                        f"memory: ask for fewer, at most {most:,}, or for smaller ones")
+
+
 def clean_caption(text, where):
     """A caption as it is learned and asked for: one space between words. Raises UserError for an
     empty one, and for one that is no text. where: its file and line, for the sentence."""

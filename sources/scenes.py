@@ -40,7 +40,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from sources.pairs import SPLITS, Pairs, words_of
+from sources.pairs import SPLITS, Pairs, check_room, words_of
 
 SHAPES = ("circle", "square", "triangle", "cross")
 PLURALS = {
@@ -282,6 +282,7 @@ def load_scenes(n, seed, categories=WORLDS["six"], size=32, held_out=False, prog
     rng = np.random.default_rng(seed)
     world = World(tuple(categories))
     texts = []
+    check_room(n, size)
     pixels = np.empty((n, size, size, 3), dtype=np.uint8)
     for k in tqdm(range(n), desc="drawing scenes", disable=not progress, leave=False):
         text, claim = world.caption(rng, held_out)

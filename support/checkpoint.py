@@ -42,7 +42,7 @@ KINDS = ("transfusion", "chameleon", "llama")           # of models: ours, and t
 MOST = 2 ** 20                                          # diffusion steps, or positions, of a file
 
 # What a dict that does not fit this program ends in, while a model is built from it.
-UNFIT = (KeyError, TypeError, AttributeError, RuntimeError, ValueError, ArithmeticError)
+UNFIT = (LookupError, TypeError, AttributeError, RuntimeError, ValueError, ArithmeticError)
 
 # Parts of the network had other names in older files, which still load: old start, new start.
 OLD_NAMES = {"words.": "embedding.", "pictures.": "patch_encoder.", "reach": "x0_max"}
@@ -134,6 +134,8 @@ def is_finite(value):
         return True
     if hasattr(value, "to_local"):                      # a tensor of scale/distributed.py
         value = value.to_local()
+    if value.dtype == torch.float64:
+        value = value.float()                           # as it is used: 1e300 becomes infinite
     return bool(value.isfinite().all())
 
 

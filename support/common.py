@@ -7,7 +7,9 @@ THE IDEA    A user's mistake becomes one sentence, before any work is done. Here
             device, and the readers of files that come from elsewhere: pictures, and JSON lines.
 READ NEXT   checkpoint.py        TEST  tests/test_sources.py, tests/test_trust.py
 """
+import argparse
 import contextlib
+import difflib
 import io
 import json
 import os
@@ -48,6 +50,7 @@ class Stopped(KeyboardInterrupt):
 def run_command(main, argv=None, if_stopped=""):
     """Run a command line's main(argv). A user's mistake (ValueError, OSError) becomes one sentence
     on stderr and exit status 2. Ctrl-C becomes one, too, with status 130, and SIGTERM with 143.
+    If nobody reads on, as in `... | head`, it ends in silence, with 141.
     Anything else is a bug of ours and keeps its traceback.
 
     if_stopped      how to go on after Ctrl-C, where the program has not said it"""
@@ -60,6 +63,13 @@ def run_command(main, argv=None, if_stopped=""):
         with hear_sigterm():
             check_words(sys.argv[1:] if argv is None else argv)
             main(argv)
+        # Here, not as Python exits: a reader that has gone away is only noticed now.
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer goes nowhere, or Python would try again and complain.
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stdout.fileno())
+        sys.exit(141)                                   # as a shell counts: 128 + SIGPIPE
     except (ValueError, OSError) as mistake:
         print(f"error: {one_sentence(mistake)}", file=sys.stderr)
         sys.exit(2)
@@ -67,6 +77,25 @@ def run_command(main, argv=None, if_stopped=""):
         sentence = str(stop) or if_stopped or "nothing is left half written"
         print(f"\nstopped: {sentence}", file=sys.stderr)
         sys.exit(128 + signal_of(stop))                 # as a shell counts: 130 or 143
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but a mistyped choice gets a sentence of ours, with the nearest of many names."""
+
+    def _check_value(self, action, value):
+        # argparse has no open door for this. The name is the same in Python 3.11 to 3.14.
+        if action.choices is None or value in action.choices:
+            return
+        choices = [str(choice) for choice in action.choices]
+        option = "/".join(action.option_strings) or action.dest
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        if len(choices) <= 10:
+            advice = f"choose from {', '.join(choices)}"
+        elif near:
+            advice = f"did you mean {near[0]}?"
+        else:
+            advice = "--help names all that it can be"
+        raise UserError(f"{option} cannot be {value!r:.60}: {advice}")
 
 
 def check_words(words):

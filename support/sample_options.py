@@ -12,13 +12,13 @@ from pathlib import Path
 from PIL import Image
 
 from diffusion import SAMPLERS
-from support.common import UserError, check_writable
+from support.common import Parser, UserError, check_writable
 
 
 def parse_arguments(argv, guide_over):
     """The options of a command line, checked. guide_over: what guidance may leave out.
     Raises UserError."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Words to a picture, a picture to words, or any mixture of them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument

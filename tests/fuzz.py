@@ -16,7 +16,7 @@ VERDICTS    accepted    it ran to its end, or to its first seconds of work
             library     with a sentence of somebody else's, which seldom says what to do
             traceback   a bug           memory    over 1 GB
             hang        over 30 s of a core, or 10 s of waiting for what does not come
-            changed     a file that was given is not what it was
+            changed     a file that was given, or that all cases share, is not what it was
             wrong       accepted although it is broken, or refused although it is right
 """
 import argparse
@@ -67,7 +67,7 @@ MEMORY = 700 * 2 ** 20                                  # bytes; every command h
 CPU_SECONDS = 30
 WALL_SECONDS = 300
 WAIT_SECONDS = 10                                       # without computing: for a pipe, say
-WORK_SECONDS = 1.5                                      # of real work; then it counts as accepted
+WORK_SECONDS = 0.5                                      # of real work; then it counts as accepted
 GOOD = ("accepted", "refused")
 VERDICTS = (*GOOD, "library", "traceback", "memory", "hang", "changed", "wrong")
 EITHER, MUST, NEVER = "either", "must be accepted", "must be refused"
@@ -203,6 +203,7 @@ def judge(kind, number, shelf, place):
     outcome.input = case.about
     (place / "about.txt").write_text(case.about, encoding="utf-8", errors="backslashreplace")
     before = contents(given)
+    shared = stamps(shelf)
     for path in case.own:
         before.pop(path, None)
 
@@ -213,11 +214,18 @@ def judge(kind, number, shelf, place):
     sys.stdout = sys.stderr = said
     outcome.verdict, outcome.text, outcome.traceback = verdict_of(case.action, case.words)
     after = contents(given)
+    for path in [path for path in after if path not in before]:
+        # What it was told to write, or lies in a folder in which it was told to.
+        if any(path == own or path.startswith(f"{own}/") for own in case.own):
+            after.pop(path)
     for path in case.own:
         after.pop(path, None)
     if after != before:
         outcome.verdict = "changed"
-        outcome.text = "a file that was given is not what it was"
+        outcome.text = f"a file that was given is not what it was: {differing(before, after)}"
+    elif stamps(shelf) != shared:
+        outcome.verdict = "changed"
+        outcome.text = f"a file that all cases share is not what it was: {differing(shared, stamps(shelf))}"
     elif outcome.verdict == "accepted" and case.wanted == NEVER:
         outcome.verdict = "wrong"
         outcome.text = "accepted, but it is broken"
@@ -289,6 +297,20 @@ def contents(folder):
             digest = hashlib.blake2b(path.read_bytes()).hexdigest()
         found[str(path)] = (mark, status.st_size, digest)
     return found
+
+
+def stamps(folder):
+    """{path: size and time of writing} of all that lies in a folder: quicker than `contents`."""
+    found = {}
+    for path in folder.rglob("*"):
+        status = path.lstat()
+        found[str(path)] = (status.st_size, status.st_mtime_ns)
+    return found
+
+
+def differing(before, after):
+    """The paths that two dicts do not have in common, or that differ."""
+    return sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
 
 
 def stop_after_a_while():
@@ -1018,7 +1040,7 @@ def flag_case(rng, given, shelf):
     for name in ("model.pt", "vae.pt"):
         shutil.copy(shelf / name, given)
     for name in ("pictures", "packed", "mnist"):
-        (given / name).symlink_to(shelf / name)
+        shutil.copytree(shelf / name, given / name)     # a command may be told to write there
     os.mkfifo(given / "pipe")
     (given / "folder").mkdir()
     (given / "good.png").write_bytes((shelf / "RGB.png").read_bytes())
@@ -1034,7 +1056,7 @@ def flag_case(rng, given, shelf):
         value = None
         if action.nargs != 0:
             value = pick(rng, values_for(action)).replace("GIVEN", str(given)).replace("\0", "")
-            if OUTPUTS.get(action.dest) == Path(value).suffix:
+            if OUTPUTS.get(action.dest) == Path(value).suffix or action.dest == "out" and not Path(value).suffix:
                 own.append(value)
         option = pick(rng, action.option_strings) if action.option_strings else None
         if option and value is None:
@@ -1183,6 +1205,12 @@ def describe(outcome):
             f"          {outcome.text[:200]!r}")
 
 
+def keep(outcomes, path):
+    """Write all outcomes to a JSON file, if a path is given."""
+    if path:
+        Path(path).write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+
+
 def main(argv=None):
     """Run cases as the command line says. Returns how many went wrong."""
     parser = argparse.ArgumentParser(description="Thousands of bad and odd inputs.")
@@ -1213,7 +1241,6 @@ def main(argv=None):
         kinds = [args.only] if args.only else [kind for kind in KINDS for _ in range(SHARE.get(kind, 1))]
         numbers = collections.Counter()
         outcomes = []
-        whole = contents(shelf)
         cases = []
         for k in range(args.n):
             kind = kinds[k % len(kinds)]
@@ -1224,16 +1251,14 @@ def main(argv=None):
             if outcome.verdict not in GOOD:
                 print(describe(outcome), flush=True)
             if len(outcomes) % 100 == 0:
+                keep(outcomes, args.json)               # a stop loses little
                 print(f"{len(outcomes)} of {args.n}, {time.time() - began:.0f} s", file=sys.stderr)
         if not (args.only or args.no_commands):
             outcomes += real_commands(shelf)
-        same = contents(shelf) == whole or "bad" in os.listdir(shelf)
     print(*table(outcomes), sep="\n")
     largest = max(outcome.megabytes for outcome in outcomes)
-    print(f"{len(outcomes)} cases in {time.time() - began:.0f} s; the largest took {largest} MB"
-          + ("" if same else "; FILES THAT ALL CASES SHARE WERE CHANGED"))
-    if args.json:
-        Path(args.json).write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+    print(f"{len(outcomes)} cases in {time.time() - began:.0f} s; the largest took {largest} MB")
+    keep(outcomes, args.json)
     return sum(outcome.verdict not in GOOD for outcome in outcomes)
 
 

@@ -42,25 +42,32 @@ TESTS = {                                               # module: the tests that
     "train": "test_train", "sample": "test_sample", "evaluate": "test_evaluate",
     "chameleon": "test_chameleon", "experiments": "test_experiments",
     "config": "test_errors test_train test_trust test_plan",
+    "scale/run": "test_train test_trust", "scale/distributed": "test_distributed test_trust",
+    "scale/plan": "test_plan", "scale/shards": "test_shards", "scale/pack": "test_shards",
+    "scale/streams": "test_shards", "scale/feed": "test_shards", "scale/export": "test_train test_distributed",
+    "scale/mixture": "test_mixture",
     "autoencoder/losses": "test_vae_losses test_train_vae", "autoencoder/perceptual": "test_vae_losses",
     "autoencoder/train": "test_train_vae test_trust", "autoencoder/processes": "test_vae_processes",
+    "autoencoder/quality": "test_folder",
     "sources/scenes": "test_scenes", "sources/edits": "test_edits", "sources/mnist": "test_sources",
     "sources/folder": "test_sources", "sources/pairs": "test_sources test_data",
-    "sources/on_disk": "test_on_disk",
+    "sources/on_disk": "test_on_disk", "sources/documents": "test_documents",
     "sources/choose": "test_sources test_trust", "sources/feed": "test_sources test_train test_chameleon",
     "metrics/gap": "test_evaluate test_chameleon", "metrics/scenes": "test_evaluate",
-    "metrics/digits": "test_evaluate", "metrics/drawing": "test_evaluate",
+    "metrics/digits": "test_evaluate", "metrics/drawing": "test_evaluate test_folder",
     "metrics/progress": "test_train test_trust", "metrics/mixtures": "test_mixtures",
     "metrics/doctor": "test_doctor", "metrics/likelihood": "test_likelihood",
     "metrics/questions": "test_questions", "metrics/coco": "test_coco", "metrics/sweep": "test_sweep",
-    "scale/plan": "test_plan", "scale/shards": "test_shards", "scale/pack": "test_shards",
-    "scale/streams": "test_shards", "scale/feed": "test_shards", "scale/run": "test_train test_trust",
-    "scale/distributed": "test_distributed test_trust", "scale/export": "test_train test_distributed",
-    "scale/mixture": "test_mixture", "support/start": "test_start",
-    "support/common": "test_sources test_trust test_errors",
+    "metrics/folder": "test_folder", "metrics/verdicts": "test_verdicts", "metrics/results": "test_experiments",
+    "metrics/scaling": "test_scaling",
+    "support/start": "test_start", "support/common": "test_sources test_trust test_errors",
     "support/run_folder": "test_trust test_train", "support/checkpoint": "test_trust test_sample test_errors",
     "support/figures": "test_train test_vae", "support/sample_options": "test_sample test_errors",
-}
+    "support/convert": "test_convert", "support/origin": "test_origin", "support/reference": "test_reference",
+    "notebooks/page": "test_page", "docs/voices": "test_house",
+} | {f"exercises/{name}": "test_exercises" for name in (
+    "checks", "codes", "grade", "guidance", "layout", "loss", "mask", "patches", "rewards", "schedule", "step", "stubs",
+    "trial", "writing")}
 FLIPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
            ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot,
            ast.IsNot: ast.Is}
@@ -72,7 +79,7 @@ DROPPED = ("detach", "clamp", "sqrt", "square", "flip", "clone", "round", "floor
 HEAVY = ("numpy", "torch", "torch.nn.functional", "torch.distributed.checkpoint", "torch.distributed.fsdp", "PIL.Image",
          "einops", "tqdm", "matplotlib.pyplot", "filelock")
 CPU_SECONDS = 20                                        # at least, of one bug; more for slow tests
-QUICK = 3.0                                             # seconds of a test that need not run the line
+QUICK = 0.2                                             # seconds of a test that need not run the line
 WAIT_SECONDS = 90                                       # in which nothing computes: it waits for ever
 
 
@@ -241,31 +248,31 @@ def statement_of(tree, node):
 
 # ---------------------------------------------------------------- the tests of a module, in a fork
 class Watch:
-    """A plugin of pytest's: which test runs which lines of a file, and the seconds it takes.
+    """A plugin of pytest's: which test runs which lines of the house, and the seconds it takes.
 
-    path    the file, or None to watch nothing
+    house   the folder whose modules are watched, or None to watch nothing
     order   names of tests: these run, in this order; None: all"""
 
-    def __init__(self, path, order):
-        self.path = str(path) if path else None
+    def __init__(self, house, order):
+        self.house = f"{house}/"
         self.order = order
-        self.lines = collections.defaultdict(set)       # {name of a test, or "import": lines}
-        self.shared = collections.defaultdict(set)      # {file of tests: lines of what it prepares}
+        self.lines = collections.defaultdict(set)       # {name of a test, "import" or "shared": (module, line)s}
         self.seconds = {}
         self.starts = set()                             # tests that start a process: it is not watched
         self.failed = []
         self.now = self.lines["import"]
         self.name = "import"
-        if path:
+        if house:
             sys.settrace(self.on_call)
             threading.settrace(self.on_call)
             sys.addaudithook(self.on_event)
 
     def on_call(self, frame, event, _):
-        return self.on_line if frame.f_code.co_filename == self.path else None
+        path = frame.f_code.co_filename
+        return self.on_line if path.startswith(self.house) and "/tests/" not in path else None
 
     def on_line(self, frame, event, _):
-        self.now.add(frame.f_lineno)
+        self.now.add((frame.f_code.co_filename, frame.f_lineno))
         return self.on_line
 
     def on_event(self, event, _):
@@ -283,7 +290,7 @@ class Watch:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item):
-        self.now = self.shared[item.nodeid.split("::")[0]]
+        self.now = self.lines["shared"]                 # a fixture may prepare something for all tests
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_call(self, item):
@@ -291,7 +298,7 @@ class Watch:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_teardown(self, item):
-        self.now = self.shared[item.nodeid.split("::")[0]]
+        self.now = self.lines["shared"]
 
     def pytest_runtest_logfinish(self, nodeid):
         self.seconds[nodeid] = cpu() - self.began
@@ -300,20 +307,31 @@ class Watch:
         if report.failed:
             self.failed.append(report.nodeid)
 
-    def tests_of(self, first, last):
-        """The names of tests to run for a bug in these lines: those that run one of them, the
-        quickest first; then quick ones that do not."""
-        wanted = set(range(first, last + 1))
-        near = []
-        far = []
-        for name, seconds in self.seconds.items():
-            runs = (self.lines["import"] | self.lines[name] | self.shared[name.split("::")[0]]) & wanted
-            if runs or name in self.starts:
-                near.append((name not in self.starts, seconds, name))
+    def seen(self):
+        """What was watched, as JSON: "seconds", "starts", and the "lines" of every test by module."""
+        by_test = {}
+        for name, lines in self.lines.items():
+            by_module = collections.defaultdict(list)
+            for path, line in sorted(lines):
+                by_module[path.removeprefix(self.house).removesuffix(".py")].append(line)
+            by_test[name] = by_module
+        return dict(seconds=self.seconds, starts=sorted(self.starts), lines=by_test)
+
+
+def tests_for(watched, module, first, last):
+    """The names of the tests to run for a bug in these lines of a module: those that run one of them,
+    the quickest first; then quick ones that do not. watched: one `Watch.seen` per file of tests."""
+    wanted = set(range(first, last + 1))
+    near = []
+    far = []
+    for file in watched:
+        for name, seconds in file["seconds"].items():
+            runs = any(wanted & set(file["lines"].get(part, {}).get(module, ())) for part in ("import", "shared", name))
+            if runs or name in file["starts"]:
+                near.append((name in file["starts"], seconds, name))
             elif seconds < QUICK:                       # a cached result hides what it ran through
-                far.append((True, seconds, name))
-        in_order = sorted(near, key=lambda entry: (not entry[0], entry[1])) + sorted(far, key=lambda entry: entry[1])
-        return [name for *_, name in in_order]
+                far.append((False, seconds, name))
+    return [name for *_, name in sorted(near) + sorted(far)]
 
 
 def cpu():
@@ -322,10 +340,11 @@ def cpu():
     return times.user + times.system + times.children_user + times.children_system
 
 
-def run_tests(house, module, order, seconds, answer):
+def run_tests(house, files, order, seconds, answer):
     """Run tests in this process, a fork, and write what became of them to the file `answer`.
 
-    order   the names of the tests; None: all of the module's, watched"""
+    files   of tests, without their folder
+    order   the names of the tests; None: all of them, watched"""
     os.setsid()                                         # what it starts can be killed with it
     resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -335,28 +354,30 @@ def run_tests(house, module, order, seconds, answer):
     os.dup2(said, 2)
     sys.path[:] = [str(house), str(house / "tests"), *(path for path in sys.path if not path.startswith(str(HOME)))]
     os.environ["OMP_NUM_THREADS"] = "1"
-    files = [f"tests/{name}.py" for name in TESTS[module].split() if (house / f"tests/{name}.py").exists()]
+    paths = [f"tests/{name}.py" for name in files]
     if order is not None:
-        files = [name for name in files if any(test.startswith(f"{name}::") for test in order)]
-    watch = Watch(None if order is not None else house / f"{module}.py", order)
+        paths = [path for path in paths if any(test.startswith(f"{path}::") for test in order)]
+    watch = Watch(house if order is None else None, order)
     status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=",
-                          "--basetemp", str(house.parent / "pytest"), *files], plugins=[watch])
+                          "--basetemp", str(house.parent / "pytest"), *paths], plugins=[watch])
     sys.settrace(None)
-    result = dict(status=int(status), failed=watch.failed[:1], seconds=watch.seconds, starts=sorted(watch.starts))
-    if order is None:
-        result["lines"] = {name: sorted(lines) for name, lines in watch.lines.items()}
-        result["shared"] = {name: sorted(lines) for name, lines in watch.shared.items()}
-    answer.write_text(json.dumps(result))
+    result = dict(status=int(status), failed=watch.failed[:1])
+    answer.write_text(json.dumps(result | watch.seen() if order is None else result))
 
 
 class Running:
-    """Tests at work in a fork. module, mutant (None: no bug), order, seconds: as in `run_tests`."""
+    """Tests at work in a fork.
 
-    def __init__(self, house, module, mutant, order, seconds):
-        self.house, self.module, self.mutant = house, module, mutant
-        self.path = house / f"{module}.py"
-        self.source = self.path.read_text()
+    name        of the module in which the mutant is; without a mutant, of the file of tests that is watched
+    order, seconds      as in `run_tests`"""
+
+    def __init__(self, house, name, mutant, order, seconds):
+        self.house, self.name, self.mutant = house, name, mutant
+        files = [name]
         if mutant:
+            files = TESTS[name].split()
+            self.path = house / f"{name}.py"
+            self.source = self.path.read_text()
             put(self.path, mutant["text"])
         self.answer = house.parent / "answer.json"
         self.answer.unlink(missing_ok=True)
@@ -365,7 +386,7 @@ class Running:
         self.child = os.fork()
         if self.child == 0:
             try:
-                run_tests(house, module, order, seconds, self.answer)
+                run_tests(house, files, order, seconds, self.answer)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -416,7 +437,7 @@ def cpu_of_session(session):
 def copy_of_the_house(place):
     """A copy of the repository without what is large and not needed."""
     house = place / "house"
-    skip = shutil.ignore_patterns(".git", "out", "notebooks", "__pycache__", ".pytest_cache", "packed")
+    skip = shutil.ignore_patterns(".git", "out", "__pycache__", ".pytest_cache", "packed")
     shutil.copytree(HOME, house, ignore=skip)
     return house
 
@@ -425,13 +446,19 @@ def copy_of_the_house(place):
 def run_all(args, place):
     """Yields a dict for every bug of every module that is not in args.done."""
     free = [copy_of_the_house(place / str(k)) for k in range(args.jobs)]
-    waiting = collections.deque((module, None, None, 3000) for module in args.modules)
+    house = free[0]
+    watched = {}                                        # {file of tests: Watch.seen, or None while it runs}
+    bugs = collections.deque(bugs_of(args, house))
+    waiting = collections.deque()                       # [(name, bug or None, tests, seconds)]
     running = []
     began = time.time()
-    while running or waiting:
-        while waiting and free and time.time() - began < args.seconds:
-            module, mutant, order, seconds = waiting.popleft()
-            running.append(Running(free.pop(), module, mutant, order, seconds))
+    while running or waiting or bugs:
+        while free and time.time() - began < args.seconds:
+            if not waiting and bugs:
+                prepare(bugs, watched, waiting)
+            if not waiting:
+                break
+            running.append(Running(free.pop(), *waiting.popleft()))
         if not running:
             return
         for case in list(running):
@@ -442,29 +469,37 @@ def run_all(args, place):
             free.append(case.house)
             if case.mutant:
                 shown = {name: case.mutant[name] for name in ("line", "kind", "change")}
-                yield dict(module=case.module, **shown, seen=result["status"] != 0, by=result["failed"], cpu=result["cpu"])
-            elif result["status"] != 0:
-                print(f"{case.module}: its tests fail without a bug ({result['failed']}); skipped", flush=True)
-                print((case.house.parent / "said.txt").read_text()[-2000:], file=sys.stderr)
+                yield dict(module=case.name, **shown, seen=result["status"] != 0, by=result["failed"], cpu=result["cpu"])
             else:
-                for bug in reversed(mutants(case.source, args.n, args.seed)):
-                    if (case.module, bug["line"], bug["change"]) not in args.done:
-                        waiting.appendleft((case.module, bug, *plan(result, bug)))
+                if result["status"] != 0:
+                    said = (case.house.parent / "said.txt").read_text()[-2000:]
+                    raise SystemExit(f"{case.name}: its tests fail without a bug ({result['failed']})\n{said}")
+                watched[case.name] = result
         time.sleep(0.05)
 
 
-def plan(result, bug):
-    """(names of the tests to run, the seconds that they may take) for a bug. result: of the module's
-    tests without a bug."""
-    watch = Watch(None, None)
-    watch.seconds, watch.starts = result["seconds"], set(result["starts"])
-    for name in ("lines", "shared"):
-        kept = getattr(watch, name)
-        for test, lines in result[name].items():
-            kept[test] = set(lines)
-    order = watch.tests_of(*bug["lines"])
-    seconds = sum(watch.seconds[name] for name in order)
-    return order, CPU_SECONDS + 3 * seconds
+def bugs_of(args, house):
+    """Yields (module, bug), of every module that is asked for."""
+    for module in args.modules:
+        for bug in mutants((house / f"{module}.py").read_text(), args.n, args.seed):
+            if (module, bug["line"], bug["change"]) not in args.done:
+                yield module, bug
+
+
+def prepare(bugs, watched, waiting):
+    """Move the first bug to those that wait for a core, or, before it, the tests to be watched."""
+    module, bug = bugs[0]
+    files = TESTS[module].split()
+    for name in files:
+        if name not in watched:
+            watched[name] = None
+            waiting.append((name, None, None, 3000))
+            return
+    if all(watched[name] for name in files):
+        bugs.popleft()
+        order = tests_for([watched[name] for name in files], module, *bug["lines"])
+        seconds = sum(watched[name.split("/")[1].split(".py")[0]]["seconds"][name] for name in order)
+        waiting.append((module, bug, order, CPU_SECONDS + 3 * seconds))
 
 
 def table(outcomes):

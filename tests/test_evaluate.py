@@ -349,6 +349,27 @@ def test_a_llama_is_asked_about_words_it_knows(documents):
     llama = stub(lambda *_: pytest.fail("asked"), documents, kind="llama")
     numbers, lines, shown = evaluate.report(llama, "shards", test=object(), steps=2)
     assert numbers.keys() == {"seconds"} and len(lines) == 2 and shown == []
+    assert 0 <= numbers["seconds"] < 600                # not the time of day
+
+
+@pytest.mark.parametrize("name, own, loads", [("folder", True, True), ("edits", True, True), ("edits", False, False), ("mnist", True, False),
+                                              ("scenes", False, False)])
+def test_which_training_data_are_loaded(monkeypatch, name, own, loads):
+    """Catches pictures of one's own that are judged without those of their training, and a training split that is loaded for nothing."""
+    monkeypatch.setattr(evaluate.choose, "load_pairs", lambda *_, **__: "loaded")
+    line = ["--data", name, *(["--data-dir", "here"] if own else [])]
+    trained = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(latent=(4, 8, 8))), vae=SimpleNamespace(f=4))
+    args = evaluate.parse_arguments(line)
+    assert evaluate.load_data(trained, args, "train") == ("loaded" if loads else None)
+    assert evaluate.load_data(trained, args, "test") == "loaded"
+
+
+@pytest.mark.parametrize("name, good, bad", [("n", 1, 0), ("steps", 1000, 1001), ("steps", 1, 0), ("seed", 0, -1), ("seed", 2 ** 32 - 1, 2 ** 32)])
+def test_the_ends_of_the_options(name, good, bad):
+    """Catches a range that ends one number too early or too late."""
+    evaluate.parse_arguments([f"--{name}={good}"])
+    with pytest.raises(UserError, match=f"--{name} must be"):
+        evaluate.parse_arguments([f"--{name}={bad}"])
 
 
 @pytest.mark.parametrize("judged", [True, False])

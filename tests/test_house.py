@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+import mutants
 from conftest import make_run
 from docs import voices
 
@@ -165,6 +166,14 @@ def test_no_concept_file_is_imported_for_its_error(name):
 def test_twelve_doors():
     """Catches a newcomer who stands before more files than he can choose from."""
     assert len(list(ROOT.glob("*.py"))) <= 12
+
+
+def test_every_module_can_get_a_bug():
+    """Catches a module whose tests nobody has tried with planted bugs: it is missing in the table of tests/mutants.py."""
+    drawing = {"notebooks.figures", "notebooks.figures_6", "notebooks.figures_7", "docs.idea"}
+    assert set(FILES) - drawing == {name.replace("/", ".") for name in mutants.TESTS}
+    for names in mutants.TESTS.values():
+        assert all((ROOT / f"tests/{name}.py").exists() for name in names.split())
 
 
 def test_sample_loads_little():

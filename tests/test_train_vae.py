@@ -367,3 +367,12 @@ def test_balance_is_part_of_the_run(pictures, tmp_path):
     train_vae(pictures, VAEConfig(**SMALL), out=tmp_path, **options)
     with pytest.raises(UserError, match="balance False, not True"):
         train_vae(pictures, VAEConfig(**SMALL), out=tmp_path, resume=True, balance=True, **options)
+
+
+@pytest.mark.parametrize("size", [32, 256])
+def test_how_many_scenes(monkeypatch, size):
+    """Catches `--paper` on scenes that holds 20,000 pictures of 256 x 256, 3.7 GB."""
+    numbers = []
+    monkeypatch.setattr(choose, "load_pairs", lambda *a, n, **k: numbers.append(n) or scenes.load_scenes(1, 0, progress=False))
+    vae_training.load_pictures(vae_training.parse_arguments(["--image-size", str(size)]), True)
+    assert numbers[0] == {32: 20_000, 256: 1365}[size] and numbers[0] * 3 * size ** 2 <= 2 ** 28

@@ -325,12 +325,28 @@ def poison(content, name="weights"):
     return content
 
 
+def test_nobody_reads_on():
+    """Catches a traceback of `python config.py | head -1`: whoever reads has gone away, and that is no mistake."""
+    # 1 MB is more than a pipe holds; a few letters are only written as the program ends.
+    for letters in (10 ** 6, 10):
+        code = f"from support.common import run_command; run_command(lambda _: print('x' * {letters}))"
+        program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        program.stdout.close()
+        assert (program.stderr.read(), program.wait()) == (b"", 141)
+
+
 def test_what_is_read_is_finite(whole, tiny_vae, tmp_path, capsys):
     """Catches NaN that is read: from a model.pt (also as --init), a vae.pt, the state of a VAE's training, a checkpoint."""
     torch.save(poison(torch.load(whole / "model.pt", weights_only=True)), tmp_path / "model.pt")
     torch.save(poison(torch.load(tiny_vae, weights_only=True)), tmp_path / "vae.pt")
     torch.save({"kind": "vae training", "parts": [{"w": torch.tensor([1.0, math.inf])}]}, tmp_path / "last.pt")
-    for read, name in ((load_trained, "model.pt"), (load_vae, "vae.pt"), (partial(checkpoint.load, kind="vae training"), "last.pt")):
+    # Finite as it is stored; infinite in the float32 in which it is used.
+    large = torch.load(tiny_vae, weights_only=True)
+    name, tensor = next((name, tensor) for name, tensor in large["weights"].items() if tensor.is_floating_point())
+    large["weights"][name] = torch.full_like(tensor, 1e300, dtype=torch.float64)
+    torch.save(large, tmp_path / "large.pt")
+    readers = ((load_trained, "model.pt"), (load_vae, "vae.pt"), (load_vae, "large.pt"), (partial(checkpoint.load, kind="vae training"), "last.pt"))
+    for read, name in readers:
         with pytest.raises(UserError, match=f"{name} cannot be used, because .* is not finite"):
             read(tmp_path / name)
     sentence = ends(capsys, train.main, small_run(out=tmp_path / "x", preset="edit", init=tmp_path / "model.pt"), 2)
