@@ -15,13 +15,13 @@ RESULTS = {1.0: {"distance": 9.0, "clip": 20.0, "cider": 3.0}, 5.0: {"distance":
 
 
 def test_the_best_of_each_number():
-    """Catches the highest FID called the best, of a tie the strongest guidance, and a number that no guidance moves."""
+    """Catches the highest FID called the best, of a tie the strongest guidance, a number that no guidance moves, and a tie in all of them that shows none."""
     assert sweep.best(RESULTS, "distance") == 5 and sweep.best(RESULTS, "clip") == 5 and sweep.best(RESULTS, "cider") == 1
     lines = sweep.table(RESULTS, {"distance": "FID", "clip": "CLIP score", "cider": "CIDEr", "exact": "exact"})
     assert [line.split() for line in lines[:3]] == [["guidance", "1", "5", "8", "best"], ["FID", "9", "7.5*", "8", "5"],
                                                     ["CLIP", "score", "20", "24*", "24", "5"]]
     assert len(lines) == 4 and "another --seed" in lines[3]
-    assert sweep.table(RESULTS, {"cider": "CIDEr"}) == ["no number depends on guidance here"]
+    assert sweep.table(RESULTS, {"cider": "CIDEr"}) == ["with every weight: CIDEr 3"]
 
 
 @pytest.mark.parametrize("command", [evaluate.main, lambda argv: coco.main(["scenes", *argv])], ids=["evaluate", "coco"])
