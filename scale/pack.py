@@ -43,7 +43,7 @@ from tqdm import tqdm
 import data
 import vae as vae_module
 from data import Pieces
-from scale.shards import KINDS, cut_row, fingerprint, read_header
+from scale.shards import KINDS, cut_row, fingerprint, make_index, read_header
 from scale.streams import collect_words, find_sources, items_of, stamp_of
 from sources import scenes
 from support import checkpoint
@@ -503,8 +503,8 @@ def main(argv=None):
 
     # 4. The list of them, last: a folder with index.json is finished.
     total = add_up(headers, args.seq_len)
-    index = {"shards": shard_names(headers), "totals": total}
-    write_json(out / "index.json", index)
+    index = make_index(out, shard_names(headers))
+    write_json(out / "index.json", {**index, "totals": total})
     print_totals(out, args.seq_len, total, headers, vae)
     print_missing(headers)
     return total

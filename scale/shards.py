@@ -6,7 +6,7 @@ THE IDEA    What is the same in every epoch is computed once and written down: t
             epoch is drawn when a row is read, and never stored: the order of the rows, caption or
             picture first, captions dropped. It is drawn from (seed, row number). So any rank knows
             at once which rows are its own at any step, and a checkpoint needs the step only.
-A PICTURE   packed/  tokenizer.model | .json, vae.pt, index.json (written last: it lists the shards)
+A PICTURE   packed/  tokenizer.model | .json, vae.pt, index.json (written last: it lists and counts)
                      text-000000/  pairs-000000/  pairs-000001/ ...
             A shard is header.json and these arrays. Each of the first three says where the children
             of a row, document or part begin:
@@ -41,6 +41,8 @@ import functools
 import hashlib
 import itertools
 import json
+import math
+import os
 import sys
 import zlib
 from dataclasses import dataclass
@@ -79,6 +81,9 @@ HEADER = {
 SETTINGS = {"text": ("seq_len", "tokenizer"),
             "pairs": ("seq_len", "tokenizer", "vae", "latent", "patch", "patches")}
 
+# What reading needs to know of every shard. It stands in index.json, too.
+COUNTS = ("rows", "positions", "pictures")
+
 PACK_AGAIN = "delete it and run the packing command again, which packs it anew"
 
 
@@ -100,23 +105,49 @@ def fingerprint(thing):
 
 
 # ---------------------------------------------------------------------------------------- one shard
+class StoredArray:
+    """An array in a .npy file. `array[a:b]` reads these items, and no others.
+
+    file: its path. Raises ValueError if it is no .npy file."""
+
+    # TRAP: a memory-mapped array keeps its file open. Six files a shard, and the thousand that a
+    # system often allows are used up after 170 shards. Rows come from all shards, in any order.
+
+    def __init__(self, file):
+        self.file = file
+        with open(file, "rb") as stream:
+            np.lib.format.read_magic(stream)
+            self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(stream)
+            self.begin = stream.tell()                  # the first byte after the header
+
+    def __getitem__(self, span):
+        """The items of a slice. Raises ValueError if the array is shorter."""
+        n, *item = self.shape
+        if not 0 <= span.start <= span.stop <= n:
+            raise ValueError(f"{self.file} has no items {span.start} to {span.stop}")
+        size = math.prod(item)                          # numbers of one item
+        numbers = np.fromfile(self.file, self.dtype, (span.stop - span.start) * size,
+                              offset=self.begin + int(span.start) * size * self.dtype.itemsize)
+        return numbers.reshape(span.stop - span.start, *item)
+
+
 def open_arrays(path):
-    """{name: memory-mapped array} of a shard. Nothing is read yet."""
-    return {file.stem: np.load(file, mmap_mode="r") for file in path.glob("*.npy")}
+    """{name: StoredArray} of a shard. Only their headers are read."""
+    return {file.stem: StoredArray(file) for file in path.glob("*.npy")}
 
 
 def cut_row(arrays, r):
     """Row r of a shard's arrays: (documents, latents, crc32 of all of it). A document is a list of
     parts, a part a list of ids. latents: those of the parts, or None."""
     # Each table says where the children begin, and, one place on, where they end.
-    document_bounds = np.asarray(arrays["rows"][r: r + 2])
-    part_bounds = np.asarray(arrays["documents"][document_bounds[0]: document_bounds[1] + 1])
-    word_bounds = np.asarray(arrays["parts"][part_bounds[0]: part_bounds[-1] + 1])
-    words = np.asarray(arrays["words"][word_bounds[0]: word_bounds[-1]])
+    document_bounds = arrays["rows"][r: r + 2]
+    part_bounds = arrays["documents"][document_bounds[0]: document_bounds[1] + 1]
+    word_bounds = arrays["parts"][part_bounds[0]: part_bounds[-1] + 1]
+    words = arrays["words"][word_bounds[0]: word_bounds[-1]]
     pieces = [document_bounds, part_bounds, word_bounds, words]
     latents = None
     if "latents" in arrays:
-        latents = np.asarray(arrays["latents"][part_bounds[0]: part_bounds[-1]])
+        latents = arrays["latents"][part_bounds[0]: part_bounds[-1]]
         pieces.append(latents)
 
     crc = 0
@@ -145,13 +176,18 @@ def parse_header(path):
     try:
         header = read_json(path / "header.json")
     except FileNotFoundError:
-        raise UserError(f"the shard {path} is missing: copy it there, or run the packing command "
-                        f"again, which packs it anew") from None
+        raise UserError(missing(path)) from None
     except ValueError:
         header = None                       # cut short, or something else
     if not is_header(header):
         raise UserError(f"the shard {path} is broken (header.json cannot be read): {PACK_AGAIN}")
     return header
+
+
+def missing(path):
+    """The sentence about a shard that is not there."""
+    return (f"the shard {path} is missing: copy it there, or run the packing command again, which "
+            f"packs it anew")
 
 
 def is_header(header):
@@ -191,11 +227,11 @@ def check_sizes(path, sizes):
 
 
 def check_same_settings(path, own, others):
-    """Raise UserError if a shard has other settings than the rest."""
+    """Raise UserError if a shard, or a folder of shards, has other settings than the rest."""
     different = [name for name in own if others.get(name, own[name]) != own[name]]
     if different:
         first = different[0]
-        raise UserError(f"the shard {path} was packed with another {' and '.join(different)} "
+        raise UserError(f"{path} was packed with another {' and '.join(different)} "
                         f"({own[first]}) than the rest ({others[first]}): keep shards of different "
                         f"settings in different folders")
 
@@ -253,7 +289,8 @@ class Shards:
     at_the_end                 the same for the steps from last_from on, where it differs
     once                       calls a function once for all processes (distributed.from_rank_0)
 
-    Opening reads headers only. Arrays are memory-mapped when a row of theirs is wanted."""
+    Opening reads index.json, and no file of any shard. A shard that is missing is named at once, a
+    broken one when a row of it is read; `verify` finds it before."""
 
     def __init__(self, folder, drop=data.Documents.drop, t_limit=data.Documents.t_limit,
                  noisiest=data.Documents.noisiest, text_only=False, mixture=None,
@@ -261,11 +298,11 @@ class Shards:
         self.folder = Path(folder)
         self.noise_rules = {"drop": drop, "t_limit": t_limit, "noisiest": noisiest}
         self.text_only = text_only
-        self.open_arrays = functools.lru_cache(maxsize=256)(open_arrays)
+        self.open_arrays = functools.lru_cache(maxsize=4096)(open_arrays)
 
         indices = self.find_indices()
-        # At the paper's size these are 283,000 files, and 512 processes.
-        self.headers, self.settings, self.content = once(lambda: read_headers(indices))
+        # At the paper's size these are 283,000 shards, and 512 processes.
+        self.counts, self.settings, self.content = once(lambda: read_indices(indices))
         self.patches = self.settings.get("patches", 0)
         self.codes = self.settings.get("codes", 0)          # 0: the shards hold latents
         self.vae_path = find_beside(indices, "vae.pt")
@@ -304,15 +341,15 @@ class Shards:
         return tokenizer
 
     def total(self, kind, name):
-        """The sum of a count in the headers of all shards of a kind."""
-        return sum(header[name] for header in self.headers[kind].values())
+        """The sum of a count of all shards of a kind."""
+        return sum(counts[name] for counts in self.counts[kind].values())
 
     def count_rows(self):
         """Count rows and pictures: which shard has which rows, and which are held out."""
-        self.paths = {kind: list(self.headers[kind]) for kind in KINDS}
+        self.paths = {kind: list(self.counts[kind]) for kind in KINDS}
         self.begins = {}                    # {kind: the first row of each shard; last, how many}
         for kind in KINDS:
-            rows = [header["rows"] for header in self.headers[kind].values()]
+            rows = [counts["rows"] for counts in self.counts[kind].values()]
             self.begins[kind] = np.cumsum([0, *rows])
         self.pictures = self.total("pairs", "pictures")
         # The last rows of pairs are never trained on: the conditioning gap is measured there.
@@ -321,13 +358,13 @@ class Shards:
         self.rows = {"text": self.total("text", "rows"), "pairs": pairs - self.held_out_rows}
 
     def group_by_folder(self):
-        """{name of a packing's folder, as --mixture has it: {kind: its headers}}."""
+        """{name of a packing's folder, as --mixture has it: {kind: the counts of its shards}}."""
         folders = {}
         for kind in KINDS:
-            for path, header in self.headers[kind].items():
+            for path, counts in self.counts[kind].items():
                 name = path.parent.relative_to(self.folder).as_posix()
-                headers = folders.setdefault(name, {"text": [], "pairs": []})
-                headers[kind].append(header)
+                shards = folders.setdefault(name, {"text": [], "pairs": []})
+                shards[kind].append(counts)
         return folders
 
     def make_phase(self, weights, key=""):
@@ -337,8 +374,8 @@ class Shards:
         for kind in KINDS:
             sources = []
             first = 0
-            for name, headers in self.folders.items():
-                rows = sum(header["rows"] for header in headers[kind])
+            for name, shards in self.folders.items():
+                rows = sum(counts["rows"] for counts in shards[kind])
                 known = min(rows, max(0, self.rows[kind] - first))      # the last are held out
                 sources.append(Source(name, first, known))
                 first += rows
@@ -355,14 +392,14 @@ class Shards:
         rows = dict.fromkeys(KINDS, 0)
         text = 0
         gap = 0
-        for name, headers in self.folders.items():
+        for name, shards in self.folders.items():
             weight = weights.get(name, 1)
             for kind in KINDS:
-                rows[kind] += weight * sum(header["rows"] for header in headers[kind])
-            text += weight * sum(header["positions"] for header in headers["text"])
-            for header in headers["pairs"]:
-                patches = self.patches * header["pictures"]
-                text_of_pairs = header["positions"] - patches
+                rows[kind] += weight * sum(counts["rows"] for counts in shards[kind])
+            text += weight * sum(counts["positions"] for counts in shards["text"])
+            for counts in shards["pairs"]:
+                patches = self.patches * counts["pictures"]
+                text_of_pairs = counts["positions"] - patches
                 gap += weight * (patches - text_of_pairs)
         text /= max(1, rows["text"])                        # now of a row
         gap = max(0.0, gap / max(1, rows["pairs"]))
@@ -384,11 +421,12 @@ class Shards:
         try:
             arrays = self.open_arrays(path)
             documents, latents, crc = cut_row(arrays, r)
-            intact = bool(crc == arrays["sums"][r])
+            intact = crc == int(arrays["sums"][r: r + 1][0])
         except Exception:
             # numpy parses a file's header as Python: a damaged one raises anything, TokenError too.
             intact = False
         if not intact:
+            read_header(path)                   # says more, if the shard is missing or cut short
             raise UserError(f"the shard {path} is broken (row {r} is not what was written): "
                             f"{PACK_AGAIN}")
         if self.codes and latents is not None:
@@ -516,36 +554,72 @@ class Shards:
                             f"--init")
 
 
-def read_headers(indices):
+def read_indices(indices):
     """({kind: {path: {count: number}}}, settings, the name of their content) of all shards that
-    these index.json list. Raises UserError if one is missing or broken, or has other settings than
-    the rest."""
-    headers = {kind: {} for kind in KINDS}
+    these index.json list. Raises UserError if one is broken, or lists a shard that is missing, or
+    has other settings than the rest."""
+    counts = {kind: {} for kind in KINDS}
     settings = {}
-    for index in indices:
-        for name in read_index(index):
-            path = index.parent / name
-            header = read_header(path, settings)
-            settings |= header["settings"]
-            headers[header["kind"]][path] = header
-    whole = [header for shards in headers.values() for header in shards.values()]
-    content = digest(json.dumps(whole, sort_keys=True).encode())
-    counts = {}                             # the rest need not travel to other processes
-    for kind, shards in headers.items():
-        counts[kind] = {path: {name: header[name] for name in ("rows", "positions", "pictures")}
-                        for path, header in shards.items()}
+    contents = []
+    for path in indices:
+        index = read_index(path)
+        check_same_settings(path.parent, index["settings"], settings)
+        settings |= index["settings"]
+        contents.append(index["content"])
+        # To list a folder is quick, to look into 283,000 others is not.
+        present = set(os.listdir(path.parent))
+        for name, of_shard in index["shards"].items():
+            if name not in present:
+                raise UserError(missing(path.parent / name))
+            kind = of_shard["kind"]
+            counts[kind][path.parent / name] = {name: of_shard[name] for name in COUNTS}
+    content = contents[0] if len(contents) == 1 else digest(json.dumps(contents).encode())
     return counts, settings, content
 
 
 def read_index(path):
-    """The names of the shards that an index.json lists. Raises UserError if it is broken."""
+    """The dict of an index.json: see `make_index`. Raises UserError if it is broken."""
     try:
-        names = read_json(path)["shards"]
+        index = read_json(path)
+        if isinstance(index["shards"], list):           # an older packing lists names alone
+            index = make_index(path.parent, index["shards"])
+        intact = is_index(index)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        names = None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+        intact = False
+    if not intact:
         raise UserError(f"{path} is broken: run the packing command again, which writes it anew")
-    return names
+    return index
+
+
+def is_index(index):
+    """Whether a parsed index.json has every field that `make_index` gives it, each of its type."""
+    shards = index["shards"]
+    if not has_type(shards, dict) or not shards:
+        return False
+    if not has_type(index["settings"], dict) or not has_type(index["content"], str):
+        return False
+    for counts in shards.values():
+        if counts["kind"] not in KINDS or counts["rows"] == 0:
+            return False
+        if not all(has_type(counts[name], int) for name in COUNTS):
+            return False
+    return True
+
+
+def make_index(folder, names):
+    """What reading needs of all shards of a folder: {"shards": {name: {"kind": ..., count: ...}},
+    "settings": ..., "content": 16 hex digits}. Raises UserError if a shard is missing or broken, or
+    has other settings than the rest."""
+    headers = {}
+    settings = {}
+    for name in names:
+        headers[name] = read_header(folder / name, settings)
+        settings |= headers[name]["settings"]
+    shards = {}
+    for name, header in headers.items():
+        shards[name] = {field: header[field] for field in ("kind", *COUNTS)}
+    content = digest(json.dumps(list(headers.values()), sort_keys=True).encode())
+    return {"shards": shards, "settings": settings, "content": content}
 
 
 def find_beside(indices, *names):
@@ -573,9 +647,15 @@ def same_in_16_bits(one, two):
 
 # ------------------------------------------------------------------------------------- command line
 def verify(folder):
-    """Read every row of a folder of shards against its checksum. Raises UserError at the first that
-    is not what was written."""
+    """Read every header of a folder of shards, and every row against its checksum. Raises UserError
+    at the first that is not what was written."""
     shards = Shards(folder)
+    for path in shards.find_indices():
+        index = read_index(path)
+        true = make_index(path.parent, list(index["shards"]))
+        if true != {name: index[name] for name in true}:
+            raise UserError(f"{path} is not what the shards beside it say: run the packing command "
+                            f"again, which writes it anew")
     rows = {kind: int(shards.begins[kind][-1]) for kind in KINDS}
     for kind in KINDS:
         for k in tqdm(range(rows[kind]), desc=f"checking {kind}"):
