@@ -11,7 +11,7 @@ import pytest
 import data
 import experiments
 from config import parse_arguments
-from metrics.results import Results
+from metrics.results import Results, read_report
 from metrics.verdicts import Claim
 from sources import scenes
 from support.common import UserError, run_command
@@ -166,11 +166,24 @@ def test_tables_of_what_there_is(tiny, tmp_path, capsys):
     assert "| this way | 0.3750 ± 0.1768 |  |" in said and "| that way |  |" in said and not list(tmp_path.glob("*_seed0"))
 
 
-@pytest.mark.parametrize("content", ["[", "{}", '{"runs": [{"options": "", "seed": 0, "numbers": {"alone": null}}]}'])
+@pytest.mark.parametrize("content", ["[", "{}", '{"runs": [{"options": "", "seed": 0, "numbers": {"alone": null}}]}',
+                                     '{"runs": [{"options": "", "seed": 0, "numbers": {"alone": 0.5, "exact": NaN}}]}'])
 def test_broken_results(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(UserError, match="does not hold the numbers"):
         Results(tmp_path / "results.json")
+
+
+@pytest.mark.parametrize("content, whole", [('{"alone": 1}', True), ('{"exact": 0.5, "more": null}', True), ("{}", True), ('{"alone": 1, "exact": null}', False),
+                                            ('{"alone": NaN}', False), ('{"alone": true}', False), ('{"alone": "1"}', False), ("[]", False), ("{", False)])
+def test_a_report_that_is_broken(tmp_path, content, whole):
+    """Catches a table of numbers of which one is missing. A report may have fewer of them: a Llama's has."""
+    (tmp_path / "report.json").write_text(content)
+    if whole:
+        assert read_report(tmp_path / "report.json", ["alone", "exact"]) == json.loads(content)
+        return
+    with pytest.raises(UserError, match="report.json is broken: delete it"):
+        read_report(tmp_path / "report.json", ["alone", "exact"])
 
 
 def test_a_row_that_fails_is_named(tiny, tmp_path, monkeypatch):

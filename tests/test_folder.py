@@ -3,10 +3,12 @@ test_folder.py: what a model has learned of your own pictures       (metrics/fol
 
 Artists whose drawings are known, perfect and not, against the folder's own pictures; and reconstructions that lose what we know.
 """
+import colorsys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import data
 from autoencoder import quality
@@ -78,6 +80,15 @@ def test_an_edit_is_told_from_the_other_edits_of_its_picture(artist):
     assert folder.report_folder(trained(), edits, edits)[0]["own_nearest"] == 1.0   # nearest of all is 3, which is no rival of these
 
 
+def test_beside_a_drawing_stands_the_picture_before_it():
+    """Catches the first picture of a long document beside a drawing that follows the second."""
+    pixels = pictures(4)
+    sheet = folder.beside_truth(pixels[3], folder.Ask([0, "then", 1, "then"], 2, []), SimpleNamespace(pixels=pixels))
+    assert sheet.shape == (8, 28, 3)
+    for place, k in ((0, 1), (10, 3), (20, 2)):
+        assert np.array_equal(sheet[:, place: place + 8], pixels[k])
+
+
 def test_words_that_were_never_learned_are_marked(artist):
     """Catches a test caption that is shown as a failure although no training caption has its word. Capitals are no difference."""
     train, test = Pairs("folder", ["A cat", "a dog"], pictures(2)), Pairs("folder", ["a Zebra", "A Dog"], pictures(2, 1))
@@ -86,6 +97,8 @@ def test_words_that_were_never_learned_are_marked(artist):
     assert numbers["new_words"] == ["zebra"]
     assert [title for title, *_ in shown] == ["A cat", "a dog", "unseen: a (Zebra?)", "unseen: A Dog"]
     assert ("words in no training caption", "     1 (zebra)") in folder.describe(numbers)
+    for n, more in ((6, False), (7, True)):
+        assert (", ..." in folder.describe({"new_words": list("abcdefghi"[:n])})[0][1]) == more
     alone, shown = folder.report_folder(trained(), None, test)                      # without the training split nobody can know
     assert "own_nearest" not in alone and shown[0][0] == "unseen: a Zebra"
 
@@ -125,6 +138,28 @@ def test_the_colour_that_is_lost_is_named(k):
     assert f"{quality.HUES[k]} turns grey" in found.bottleneck() and "PSNR below 25 dB" in found.bottleneck()
     half = (ALL.astype(int) + grey) // 2
     assert quality.measure(ALL, half.astype(np.uint8)).colours[quality.HUES[k]] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("degrees", [-28, 28])
+@pytest.mark.parametrize("k", range(6))
+def test_a_hue_is_a_sixth_of_the_wheel(k, degrees):
+    """Catches a border between two hues that is not half-way."""
+    colour = colorsys.hsv_to_rgb((60 * k + degrees) % 360 / 360, 1, 1)
+    x = np.full((1, 4, 4, 3), [250 * part for part in colour]).astype(np.uint8)
+    assert list(quality.measure(x, x).colours) == [quality.HUES[k]]
+
+
+def test_the_picture_of_reconstructions(monkeypatch, tmp_path):
+    """Catches reconstructions above their originals, or beside others', and a sheet for more of them than there are."""
+    monkeypatch.setattr(quality, "reconstruct", lambda vae, pixels: 255 - pixels)
+    x = pictures(3)
+    assert quality.show(None, x, tmp_path / "sheet.png").error > 1
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (2 * (2 + 2 * 10), 2 * (2 + 3 * 10), 3)                    # lines of 2 pixels around pictures of 8
+    for row, column in np.ndindex(2, 3):
+        y, x0 = 2 * (2 + 10 * row), 2 * (2 + 10 * column)
+        tile = sheet[y: y + 16, x0: x0 + 16]
+        assert np.array_equal(tile, np.kron(255 - x[column] if row else x[column], np.ones((2, 2, 1), np.uint8)))
 
 
 def test_grey_pictures_have_no_colours():

@@ -80,6 +80,16 @@ def test_memory_moves_the_right_way(seven):
         assert sum(size for _, size, _ in plan.memory(seven, gpus)[:3]) == pytest.approx(16 * count(seven) / gpus)
 
 
+def test_memory_by_hand(seven):
+    """Catches checkpoints that are not the inputs of the blocks in 16 bits, and pictures that are not half of the rows, and one more."""
+    lines = {what: size for what, size, _ in plan.memory(seven, 512)}
+    assert lines["checkpoints"] == 32 * 4096 * 4096 * 2
+    pictures = []
+    for rows in (1, 2, 8):
+        pictures.append(dict((what, size) for what, size, _ in plan.memory(seven, 512, rows=rows))["activations of the patch encoder"])
+    assert [size / pictures[0] for size in pictures] == pytest.approx([1, 2, 5])
+
+
 # ------------------------------------------------------------------------------------------------ against the real thing
 @pytest.mark.parametrize("T", [32, 64])
 def test_flops_are_those_counted(make_model, T):
@@ -206,6 +216,18 @@ def test_dry_run_prints_the_choice(capsys):
 def test_devices_are_found_by_name(name, peak):
     """A100 taken for A10, a laptop's or a divided chip for the whole one: an MFU that flatters or shames by a factor."""
     assert plan.peak(name) == peak
+
+
+def test_memories_are_the_vendors():
+    """Catches a device that is said to hold more than it does: the choice would not fit."""
+    published = "B200 180, H200 NVL 141, H200 141, GH200 96, H100 PCIe 80, H100 NVL 94, H100 80, A100 80, L40S 48, L40 48, L4 24, A40 48, A10 24"
+    published += ", RTX 4090 24, RTX 3090 24"
+    assert [f"{name} {size}" for name, size in plan.GIGABYTES.items()] == published.split(", ")
+
+
+def test_one_gpu_is_enough():
+    """Catches a plan that is refused for a single GPU, or at the full peak."""
+    plan.check_plan(plan.Plan(paper_model("0.16b"), 1, 8, 10, gpus=1, mfu=1.0))
 
 
 def test_mfu_by_hand():

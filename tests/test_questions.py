@@ -103,6 +103,8 @@ def test_the_seven_formats(files):
     assert asked["social_iqa"][1] == ("Q: Bo baked a cake. Why did Bo do this?\nA:", ["to fix a car", "to swim", "for a birthday"], 2)
     before = "The cup did not fit into the box because "
     assert asked["winogrande"][0] == ([before + "the cup", before + "the box"], ["was too big."] * 2, 0)
+    later = questions.winogrande({"sentence": "_ wrote a_b.", "option1": "Eva", "option2": "Bo", "answer": "1"})
+    assert later == (["Eva", "Bo"], ["wrote a_b."] * 2, 0)                          # the first is the blank
     assert asked["arc_challenge"] == [("Question: What does a plant need to grow?\nAnswer:", ["a hat", "light and water", "noise", "a spoon"], 1)]
     assert asked["boolq"][0] == ("The sea has salt in it.\nQuestion: is the sea salty?\nAnswer:", ["no", "yes"], 1)
     assert questions.read_questions(files["boolq"], 1) == asked["boolq"][:1]

@@ -59,6 +59,15 @@ def test_the_interval_covers():
     middle, low, high = scaling.interval([0.1, 0.2, 0.4])
     half = 4.303 * math.log(2) / math.sqrt(3)
     assert (middle, low, high) == pytest.approx((0.2, 0.2 * math.exp(-half), 0.2 * math.exp(half)))
+    middle, low, high = scaling.interval([1.0, math.e ** 2] * 10)                   # with twenty seeds, the normal's
+    assert math.log(high / low) == pytest.approx(2 * 1.96 * (20 / 19 / 20) ** 0.5, rel=0.001)
+
+
+def test_two_budgets_make_a_line():
+    """Catches a comparison that wants more than a line needs, and one of a single budget."""
+    points = [point for point in planted() if point["flops"] in FLOPS[:2]]
+    assert scaling.compare(points)["loss"]["ratio"] == pytest.approx(0.4)
+    assert scaling.compare([point for point in points if point["flops"] == FLOPS[0]]) == {}
 
 
 def test_a_zero_has_no_logarithm():

@@ -21,7 +21,7 @@ import train
 import vae as vae_module
 from config import Config
 from sources import choose, feed, folder, mnist, scenes
-from sources.pairs import Pairs
+from sources.pairs import Pairs, check_room, print_skipped, split_items
 from support import checkpoint, common
 from support.common import UserError, crop_and_resize, open_picture
 
@@ -118,6 +118,7 @@ def test_mnist_files_that_do_not_belong_together(tmp_path):
 
 @pytest.mark.parametrize("images, labels, words", [
     (DIGITS, LABELS + 17, "label 24.*0 to 9"),                                        # EMNIST's letters are 1 to 26
+    (DIGITS, LABELS + 3, "label 10.*0 to 9"),
     (DIGITS, LABELS[:, None], r"labels have the shape \(5, 1\)"),
     (DIGITS[:, :10, :10], LABELS, r"images have the shape \(5, 10, 10\).*28, 28"),
     (DIGITS[0], LABELS, r"images have the shape \(28, 28\)"),
@@ -183,6 +184,17 @@ def test_download_falls_through_to_the_mirror_that_works(tmp_path, monkeypatch):
     mnist.fetch_mnist(out, (f"file://{tmp_path}/gone/", liar.as_uri() + "/", good))
     assert {p.name: p.read_bytes() for p in out.iterdir()} == files
     assert (mnist.load_mnist(out).labels == LABELS).all()
+
+
+@pytest.mark.parametrize("there", [0, 1, 4])
+def test_what_is_missing_is_downloaded(tmp_path, monkeypatch, there):
+    """Catches a download that was stopped after the first file and is taken for the whole, and one of what is there."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    for name in list(write_mnist(tmp_path / "data/mnist"))[there:]:
+        (tmp_path / "data/mnist" / name).unlink()
+    monkeypatch.setattr(mnist, "fetch_mnist", lambda folder: asked.append(folder) or write_mnist(folder))
+    assert (mnist.load_mnist().labels == LABELS).all() and len(asked) == (there < 4)
 
 
 def test_download_falls_through_a_mirror_that_hangs_up(tmp_path, monkeypatch):
@@ -628,6 +640,33 @@ def test_captions_that_all_say_the_same_have_no_gap(tmp_path, tiny, capsys):
     assert "cannot be measured: all unseen captions say the same" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("names, words", [("a" * 9, "9 usable things of 1 different"), ("a" * 10, "10 usable things of 1 different"),
+                                          ("ab" * 4 + "a", "9 usable things of 2 different")])
+def test_how_few_are_enough(names, words):
+    """Catches ten that are refused, and nine that are not: ten of two pictures are the least."""
+    with pytest.raises(UserError, match=words):
+        split_items("here", list(names), "train", "things")
+    parts = [split_items("here", list("a" * 9 + "b"), split, "things") for split in ("train", "test")]
+    assert sorted(parts[0] + parts[1]) == list(range(10)) and min(len(part) for part in parts) > 0
+
+
+def test_five_problems_are_named(capsys):
+    """Catches "..." where all are named, and hundreds of sentences."""
+    for n in (0, 5, 6):
+        print_skipped("here", [f"p{k}" for k in range(n)], 99, "things")
+    assert capsys.readouterr().out.splitlines() == ["here: skipped 5 of 99 things: p0; p1; p2; p3; p4",
+                                                    "here: skipped 6 of 99 things: p0; p1; p2; p3; p4 ..."]
+
+
+@pytest.mark.parametrize("size", [32, 256])
+def test_two_gigabytes_of_pictures_are_the_most(size):
+    """Catches pictures that are counted in other units than bytes of three colours."""
+    most = 2 ** 31 // (size * size * 3)
+    check_room(most, size)
+    with pytest.raises(UserError, match=f"{most + 1:,} pictures of {size}x{size} would take 2.0 GB .* at most {most:,}"):
+        check_room(most + 1, size)
+
+
 # -------------------------------------------------------------------------------------------------- a source by its name
 @pytest.mark.parametrize("name", ["bars", "Scenes", "", "mnits", None])
 def test_an_unknown_source_gets_a_sentence(name):
@@ -647,3 +686,14 @@ def test_a_source_of_your_own_is_a_function_and_a_line(monkeypatch):
     assert drawn.captions == ["test bar"] * 3 and drawn.pixels.shape == (3, 20, 20, 3)
     config = Config(data="bars", image_size=24, pairs=7)
     assert len(choose.load_source(config).captions) == 7 and choose.load_source(config, "test", 2).pixels.shape == (2, 24, 24, 3)
+
+
+def test_a_source_gets_what_the_run_says(monkeypatch):
+    """Catches an option of the run that does not reach its source, bars for the test split, and defaults that are not a run's."""
+    monkeypatch.setitem(choose.SOURCES, "scenes", lambda **given: given)
+    given = choose.load_source(Config(data="scenes", data_dir="there", image_size=24, pairs=7, seed=3, world="one"))
+    assert given == dict(folder="there", size=24, split="train", n=7, seed=3, categories=scenes.WORLDS["one"], progress=True)
+    assert choose.load_source(Config(), "test", progress=True)["progress"] is False
+    assert choose.load_source(Config(), progress=False)["progress"] is False and choose.load_source(Config())["folder"] is None
+    plain, run = choose.load_pairs("scenes"), Config()
+    assert (plain["size"], plain["n"], plain["seed"]) == (run.image_size, run.pairs, run.seed)

@@ -21,6 +21,7 @@ from autoencoder import perceptual
 from autoencoder import train as vae_training
 from autoencoder.losses import PatchGAN, VAELoss
 from autoencoder.perceptual import SmallNet, stand_ins
+from autoencoder.processes import Processes
 from autoencoder.train import (
     prepare_training,
     resume_training,
@@ -85,6 +86,29 @@ def test_loss_falls(pictures):
 def test_any_number_of_steps(pictures, steps):
     """Catches a schedule that divides by zero for some numbers of steps."""
     train_vae(pictures[:8], VAEConfig(channels=4, multipliers=(1, 1), z=2), steps=steps, batch=2, progress=False)
+
+
+def test_the_rate_rises_and_falls():
+    """Catches a rate that starts at its height, that jumps, or that does not end near 0."""
+    rates = [vae_training.learning_rate(step, dict(steps=100, lr=2.0)) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * k for k in range(1, 11)], rel=0.03) and np.argmax(rates) in (9, 10)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[50] == pytest.approx(1.0) and rates[-1] < 0.001
+    assert vae_training.learning_rate(4999, dict(steps=10 ** 6, lr=2.0)) == pytest.approx(2.0, rel=1e-3)     # a long run: 5,000 steps
+    assert vae_training.learning_rate(2499, dict(steps=10 ** 6, lr=2.0)) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_cpu_computes_in_32_bits():
+    """Catches bfloat16 where it is slow, and where the tests of this file would hide it."""
+    with vae_training.bf16(torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_when_it_saves(pictures, tmp_path):
+    """Catches a state that is saved at other steps than every save_every, and an end that is not saved."""
+    steps = []
+    run = dict(steps=5, batch=2, save_every=2, out=tmp_path, progress=False)
+    train_vae(pictures[:8], VAEConfig(**SMALL), on_save=lambda _: steps.append(load(tmp_path / "last.pt", "vae training")["step"]), **run)
+    assert steps == [2, 4, 5]
 
 
 def test_training_repeats(pictures):
@@ -277,7 +301,7 @@ def few(monkeypatch):
 
 def test_main_writes_a_vae_and_reconstructions(tmp_path, capsys, few):
     """Catches a command line that trains and then loses the result."""
-    vae_training.main(["--steps", "3", "--out", str(tmp_path / "run")])
+    vae_training.main(["--steps", "1", "--batch", "1", "--save-every", "1", "--out", str(tmp_path / "run")])     # as little as may be
     vae, said = unpack_vae(load(tmp_path / "run/vae.pt", "vae")), capsys.readouterr().out
     assert vae.config.image_channels == 3 and (tmp_path / "run/reconstructions.png").stat().st_size > 1000
     assert "mean error" in said and "loss: L1 + L2 + 1e-06 KL" in said
@@ -316,6 +340,21 @@ def test_paper_is_the_papers(capsys):
         assert f"(default: {number})" in said
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_all_speaks(tmp_path, monkeypatch, rank):
+    """Catches two processes that write over each other's lines, and none that speaks."""
+    class SeenError(Exception):
+        pass
+
+    def see(args, silent):
+        raise SeenError(silent)
+
+    monkeypatch.setattr(vae_training, "start", lambda: Processes(rank, 2))
+    monkeypatch.setattr(vae_training, "load_pictures", see)
+    with pytest.raises(SeenError, match=str(rank > 0)):
+        vae_training.main(["--steps", "1", "--out", str(tmp_path / "run")])
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--codes", "1"], ["at least 2", "1"]),
     (["--codes", "-4"], ["at least 2"]),
@@ -351,12 +390,19 @@ def test_rare_colours_are_balanced():
     for colour in (grey, green):
         turned = balance @ colour
         assert torch.dot(turned, colour) / turned.norm() > 0.99
+    # 3/4 of the way: the errors of a direction, times its balance, are left with the fourth root of their ratio.
+    ratio = (3 * light.var() / (1.5 * tint.var())) ** 0.5
+    assert (balance @ green).norm() / (balance @ grey).norm() == pytest.approx(ratio ** 0.75, rel=0.1)
     x = to_float(pixels)
     mean = x.mean((0, 2, 3), keepdim=True)
     plain, balanced = toy_reconstruction(x, mean.expand_as(x)), toy_reconstruction(x, mean.expand_as(x), balance)
     assert 0.7 < balanced / plain < 1.4 and torch.equal(plain, toy_reconstruction(x, mean.expand_as(x), None))
     assert toy_reconstruction(x, x, balance) == 0
     assert vae_training.colour_balance(pixels[..., :1]).shape == (1, 1)
+    # JPEG's noise in a grey photo, one level of 255, does not count as a colour.
+    noisy = (128 + light + rng.normal(0, 1, (4000, 3))).clip(0, 255).round().astype(np.uint8).reshape(40, 10, 10, 3)
+    balance = vae_training.colour_balance(noisy)
+    assert (balance @ green).norm() < 15 * (balance @ grey).norm()
 
 
 def test_balance_is_part_of_the_run(pictures, tmp_path):

@@ -102,7 +102,8 @@ def pictures(*shape):
 
 
 # ------------------------------------------------------------------------------------------------------------------- sizes
-@pytest.mark.parametrize("make, parameters", [(PatchGAN, 2_765_633), (VGG16, 14_714_688), (ResNet50, 23_508_032)])
+@pytest.mark.parametrize("make, parameters", [(PatchGAN, 2_765_633), (VGG16, 14_714_688), (ResNet50, 23_508_032),
+                                              (lambda: SmallNet(5), 448 + 4_640 + 18_496 + 36_928 + 325)])
 def test_parameter_counts(make, parameters):
     """The published sizes (without classifiers). Catches a layer, a bias or a norm too many or too few."""
     with torch.device("meta"):
@@ -113,6 +114,8 @@ def test_patchgan_answers_for_patches():
     """Isola et al.: 256 x 256 pixels get 30 x 30 answers, each from 70 x 70 pixels. Catches a stride or layer off."""
     with torch.device("meta"):
         assert PatchGAN()(torch.empty(1, 3, 256, 256)).shape == (1, 1, 30, 30)
+    for weight in PatchGAN().parameters():              # Isola et al.: normal, 0.02
+        assert weight.ndim != 4 or weight.std().item() == pytest.approx(0.02, rel=0.05)
     critic, x = PatchGAN().eval(), pictures(1, 3, 128, 128).requires_grad_()
     critic(x)[0, 0, 7, 7].backward()                    # eval: in training mode BatchNorm lets everything see everything
     seen = x.grad.abs().sum(1)[0].nonzero()
@@ -169,6 +172,15 @@ def test_cosine_weights_give_one_minus_cosine():
     wanted = (1 - nn.functional.cosine_similarity(for_imagenet(x), for_imagenet(y))).mean((1, 2))
     assert torch.allclose(FeatureDistance(Features(), cosine_weights((3, None)))(x, y), wanted, atol=1e-6)
     assert torch.allclose(FeatureDistance(Features(), cosine_weights((3, 3)))(x, y), wanted / 2, atol=1e-6)
+
+
+def test_a_distances_weights_are_its_own():
+    """Catches a distance that changes with the tensor that it was made from."""
+    given = torch.ones(3)
+    distance, x, y = FeatureDistance(Features(), [given, None]), pictures(1, 3, 8, 8), pictures(1, 3, 8, 8)
+    before = distance(x, y)
+    given.zero_()
+    assert torch.equal(distance(x, y), before) and before > 0
 
 
 def test_features_that_never_fire_have_a_gradient():

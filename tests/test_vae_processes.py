@@ -102,6 +102,28 @@ def test_alone_the_batch_norm_is_pytorchs():
     assert ours.state_dict().keys() == theirs.state_dict().keys()
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.003])
+def test_two_batch_norms_are_one(scale):
+    """Two processes with the same part: as PyTorch's norm of both parts. Catches other counts of numbers, an epsilon or a mean lost."""
+    class Twins(Processes):
+        def average(self, x):
+            return x
+
+    ours, theirs = WholeBatchNorm(4), nn.BatchNorm2d(4)
+    ours.processes = Twins(0, 2)
+    x = 5 + scale * torch.randn(1, 4, 3, 3)
+    both = theirs(torch.cat([x, x]))
+    assert torch.allclose(ours(x), both[:1], atol=1e-3)
+    assert torch.allclose(ours.running_mean, theirs.running_mean) and torch.allclose(ours.running_var, theirs.running_var)
+
+
+@pytest.mark.parametrize("flags, wanted", [([True, False], True), ([False, False], False), ([True, True], True)])
+def test_if_one_must_stop_all_must(monkeypatch, flags, wanted):
+    """Catches a process that waits forever for one that has stopped."""
+    monkeypatch.setattr(Processes, "gather", lambda self, x: torch.tensor(flags))
+    assert Processes(0, 2).any(flags[0]) is wanted
+
+
 def test_parts_of_a_batch():
     """Catches pictures that no process takes, and noise of another picture."""
     two = [Processes(rank, 2) for rank in range(2)]
