@@ -394,9 +394,17 @@ def read_json(path):
 def load_json(text):
     """What a JSON text says. Raises ValueError if it is not JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_int=whole_number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def whole_number(digits):
+    """The int of a JSON number. Raises ValueError for one that is beyond every float: JSON allows
+    it, and whoever computes with it would end in an OverflowError."""
+    if len(digits) > 300:
+        raise ValueError(f"it has a number of {len(digits)} digits")
+    return int(digits)
 
 
 def read_records(path, keys):

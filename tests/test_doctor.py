@@ -6,6 +6,7 @@ The shipped model is healthy. Each disease is planted in a copy of it; the sente
 import copy
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,6 +121,23 @@ def test_small_latents_of_digits_are_no_disease():
     assert doctor.diagnose(found) == "nothing is wrong: from t = 250 on, 100% come out as themselves"
     assert doctor.diagnose(found | {"right": found["no_network"]}).startswith("it is undertrained: its loss is 100%")
     assert doctor.diagnose(found | {"z": 2.0}).startswith("it ignores")
+
+
+def test_decibels_by_hand(monkeypatch):
+    """Catches an amplitude for a square, and a logarithm of another base, on which the limit of 20 dB would say something else."""
+    pixels = np.full((2, 4, 4, 3), 100, np.uint8)
+    monkeypatch.setattr(doctor, "encode_pixels", lambda trained, pixels: pixels)
+    monkeypatch.setattr(doctor, "decode_latents", lambda trained, latents: latents + 25)
+    assert doctor.round_trip(None, pixels) == pytest.approx(20 * np.log10(255 / 25)) == pytest.approx(20.17, abs=0.01)
+
+
+@pytest.mark.parametrize("from_noise, words", [(0.95, "95% come out right$"), (0.51, "51% come out right; train longer for more$"),
+                                               (0.49, "^it finishes pictures and cannot begin them")])
+def test_half_as_many_from_noise_is_the_limit(from_noise, words):
+    """Catches a model that is called ill because it draws a little worse from noise than from a quarter of it."""
+    found = {"db": 30, "left": 0.0, "uncached": 0.0, "unguided": 5.0, "judged": True, "z": 10, "right": [0.1], "no_network": [1.0],
+             "redrawn": {250: 1.0, 1000: from_noise}}
+    assert re.search(words, doctor.diagnose(found))
 
 
 def test_without_a_judge_the_nearest_picture_counts(trained):

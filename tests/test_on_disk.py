@@ -91,6 +91,23 @@ def test_bad_pictures_are_named_once_and_replaced(folder, capsys):
         train[:2]
 
 
+def test_five_bad_pictures_are_named(folder, capsys):
+    """Catches thousands of sentences about a folder that is broken, or fewer than would show what is the matter."""
+    for path in sorted(folder.rglob("*.png"))[:12]:
+        path.write_bytes(b"none")
+    train, test = on_disk.load_on_disk(folder, 16)
+    train[:]
+    assert capsys.readouterr().out.count("skipped: ") == 5
+
+
+@pytest.mark.parametrize("n, wanted", [(2, 1), (19, 1), (20, 2), (2559, 255), (9999, 256)])
+def test_how_many_are_for_the_test(monkeypatch, n, wanted):
+    """Catches a test of nothing, of everything, or of so many that encoding them takes minutes."""
+    monkeypatch.setattr(on_disk, "list_pictures", lambda folder: [("name", "path", None, None)] * n)
+    train, test = on_disk.load_on_disk("here", 16)
+    assert (len(test), len(train)) == (wanted, n - wanted)
+
+
 def test_folders_that_are_none(folder, tmp_path):
     """Catches a traceback, and a tar that was cut short and read as a short one."""
     with pytest.raises(UserError, match="there is no folder"):

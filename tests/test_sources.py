@@ -492,6 +492,14 @@ def test_json_that_python_cannot_read(tmp_path, line):
         folder.load_folder(tmp_path, 16)
 
 
+def test_numbers_that_are_no_float():
+    """Catches a log with a number of 401 digits that ends in an OverflowError where it is drawn."""
+    assert common.load_json("[1, -7, 18446744073709551616]") == [1, -7, 2 ** 64]
+    for text in (str(10 ** 400), f'{{"loss": {-10 ** 308}}}'):
+        with pytest.raises(ValueError, match="it has a number of (401|310) digits"):
+            common.load_json(text)
+
+
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c"], ids=ascii)
 def test_lines_end_at_a_newline_alone(tmp_path, mark):
     """Catches splitlines(), which cuts in the middle of a caption; JSON allows these marks in a string, the last two escaped."""
