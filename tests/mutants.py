@@ -61,8 +61,8 @@ TESTS = {                                               # module: the tests that
     "metrics/folder": "test_folder", "metrics/verdicts": "test_verdicts", "metrics/results": "test_experiments",
     "metrics/scaling": "test_scaling",
     "support/start": "test_start", "support/common": "test_sources test_trust test_errors",
-    "support/run_folder": "test_trust test_train", "support/checkpoint": "test_trust test_sample test_errors",
-    "support/figures": "test_train test_vae", "support/sample_options": "test_sample test_errors",
+    "support/run_folder": "test_trust test_sources test_train", "support/checkpoint": "test_trust test_sample test_errors",
+    "support/figures": "test_folder test_reference test_sample test_train", "support/sample_options": "test_sample test_errors",
     "support/convert": "test_convert", "support/origin": "test_origin", "support/reference": "test_reference",
     "notebooks/page": "test_page", "docs/voices": "test_house",
 } | {f"exercises/{name}": "test_exercises" for name in (
@@ -142,7 +142,7 @@ def ignored(tree):
         if isinstance(node, ast.FunctionDef):
             names = {arg.arg for arg in node.args.args}
             makes = {name_of(part) for part in ast.walk(node) if isinstance(part, ast.Call)}
-            demo = node.name in shows or bool(names & {"ax", "axis"}) or "Figure" in makes
+            demo = node.name in shows or bool(names & {"ax", "axis"}) or bool(makes & {"Figure", "new_figure"})
         message = isinstance(node, (ast.Raise, ast.JoinedStr))
         printing = isinstance(node, ast.Call) and name_of(node) in ("print", "tqdm", "say", "UserError", "add_argument", "add")
         if demo or message or printing:

@@ -74,6 +74,7 @@ def test_the_same_words(llama):
     assert theirs(text)["input_ids"] == [BOS, *ours.encode(text)]
     assert theirs.decode(ours.encode(text), skip_special_tokens=True) == "a red circle is left of a blue square ."
     assert theirs("<boi> <patch> <eoi>")["input_ids"] == [BOS, BOI, PATCH, EOI]
+    assert set(theirs.backend_tokenizer.encode(text).type_ids) == {0}    # one text, not the second of two
 
 
 @pytest.mark.parametrize("source, out, sentence", [

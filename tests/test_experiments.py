@@ -76,6 +76,20 @@ def test_the_directions_are_the_papers():
                 assert (better < worse) == lower_is_better and better != worse, claim
                 checked += 1
     assert directions == set(range(1, 12)) and checked >= 18
+    # A direction belongs to one table, and a pair of its rows to one direction, whatever is measured; Table 1 has three of them.
+    of_table = {"1": {1, 2, 3}, "2": {4, 5, 6}, "3": {7, 8}, "4": {9}, "5": {10}, "11": {11}}
+    for number, (_, _, claims) in experiments.TABLES.items():
+        assert {claim.direction for claim in claims} == of_table[number]
+        pairs = {(claim.worse, claim.better, claim.direction) for claim in claims}
+        assert number == "1" or len(pairs) == len({pair[:2] for pair in pairs})
+        assert len({(claim.worse, claim.better, claim.metric) for claim in claims}) == len(claims)
+
+
+def test_a_quarter_and_a_half_of_the_bases_steps():
+    """Catches budgets of Fig. 5 that are not those of its table, and batches that do not grow with the base's."""
+    line = experiments.written_out("--steps 100 --documents 64", "--log-every QUARTER --gap-every HALF --documents 16")
+    assert line == "--steps 100 --documents 64 --log-every 25 --gap-every 50 --documents 32"
+    assert "--warmup 1" in experiments.written_out("--steps 1", "--warmup QUARTER")
 
 
 def test_the_grid():

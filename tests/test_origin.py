@@ -77,6 +77,14 @@ def test_a_run_writes_it_and_evaluate_prints_it(tmp_path, capsys, monkeypatch):
     assert f"trained by: {found.command}\n  commit abc1234 (changed), torch {torch.__version__}, 1 x cpu" in said
 
 
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux names its processor there")
+def test_the_processor_is_named():
+    """Catches a piece of /proc/cpuinfo that is not the model's name: "GenuineIntel", "25", or a line with its key."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+    assert not names or origin.name_of(torch.device("cpu")).removeprefix("cpu ") in names
+
+
 def test_older_files_say_nothing(capsys):
     """Catches a file of yesterday that is refused."""
     found = checkpoint.load_trained(ASSETS / "scenes.pt").origin

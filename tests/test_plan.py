@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import on_gpu
 import train
-from config import parse_arguments
+from config import PRESETS, parse_arguments
 from model import (
     PAPER_SIZES,
     Block,
@@ -281,6 +281,14 @@ def test_preset_paper_is_the_papers_objective():
     assert default.diffusion == "flow" and "This first run trains rectified flow" in readme
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_can_run(name):
+    """Catches a preset that its own checks refuse, and patches that do not cut its latents."""
+    config, *_ = parse_arguments(["--preset", name])
+    side = 32 if config.size in PAPER_SIZES else config.image_size // 4
+    assert config.model != "transfusion" or side % config.patch == 0
+
+
 @pytest.mark.parametrize("size", PAPER_SIZES)
 def test_presets_are_the_papers_budget(size):
     """Steps, batch, rate or loss of another run: 0.5T tokens in steps of 2M, with linear patches (§4.1)."""
@@ -289,6 +297,7 @@ def test_presets_are_the_papers_budget(size):
     assert (config.size, config.seq_len, config.lr, config.warmup, config.clip) == (size, 4096, 3e-4, 4000, 1)
     assert (config.lam, config.patch, config.diffusion, config.shift) == (5, 2, "ddpm", 1)
     assert (tokens, config.steps, config.encoder) == (2 ** 21, 250_000, "linear")
+    assert (config.sample_steps, config.guidance) == (250, 5)           # App. B.1
     assert math.isclose(train.learning_rate(config, config.steps), 1.5e-5)
 
 

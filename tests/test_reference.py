@@ -42,6 +42,13 @@ def test_only_runs_like_it_are_compared():
         assert reference.find(config_of("--preset", "flow", *other)) == [], other
 
 
+def test_how_a_step_is_cut_does_not_matter():
+    """Catches a run in micro-batches that finds no reference, and one of half the batch that finds it."""
+    run = config_of("--documents", "4", "--accumulate", "2")
+    for documents, accumulate, alike in ((8, 1, True), (8, 0, True), (2, 4, True), (4, 1, False), (8, 2, False)):
+        assert reference.is_like(run, vars(config_of("--documents", str(documents), "--accumulate", str(accumulate)))) == alike
+
+
 def test_it_is_drawn_below(tmp_path, monkeypatch):
     """Every curve twice, once dotted. Catches a reference that is loaded and not drawn, or drawn under another's name."""
     drawn = []

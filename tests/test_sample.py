@@ -17,7 +17,7 @@ from data import BOI, EOI, EOS, PATCH
 from diffusion import SAMPLERS, Diffusion
 from model import Transfusion, count, sized
 from sample import Decoder, choose, generate
-from support import checkpoint
+from support import checkpoint, sample_options
 from support.checkpoint import Trained
 from support.common import ASSETS, UserError, run_command
 from vae import VAE, VAEConfig
@@ -821,3 +821,12 @@ def test_reading_a_checkpoint_takes_one_copy_of_it(tmp_path):
     assert count(trained.model) > 1.6e8 and trained.model.head.weight.dtype == torch.float32
     assert (memory("VmHWM") - before) / count(trained.model) <= 4.5
     assert all(weight.requires_grad and not weight.is_meta and (weight == 0.5).all() for weight in trained.model.parameters())
+
+
+@pytest.mark.parametrize("name, good, bad", [("seed", 0, -1), ("seed", 2 ** 32 - 1, 2 ** 32), ("guidance", 0, -0.1), ("temperature", 0, -0.1),
+                                             ("top-p", 0.01, 0), ("top-p", 1, 1.01), ("steps", 1, 0), ("steps", 1000, 1001)])
+def test_the_ends_of_the_options(name, good, bad):
+    """Catches a range that ends one number too early or too late."""
+    sample_options.parse_arguments(["a circle", f"--{name}={good}"], ("both",))
+    with pytest.raises(UserError, match=f"--{name} must be"):
+        sample_options.parse_arguments(["a circle", f"--{name}={bad}"], ("both",))

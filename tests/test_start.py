@@ -67,6 +67,24 @@ def test_new_words_change_no_old_one(trained):
     assert start.add_words(trained, NEW, seed=3) == []  # now it knows them
 
 
+def test_new_rows_begin_as_those_of_a_new_model(trained):
+    """Catches new words that are likelier, or louder, than those of a model that begins."""
+    new = [f"word{k}" for k in range(500)]
+    start.add_words(trained, new, seed=3)
+    rows = [trained.tokenizer.ids[word] for word in new]
+    fresh = model.Transfusion(trained.model.config)
+    for part in ("embedding", "head"):
+        assert getattr(trained.model, part).weight[rows].std().item() == pytest.approx(getattr(fresh, part).weight.std().item(), rel=0.05)
+
+
+def test_twenty_new_words_are_named():
+    """Catches a sentence of thousands of words, and "..." where all are named."""
+    for n, more in ((20, False), (21, True)):
+        new = [f"{k}" * 9 for k in range(n)]
+        said = start.describe_words(new, data.Words(["cat", *new]))
+        assert said.startswith(f"{n} words are new") and (", ..." in said) == more and said.count(",") == 19 + more
+
+
 def test_new_words_are_the_same_on_every_process(trained):
     """Catches rows from the global generator: processes of a run, or a resumed run, would start from different models."""
     other = copy.deepcopy(trained)

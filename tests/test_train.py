@@ -544,6 +544,7 @@ def test_what_a_run_leaves_behind(command, tmp_path, capsys):
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert all({"step", "lm", "diffusion", "by_t", "grad_norm", "lr", "tokens_per_s", "seconds_left"} <= set(row) for row in rows)
     assert all(len(row["by_t"]) == 5 and row["lm"] > 0 for row in rows) and "gap" in rows[-1]
+    assert all(row["tokens_per_s"] > 0 for row in rows)                 # not divided by the time of day
     used = [train.learning_rate(parse_arguments(command(log_every=2))[0], step) for step in (1, 3, 5)]
     assert [row["lr"] for row in rows] == used          # of the step just taken, not of the next one
     assert (out / "curves.png").stat().st_size > 5000

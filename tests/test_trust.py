@@ -325,6 +325,50 @@ def poison(content, name="weights"):
     return content
 
 
+def test_a_sentence_is_one_line():
+    """Catches a name that clears the terminal, and a caption of 100,000 letters in a sentence."""
+    assert common.one_sentence(ValueError("a\x1b[2J\nb")) == "a\\x1b[2J\\nb"
+    assert common.one_sentence(ValueError("x" * 600)) == "x" * 600
+    assert common.one_sentence(ValueError("x" * 300 + "y" * 600)) == "x" * 300 + " ... " + "y" * 250
+
+
+def test_the_words_of_the_command_line_are_checked(monkeypatch, capsys):
+    """Catches words with which argparse does not cope, on the real command line, from its first word on."""
+    for word in ("--out=--", "--o\x1b", "9" * 301):
+        monkeypatch.setattr(sys, "argv", ["train.py", word])
+        with pytest.raises(SystemExit):
+            run_command(lambda _: pytest.fail("began"))
+    assert capsys.readouterr().err.count("error: ") == 3
+    monkeypatch.setattr(sys, "argv", ["train.py", "--a=b", "c=--", "-1", "--", "9" * 300])
+    run_command(lambda _: None)
+
+
+@pytest.mark.parametrize("documents, accumulate, same_rows", [(4, 2, True), (8, 1, True), (2, 4, True), (4, 1, False), (8, 2, False)])
+def test_a_step_of_shards_may_be_cut_otherwise(tmp_path, documents, accumulate, same_rows):
+    """Catches a resume after "out of memory" that is refused, and one whose steps have other rows."""
+    def config_of(documents, accumulate):
+        return parse_arguments(["--data", "shards", "--documents", str(documents), "--accumulate", str(accumulate)])[0]
+
+    run_folder.write_config(tmp_path, config_of(4, 2), {})
+    if same_rows:
+        run_folder.check_same_run(tmp_path, config_of(documents, accumulate), set())
+        return
+    with pytest.raises(UserError, match="was trained with --"):
+        run_folder.check_same_run(tmp_path, config_of(documents, accumulate), set())
+
+
+@pytest.mark.parametrize("words, sentence", [(["a", 3], "is not a list of words"), ({"a": 1}, "is not a list of words"), (["a b"], "'a b', which is empty"),
+                                             (["a", ""], "'', which is empty"), (["a", "b"], "")])
+def test_a_tokenizer_is_a_list_of_words(tmp_path, words, sentence):
+    """Catches a word that no text would ever have."""
+    (tmp_path / "tokenizer.json").write_text(json.dumps(words))
+    if not sentence:
+        assert checkpoint.read_words(tmp_path / "tokenizer.json") == words
+        return
+    with pytest.raises(UserError, match=sentence):
+        checkpoint.read_words(tmp_path / "tokenizer.json")
+
+
 def test_nobody_reads_on():
     """Catches a traceback of `python config.py | head -1`: whoever reads has gone away, and that is no mistake."""
     # 1 MB is more than a pipe holds; a few letters are only written as the program ends.
