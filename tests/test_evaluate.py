@@ -184,6 +184,11 @@ def test_the_gap_of_a_noise_skip_is_eq_3s():
     assert conditioning_gap(says_v, WORDS, skip, captions, latents) == pytest.approx(plain, rel=1e-3)
 
 
+def test_one_picture_has_no_other_caption():
+    """Catches an error where the test split has a single picture."""
+    assert conditioning_gap(None, WORDS, None, ["a circle"], torch.zeros(1, 4, 8, 8)) is None
+
+
 def test_the_wrong_caption_is_wrong():
     """Catches a "wrong" caption that says the same as the right one: every such picture pulls the gap towards 0."""
     captions = [TEXTS[k] for k in (0, 0, 1, 1, 1, 2, 0)]                # the same strings again, as World.caption returns them

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import data
@@ -87,6 +88,20 @@ def test_beside_a_drawing_stands_the_picture_before_it():
     assert sheet.shape == (8, 28, 3)
     for place, k in ((0, 1), (10, 3), (20, 2)):
         assert np.array_equal(sheet[:, place: place + 8], pixels[k])
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_pictures_in_pieces(monkeypatch, n):
+    """Catches a piece that is drawn twice or not at all, and one that begins again with the first picture's noise."""
+    def generate(trained, prompts, first, **options):
+        return [[text, torch.tensor(first + k)] for k, text in enumerate(prompts)]      # "drawn" from noise number first + k
+
+    monkeypatch.setattr(drawing, "TOGETHER", 2)
+    monkeypatch.setattr(drawing.chameleon, "decoder_of", lambda trained: None)
+    monkeypatch.setattr(drawing.sample, "generate", generate)
+    monkeypatch.setattr(drawing, "decode_latents", lambda trained, latents: latents.numpy())
+    assert drawing.draw_after(None, list("abcde"[:n])).tolist() == list(range(n))
+    assert [title for title, *_ in drawing.glance(None, [("x", ["a"])] * n, 0)] == ["x"] * n and drawing.glance(None, [], 0) == []
 
 
 def test_words_that_were_never_learned_are_marked(artist):

@@ -207,7 +207,7 @@ def test_no_step_is_taken_on_nan(run, plant):
     assert all(same(moments[k], now[k]) == [] for k in moments)
 
 
-def test_the_sentence_names_the_document(run):
+def test_the_sentence_names_the_document(run, monkeypatch):
     """Catches a sentence that blames the first document of the batch, or counts a Chameleon's codes as words."""
     batch = run.feed.batch(3, 0, 0)
     picture = len(batch.latents) - 1
@@ -216,6 +216,10 @@ def test_the_sentence_names_the_document(run):
     batch.latents[picture, 0, 2, 1] = -math.inf
     words = words_of_culprit(batch, run.feed.tokenizer)
     assert words == run.feed.tokenizer.decode(ids.tolist()) and (row, batch.doc_id[row, position]) != (0, batch.doc_id[0, 0])
+    for n in (60, 61):                                  # a long document is cut
+        with monkeypatch.context() as patch:
+            patch.setattr(run.feed.tokenizer, "decode", lambda ids, n=n: "x" * n)
+            assert words_of_culprit(batch, run.feed.tokenizer) == "x" * 60 + " ..." * (n > 60)
     batch.tokens[batch.tokens >= 7] = 10_000            # codes follow the words
     assert words_of_culprit(batch, run.feed.tokenizer) == ""
 
