@@ -21,10 +21,10 @@ PAPER/HERE  same: a VQ-VAE with the VAE's plan, data and steps; query-key norm, 
             denominator loss, a third of the learning rate, guidance. A picture takes four codes for
             each of Transfusion's patches, so there are fewer pictures in as many tokens. train.py
             trains both rivals.
-            our choice: LayerNorm for queries and keys, and 1e-5, as in Chameleon Team (2024). Its
-            gain is shared by all heads: neither paper says (the published weights have one a head).
-            our choice: no dropout. Chameleon's 7B has it after attention and feed-forward; its 34B,
-            with the post-norm that Transfusion's §4.1 names, has none, and §4.1 names none.
+            our choice: LayerNorm for queries and keys, and 1e-5, as in Chameleon Team (2024, §2.3).
+            All heads share its gain: neither paper says (transformers' has one a head).
+            our choice: no dropout. Transfusion's §4.1 names none. Chameleon Team (2024, §2.3) train
+            their 7B with dropout of 0.1, and their 34B, which has this post-norm, without.
             our choice: BOI predicts the first code and the last code predicts EOI, both with loss.
             Codes are drawn at temperature 1 from the whole softmax.
             our choice: codes have RoPE's positions only. The patch encoder stays in both rivals,
