@@ -184,8 +184,8 @@ def update_average(run):
 
 
 # ---------------------------------------------------------------------------------------- the loop
-def fit(run, out, heard):
-    """Train to the last step, logging and saving. run: scale.run.Run; out: its folder; heard: see
+def fit(run, out, signals):
+    """Train to the last step, logging and saving. run: scale.run.Run; out: its folder; signals: see
     `asked_to_stop`. Returns the rows of the log."""
     config = run.config
     first = distributed.rank() == 0                     # one process speaks and writes for all
@@ -201,7 +201,7 @@ def fit(run, out, heard):
     window = []                                         # what the steps since the last line gave
     began = time.time()
     try:
-        while run.step < run.end and not asked_to_stop(heard, run.ranks.device):
+        while run.step < run.end and not asked_to_stop(signals, run.ranks.device):
             window.append(train_step(run))
             bar.update()
             last = run.step == run.end
@@ -234,11 +234,11 @@ def fit(run, out, heard):
     return log.rows
 
 
-def asked_to_stop(heard, device="cpu"):
-    """Whether any process was told to stop. heard is empty until Ctrl-C or SIGTERM. All must call
-    this. device: see `distributed.total`."""
+def asked_to_stop(signals, device="cpu"):
+    """Whether any process was told to stop. signals: a list, empty until Ctrl-C or SIGTERM. Every
+    process must call it. device: see `distributed.total`."""
     # All stop after the same step: one that went on would wait for the others' gradients for ever.
-    return any(distributed.total([len(heard)], device))
+    return any(distributed.total([len(signals)], device))
 
 
 def measure_gap(run, probe):
@@ -294,9 +294,9 @@ def train(config, resume, overwrite, command):
             "trains the paper's own objective")
 
     # 2. The loop. Ctrl-C ends the step and saves.
-    with run.explain_memory(), finish_step_first(alone=distributed.size() == 1) as heard:
-        log = fit(run, out, heard)
-    stopped = asked_to_stop(heard)
+    with run.explain_memory(), finish_step_first(alone=distributed.size() == 1) as signals:
+        log = fit(run, out, signals)
+    stopped = asked_to_stop(signals)
 
     # 3. A model to draw with, also after Ctrl-C.
     seconds = time.time() - began
@@ -306,7 +306,7 @@ def train(config, resume, overwrite, command):
     if stopped:
         distributed.wait()                              # torchrun ends all when the first one ends
         raise Stopped(f"saved at step {run.step}; the same command with --resume goes on, with "
-                      f"--resume --steps {run.step} it ends here; {run.how_to_use()}", heard)
+                      f"--resume --steps {run.step} it ends here; {run.how_to_use()}", signals)
     if not config.samples:
         say(f"trained in {seconds:.0f} s; {run.how_to_use()}")
         return None

@@ -551,14 +551,14 @@ def train_and_show(args, config, out, processes):
     def show(vae, n=quality.COLUMNS):
         return quality.show(vae, unseen[:n], out / "reconstructions.png")
 
-    with finish_step_first(alone=processes.size == 1) as heard:
+    with finish_step_first(alone=processes.size == 1) as signals:
         vae = train_vae(pairs.pixels, config, args.steps, args.batch, args.lr, args.kl_weight,
                         args.seed, progress=not silent, vae_loss=vae_loss, out=out,
-                        resume=args.resume, save_every=args.save_every, stop=heard, on_save=show,
+                        resume=args.resume, save_every=args.save_every, stop=signals, on_save=show,
                         processes=processes)
     if vae is None:
         raise Stopped(f"saved in {out}/last.pt; the same command with --resume goes on from there; "
-                      f"look at {out}/reconstructions.png", heard)
+                      f"look at {out}/reconstructions.png", signals)
 
     if silent:
         return

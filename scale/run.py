@@ -172,7 +172,7 @@ def sole_run(config):
         except KeyboardInterrupt as stop:
             if str(stop):                               # it has been said
                 raise
-            raise Stopped(how_to_go_on(out), getattr(stop, "heard", ())) from None
+            raise Stopped(how_to_go_on(out), getattr(stop, "signals", ())) from None
 
 
 def how_to_go_on(out):
@@ -353,14 +353,14 @@ def train_vae_once(config, out, pixels, unseen, vae_config, resume):
                 delete_files(config, out, VAE_FILES)
                 run_folder.write_config(out, config, {})    # --resume compares it
             state = out / "vae/last.pt"
-            with finish_step_first(alone=distributed.size() == 1) as heard:
+            with finish_step_first(alone=distributed.size() == 1) as signals:
                 vae = train_vae(pixels, vae_config, config.vae_steps, seed=config.seed,
                                 out=state.parent, resume=resume and state.exists(),
-                                save_every=config.save_every, stop=heard, on_save=show,
+                                save_every=config.save_every, stop=signals, on_save=show,
                                 balance=config.vae_balance)
             if vae is None:
                 raise Stopped(f"the VAE's training is saved in {state}; the same command with "
-                              f"--resume goes on; look at {out}/reconstructions.png", heard)
+                              f"--resume goes on; look at {out}/reconstructions.png", signals)
             checkpoint.save(path, checkpoint.pack_vae(vae))
             reached = show(vae, len(unseen))
             distributed.say(f"the VAE is trained; on unseen pictures {reached.describe()}; look at "

@@ -40,11 +40,11 @@ class Stopped(KeyboardInterrupt):
     """The user has stopped the program, by Ctrl-C or by SIGTERM.
 
     sentence    how to go on
-    heard       the signals that came, if any: see `finish_step_first`"""
+    signals     the signals that came, if any: see `finish_step_first`"""
 
-    def __init__(self, sentence="", heard=()):
+    def __init__(self, sentence="", signals=()):
         super().__init__(sentence)
-        self.heard = list(heard)
+        self.signals = list(signals)
 
 
 def run_command(main, argv=None, if_stopped=""):
@@ -124,8 +124,8 @@ def one_sentence(mistake):
 
 def signal_of(stop):
     """The signal behind a KeyboardInterrupt: SIGTERM, or that of Ctrl-C."""
-    heard = getattr(stop, "heard", [])
-    return heard[0] if heard else signal.SIGINT
+    signals = getattr(stop, "signals", [])
+    return signals[0] if signals else signal.SIGINT
 
 
 @contextlib.contextmanager
@@ -133,7 +133,7 @@ def hear_sigterm():
     """Inside, SIGTERM raises Stopped wherever the program is, as Ctrl-C raises KeyboardInterrupt.
     So what is open is closed, and the user reads how to go on."""
     def on_sigterm(number, _):
-        raise Stopped(heard=[number])
+        raise Stopped(signals=[number])
 
     with handled([signal.SIGTERM], on_sigterm):
         yield
@@ -145,16 +145,16 @@ def finish_step_first(alone=True):
     holds the signal's number. alone: a second one stops at once."""
     # TRAP: left alone, Ctrl-C raises an exception anywhere. It could fall between the weights,
     # their average and the step's count, and a resumed run would be another run.
-    heard = []
+    signals = []
 
     def on_signal(number, _):
-        heard.append(number)
+        signals.append(number)
         # Not so under torchrun: it passes one Ctrl-C on twice, and kills what goes on for 30 s.
         if alone:
             signal.signal(number, signal.SIG_DFL)
 
     with handled([signal.SIGINT, signal.SIGTERM], on_signal):
-        yield heard
+        yield signals
 
 
 @contextlib.contextmanager
