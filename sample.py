@@ -35,8 +35,9 @@ import torch
 from tqdm import tqdm
 
 import data
+import diffusion
 from data import BOI, BOS, DROP, EOI, EOS, PATCH
-from diffusion import guide, sample
+from diffusion import guide
 from model import Cache
 from support.checkpoint import decode_latents, device_of, encode_pixels, load_trained
 from support.common import ASSETS, UserError, open_picture, pick_device, run_command
@@ -73,7 +74,7 @@ def write(trained, prompt, max_words=64, max_pictures=1, temperature=0.0, top_p=
 
     def network(x, t):
         """What the model says about the picture being drawn: x (1, c, h, w), at step t. With
-        guidance. `sample`, below, calls this for every t."""
+        guidance. `diffusion.sample`, below, calls this for every t."""
         # Paper: §3, x_{t-1} overwrites x_t. Here: x stands at the same PATCH tokens at every step.
         pictures = [*finished, x[0]]
         _, cond = read_all(model, tokens, pictures, t)                          # (M, c, h, w)
@@ -96,8 +97,8 @@ def write(trained, prompt, max_words=64, max_pictures=1, temperature=0.0, top_p=
             # Diffusion mode: P patches of pure noise, and denoise them where they stand.
             noise = torch.randn(1, *model.config.latent, generator=generator)   # (1, c, h, w)
             tokens += [PATCH] * P
-            drawing = list(sample(network, noise.to(device), trained.diffusion, steps, sampler,
-                                  [generator], x0_max))
+            drawing = list(diffusion.sample(network, noise.to(device), trained.diffusion, steps,
+                                            sampler, [generator], x0_max))
             _, x, _ = drawing[-1]                       # (t, x_t, x0 estimate) at t = 0
             finished.append(x[0])                       # from now on it is read at t = 0
             max_pictures -= 1
@@ -397,8 +398,9 @@ class Decoder:
 
         # 3. From noise to picture.
         x0_max = float(self.trained.vae.x0_max)
-        for t, x, x0 in sample(network, noise.to(self.device), self.trained.diffusion,
-                               generator=generator, x0_max=x0_max, **options):
+        denoising = diffusion.sample(network, noise.to(self.device), self.trained.diffusion,
+                                     generator=generator, x0_max=x0_max, **options)
+        for t, x, x0 in denoising:
             yield t, x, x0
         picture = x                                     # the last one
 

@@ -131,7 +131,7 @@ def mistake(capsys, monkeypatch, folder, program, arguments, *words):
 def test_sample(capsys, monkeypatch, tmp_path, shelf, arguments, words):
     """Catches a traceback, a wrong picture, or a wrong file where the user mistyped."""
     arguments = [a.replace("GOOD", str(shelf / "good.png")) for a in arguments]
-    monkeypatch.setattr(sample, "sample", lambda *a, **k: pytest.fail("drew before it looked at the options"))
+    monkeypatch.setattr(sample.diffusion, "sample", lambda *a, **k: pytest.fail("drew before it looked at the options"))
     mistake(capsys, monkeypatch, tmp_path, "sample.py", [*arguments, "--checkpoint", shelf / "model.pt"], *words)
 
 

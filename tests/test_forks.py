@@ -58,7 +58,7 @@ CHECKS = {
         def network(x, t):
             return sample.read_all(trained.model, tokens, [prompt[1], x[0]], t)[1][1:]
         with torch.no_grad():
-            *_, (_, plain, _) = sample.sample(network, noise, trained.diffusion, 3, "ddim", None, float(trained.vae.x0_max))
+            *_, (_, plain, _) = sample.diffusion.sample(network, noise, trained.diffusion, 3, "ddim", None, float(trained.vae.x0_max))
         assert torch.allclose(fast, plain, atol=1e-4)
         """,
     # The convolutions are in the model, and learn.
