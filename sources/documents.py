@@ -28,10 +28,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from data import count_tokens, one_pair
-from sources.pairs import clean_caption, name_groups, print_skipped, split_items, words_of
+from sources.pairs import clean_caption, name_groups, read_usable, split_items, words_of
 from support.common import UserError, load_json, open_picture, read_lines
 
 WANTED = 'list of words and names of pictures, ["a cat", "cat.png", ...],'
@@ -94,22 +93,15 @@ def load_documents(folder=None, size=32, split="train", **unused):
     path = Path(folder) / "documents.jsonl"
     records = read_documents(path)
     pictures = {}                                       # name: pixels; read once
-    documents = []                                      # lists of (kind, words or name)
-    lines = []
-    skipped = []
-    for number, parts in tqdm(records, desc=f"reading {folder}", leave=False):
-        line = f"{path} line {number}"
-        try:
-            document = read_parts(parts, line)
-            for kind, name in document:
-                if kind == "picture" and name not in pictures:
-                    pictures[name] = open_picture(path.parent / name, size)
-        except UserError as problem:
-            skipped.append(str(problem))
-        else:
-            documents.append(document)
-            lines.append(line)
-    print_skipped(folder, skipped, len(records), "documents")
+
+    def read(parts, line):
+        document = read_parts(parts, line)              # a list of (kind, words or name)
+        for kind, name in document:
+            if kind == "picture" and name not in pictures:
+                pictures[name] = open_picture(path.parent / name, size)
+        return document
+
+    documents, lines = read_usable(folder, path, records, read, "documents")
 
     # Documents of words alone have no picture to share: their words are their name.
     names = []

@@ -44,12 +44,12 @@ from sources.pairs import (
     check_room,
     clean_caption,
     name_groups,
-    print_skipped,
+    read_usable,
     split_items,
     words_of,
 )
 from sources.scenes import COLOURS, HELD_OUT, RELATIONS, SHAPES, Thing
-from support.common import UserError, open_picture, read_records, run_command
+from support.common import open_picture, read_records, run_command
 
 KINDS = ("recolour", "reshape", "remove", "add", "move")
 VERBS = ("make", "turn", "remove", "add", "move")       # the first word of each kind
@@ -398,33 +398,26 @@ def load_triples(folder, size=32, split="train"):
     "after": file} per line. What is bad is counted, named and skipped, as in folder.py."""
     path = Path(folder) / "edits.jsonl"
     records = read_records(path, ("before", "instruction", "after"))
-    names = []                                          # (before, after) of each triple
-    instructions = []
-    lines = []
-    pictures = []                                       # (before, after), two arrays each
-    skipped = []
-    for number, (before, text, after) in tqdm(records, desc=f"reading {folder}", leave=False):
-        line = f"{path} line {number}"
-        try:
-            instruction = clean_caption(text, line)
-            both = [open_picture(path.parent / name, size) for name in (before, after)]
-        except UserError as problem:
-            skipped.append(str(problem))
-        else:
-            names.append((before, after))
-            instructions.append(instruction)
-            lines.append(line)
-            pictures.append(both)
-    print_skipped(folder, skipped, len(records), "triples")
+
+    def read(record, line):
+        before, text, after = record
+        instruction = clean_caption(text, line)
+        pictures = [open_picture(path.parent / name, size) for name in (before, after)]
+        return (before, after), instruction, pictures
+
+    triples, lines = read_usable(folder, path, records, read, "triples")
+    names = [both for both, _, _ in triples]
+    instructions = [instruction for _, instruction, _ in triples]
 
     # Of this split alone: a VAE that is trained on these pictures must not see those of the test.
     pixels = []
     chains = []
     chosen = split_items(folder, name_groups(names), split, "triples")
     for k in chosen:
+        _, instruction, pictures = triples[k]
         first = len(pixels)
-        pixels += pictures[k]
-        chains.append(([first, first + 1], [instructions[k]]))
+        pixels += pictures
+        chains.append(([first, first + 1], [instruction]))
     # The words of both splits must be known: the test split's gap is measured during training.
     return Edits(np.stack(pixels), chains, language=instructions, lines=[lines[k] for k in chosen])
 

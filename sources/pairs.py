@@ -19,6 +19,7 @@ from pathlib import PurePosixPath
 from typing import Callable
 
 import numpy as np
+from tqdm import tqdm
 
 from support.common import UserError
 
@@ -165,6 +166,29 @@ def split_items(folder, names, split, what):
     # In a folder that is sorted, by caption or by brightness, the first few are alike.
     order = np.random.default_rng([len(chosen), 18]).permutation(len(chosen))
     return [chosen[k] for k in order]
+
+
+def read_usable(folder, path, records, read, what):
+    """(items, lines): what read(record, line) makes of each record, and where each of them stands,
+    file and line. A record for which it raises UserError is skipped, counted and named.
+
+    folder, path    as the user calls the folder; the list in it
+    records         [(line number, record)]
+    what            the items are, in the plural, for the sentence"""
+    items = []
+    lines = []
+    skipped = []                                        # a sentence for each
+    for number, record in tqdm(records, desc=f"reading {folder}", leave=False):
+        line = f"{path} line {number}"
+        try:
+            item = read(record, line)
+        except UserError as problem:
+            skipped.append(str(problem))
+        else:
+            items.append(item)
+            lines.append(line)
+    print_skipped(folder, skipped, len(records), what)
+    return items, lines
 
 
 def print_skipped(folder, problems, n, what):
