@@ -17,7 +17,9 @@ from support.checkpoint import decode_latents, load_trained
 from support.common import ASSETS
 
 CAPTION = "a red circle"
-WORD, MARK, PATCH = "#34495e", "#95a5a6", "#e67e22"     # words; BOI and EOI; patches
+WORD = "#34495e"
+MARK = "#95a5a6"                                        # BOI and EOI
+PATCH = "#e67e22"
 HERE = Path(__file__).parent
 
 
@@ -37,11 +39,14 @@ def denoise(caption, moments):
 
 def draw_sequence(axis, tokens, colours):
     """The sequence as a row of boxes; x from 0 to len(tokens)."""
+    look = {"ha": "center", "fontsize": 8.5}
     for k, (token, colour) in enumerate(zip(tokens, colours, strict=True)):
-        axis.add_patch(Rectangle((k + 0.04, 0), 0.92, 1, color=colour))
-        axis.text(k + 0.5, 0.5, token, ha="center", va="center", color="white", fontsize=8.5)
-    for left, right, said in ((0, 3, "say the next word"), (4, 8, "say their noise")):
-        axis.text((left + right) / 2, 1.25, said, ha="center", va="bottom", fontsize=8.5)
+        box = Rectangle((k + 0.04, 0), 0.92, 1, color=colour)
+        axis.add_patch(box)
+        axis.text(k + 0.5, 0.5, token, va="center", color="white", **look)
+    # What the words say, and the patches, each above the middle of its boxes.
+    axis.text(1.5, 1.25, "say the next word", va="bottom", **look)
+    axis.text(6, 1.25, "say their noise", va="bottom", **look)
     axis.set_xlim(0, len(tokens))
     axis.set_ylim(0, 1.9)
     axis.axis("off")
@@ -49,16 +54,23 @@ def draw_sequence(axis, tokens, colours):
 
 def draw_mask(axis, tokens, image_id):
     """Who (row) may look at whom (column): blue by order, orange because of the same picture."""
+    # 1. 0: may not look. 1: may, by order. 2: may, only as a patch of the same picture.
+    image_id = image_id[None]                           # (1, T): one row
     doc_id = torch.zeros_like(image_id)
-    both = or_mask(image_id[None], doc_id[None])[0].int()
-    causal = or_mask(image_id[None], doc_id[None], bidirectional=False)[0].int()
-    axis.imshow(2 * both - causal, cmap=ListedColormap(["white", WORD, PATCH]), vmin=0, vmax=2,
-                extent=(0, len(tokens), len(tokens), 0), aspect="auto")
-    for k in range(len(tokens) + 1):
+    mask = or_mask(image_id, doc_id)[0]
+    causal = or_mask(image_id, doc_id, bidirectional=False)[0]
+    kinds = mask.int() + (mask & ~causal).int()         # (T, T)
+
+    # 2. Cells that are as wide as the boxes of the sequence above, with lines between.
+    T = len(tokens)
+    colours = ListedColormap(["white", WORD, PATCH])
+    axis.imshow(kinds, cmap=colours, vmin=0, vmax=2, extent=(0, T, T, 0), aspect="auto")
+    for k in range(T + 1):
         axis.axhline(k, color="#dddddd", linewidth=0.5)
         axis.axvline(k, color="#dddddd", linewidth=0.5)
     axis.set_xticks([])
-    axis.set_yticks([k + 0.5 for k in range(len(tokens))], tokens, fontsize=7.5)
+    middles = [k + 0.5 for k in range(T)]
+    axis.set_yticks(middles, tokens, fontsize=7.5)
     axis.tick_params(length=0)
     axis.set_xlabel("a row looks at a column: dark, what came before; orange, the same picture",
                     fontsize=9)

@@ -117,8 +117,19 @@ def cosine_squared(seen):
     table = seen.table
     if near(table[:-1], seen.right[:-1], atol=1e-6):
         return None
+    advice = spoiled_curve(table, seen.right) or known_curve(table, seen.right)
+    if advice:
+        return advice
 
-    # 1. Something else went wrong with the right curve.
+    # A curve without a name: show a few numbers.
+    numbers = ", ".join(f"{table[k]:.4f} at t = {k} ({seen.right[k]:.4f})" for k in (250, 500, 750))
+    return (f"Another curve than f(t) / f(0), f(t) = cos^2((t/T + offset) / (1 + offset) * pi/2): "
+            f"you have {numbers}; in brackets what it should be.")
+
+
+def spoiled_curve(table, right):
+    """Advice, or None, on a table that was the right curve before something went wrong with it.
+    table, right: (T + 1,) float64."""
     if (table[:-1] == 1).all():
         return "It stays at 1 until the end: is t // T, a whole number, taken for t / T?"
     if table[1] < 0.01:
@@ -128,19 +139,22 @@ def cosine_squared(seen):
         return ("Almost nothing is left after one step: each beta is at *most* beta_max "
                 "(clamp(max=...)), not at least.")
     floor = table.min().item()
-    if floor > 1e-6 and near(table, seen.right.clamp(min=floor), atol=1e-5):
+    if floor > 1e-6 and near(table, right.clamp(min=floor), atol=1e-5):
         return (f"The clip is in the wrong place: it is on alpha_bar, which ends at {floor:.1g}. "
                 f"Clip the betas, and multiply (1 - beta) up.")
 
-    # 2. A curve that has a name.
+
+def known_curve(table, right):
+    """Advice, or None, on a table that is another curve, one that has a name. Arguments as
+    `spoiled_curve`."""
     t = torch.arange(1001, dtype=torch.float64)
-    if near(table ** 2, seen.right, atol=1e-3):
+    if near(table ** 2, right, atol=1e-3):
         return ("This is the square root: cos, not cos^2. alpha_bar is the share of the variance; "
                 "its root is the factor `a` of the picture.")
-    if near(table, seen.right ** 2, atol=1e-3):
+    if near(table, right ** 2, atol=1e-3):
         return "This is the square of it: cos^4, where cos^2 is wanted."
-    power = (table[500].log() / seen.right[500].log()).item()
-    if abs(power - 1) > 0.1 and near(table, seen.right ** power, atol=1e-3):
+    power = (table[500].log() / right[500].log()).item()
+    if abs(power - 1) > 0.1 and near(table, right ** power, atol=1e-3):
         return f"This is the right curve to the power of {power:.3g}: cos^2, no root and no square."
     if near(table, cosine_alpha_bar(1000, offset=0.0), atol=1e-5):
         return ("The offset is not used, or divided by T like t: t/T starts at 0.008, or the first "
@@ -150,7 +164,7 @@ def cosine_squared(seen):
         return "The offset is divided by T: it is (t/T + offset), not (t + offset)/T."
     if near(table, cosine_alpha_bar(1001)[:-1]):
         return "t is divided by T + 1. There are T + 1 entries, but t/T goes from 0 to 1."
-    if near(table, torch.cumprod(seen.right, 0), atol=0.02):
+    if near(table, torch.cumprod(right, 0), atol=0.02):
         return ("f itself is multiplied up: beta_t is 1 - f(t)/f(t-1), and the division is "
                 "missing.")
     if table[-1] > 0.2:
@@ -162,7 +176,7 @@ def cosine_squared(seen):
     if near(table, torch.cumprod(1 - betas, 0), atol=0.02):
         return ("This is the linear schedule, betas from 0.0001 to 0.02 (Ho et al. 2020). Wanted "
                 "is the cosine one.")
-    beta = 1 - seen.right[1:] / seen.right[:-1]
+    beta = 1 - right[1:] / right[:-1]
     if near(table[1:], 1 - beta, atol=1e-4):
         return ("These are 1 - beta, step by step. alpha_bar[t] is their product up to t "
                 "(torch.cumprod).")
@@ -171,11 +185,6 @@ def cosine_squared(seen):
     if beta[0] < lost[0] - 1e-6 and near(lost, beta.clamp(min=lost[0].item())):
         return (f"The first betas are raised to {lost[0]:.2g}: they have an upper limit, beta_max, "
                 f"and no lower one.")
-
-    # 3. Show a few numbers.
-    numbers = ", ".join(f"{table[k]:.4f} at t = {k} ({seen.right[k]:.4f})" for k in (250, 500, 750))
-    return (f"Another curve than f(t) / f(0), f(t) = cos^2((t/T + offset) / (1 + offset) * pi/2): "
-            f"you have {numbers}; in brackets what it should be.")
 
 
 def last_beta_clipped(seen):

@@ -31,9 +31,11 @@ def beside(*pictures):
     """(h, W, 3) uint8: pictures of (h, w, 3) or (h, w, 1) side by side, white lines between."""
     strip = []
     for picture in pictures:
+        h, w, _ = picture.shape
         if strip:
-            strip.append(np.full((len(picture), 2, 3), 255, np.uint8))
-        strip.append(np.broadcast_to(picture, (*picture.shape[:2], 3)))     # grey ones, too
+            line = np.full((h, 2, 3), 255, np.uint8)
+            strip.append(line)
+        strip.append(np.broadcast_to(picture, (h, w, 3)))   # grey ones, too
     return np.concatenate(strip, axis=1)
 
 
@@ -104,18 +106,24 @@ def single_edits(trained, truth, n, seed, size, options):
         kinds[edits.kind_of(text)].append(exact)
         results.append((text, beside(pictures[k], edited[k]), exact))
 
+    by_kind = {}
+    for kind, rows in kinds.items():
+        if rows:                                        # else it did not come up
+            by_kind[kind] = float(np.mean(rows))
     numbers = {
         "edits": float(np.mean(right)),
         "kept": kept / max(1, untouched),               # in a few pictures nothing is untouched
-        "kinds": {kind: float(np.mean(rows)) for kind, rows in kinds.items() if rows},
+        "kinds": by_kind,
     }
     return numbers, results
 
 
 def chains_of_edits(trained, truth, n, seed, size, progress, options):
     """The share "chains" of `editing`."""
-    chains = [chain for chain in truth.chains if len(chain[1]) == 3][:n]
-    starts = pixels_of(truth, [pictures[0] for pictures, _ in chains])
+    whole = [chain for chain in truth.chains if len(chain[1]) == 3]
+    chains = whole[:n]
+    first_ones = [pictures[0] for pictures, _ in chains]
+    starts = pixels_of(truth, first_ones)
     # Each edit starts from the picture that the model drew before, so its mistakes add up, as they
     # do for a user. Each step has other noise.
     latents = encode_pixels(trained, starts)
@@ -139,16 +147,20 @@ def what_changed(trained, truth, n, size):
     triples = first_edits(truth, n)
     before = pixels_of(truth, [number for number, _, _ in triples])
     after = pixels_of(truth, [number for _, _, number in triples])
-    latents = zip(encode_pixels(trained, before), encode_pixels(trained, after), strict=True)
-    prompts = [[x, y, "what changed ?"] for x, y in latents]
+    prompts = []
+    both = zip(encode_pixels(trained, before), encode_pixels(trained, after), strict=True)
+    for x, y in both:
+        prompts.append([x, y, "what changed ?"])
     documents = generate(trained, prompts, max_pictures=0)
 
     right = []
     for parts, (a, _, b) in zip(documents, triples, strict=True):
         answer = parts[-1].removeprefix("what changed ? ")
+        first = truth.scenes[a]
+        last = truth.scenes[b]
         # Not compared with the instruction that was carried out: another may lead there, too.
         try:
-            exact, _, _ = edits.judge(truth.scenes[a], answer, truth.scenes[b], size)
+            exact, _, _ = edits.judge(first, answer, last, size)
         except ValueError:                              # no instruction, or not of this picture
             exact = False
         right.append(exact)
@@ -198,9 +210,9 @@ def mixing(trained, n=200, seed=0, categories=scenes.WORLDS["six"], **options):
 def draw_last(trained, prompts, seed, options):
     """Latents (N, c, h, w): the picture that follows each prompt."""
     latents = []
-    for k in range(0, len(prompts), 100):
-        documents = generate(trained, prompts[k: k + 100], draw_now=True, max_words=0,
-                             seed=seed + k, **options)
+    for k in range(0, len(prompts), 100):               # their caches take memory
+        part = prompts[k: k + 100]
+        documents = generate(trained, part, draw_now=True, max_words=0, seed=seed + k, **options)
         latents += [parts[-1] for parts in documents]
     return torch.stack(latents)
 
@@ -208,8 +220,10 @@ def draw_last(trained, prompts, seed, options):
 def share_exact(trained, latents, claims):
     """Share of pictures that are exactly what their Claim says."""
     right = []
-    for claim, picture in zip(claims, decode_latents(trained, latents), strict=True):
-        right.append(scenes.holds(claim, scenes.parse(picture)))
+    pictures = decode_latents(trained, latents)
+    for claim, picture in zip(claims, pictures, strict=True):
+        things = scenes.parse(picture)
+        right.append(scenes.holds(claim, things))
     return float(np.mean(right))
 
 
@@ -228,7 +242,8 @@ def beginnings():
     their first "is"."""
     texts = list(scenes.all_claims())
     for _, claim in scenes.captions("color_attr"):
-        first, _ = scenes.deduction_text(claim.objects, "left of").split(" is ", 1)
+        text = scenes.deduction_text(claim.objects, "left of")
+        first, _ = text.split(" is ", 1)
         texts.append(f"{first} is")
     return texts
 

@@ -50,8 +50,12 @@ def fit_line(flops, values):
     numbers, at two or more different FLOPs."""
     x = np.log(flops)
     y = np.log(values)
-    slope = ((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum()
-    return float(slope), float(y.mean() - slope * x.mean())
+    dx = x - x.mean()
+    dy = y - y.mean()
+    slope = (dx * dy).sum() / (dx ** 2).sum()
+    # The line goes through the middle of the points.
+    intercept = y.mean() - slope * x.mean()
+    return float(slope), float(intercept)
 
 
 def parity(ours, rival):
@@ -78,7 +82,10 @@ def interval(ratios):
     n = len(logs)
     if n < 2:
         return math.exp(mean), None, None
-    t = T_QUANTILES[n - 2] if n - 2 < len(T_QUANTILES) else 1.96
+    freedom = n - 1
+    t = 1.96
+    if freedom <= len(T_QUANTILES):
+        t = T_QUANTILES[freedom - 1]
     half = t * float(logs.std(ddof=1)) / math.sqrt(n)
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
@@ -88,8 +95,11 @@ def select(points, model, metric, seed=None):
     flops = []
     values = []
     for point in points:
-        right = point["model"] == model and seed in (None, point.get("seed", 0))
-        if right and point.get(metric, 0) > 0:          # 0 has no logarithm
+        if point["model"] != model:
+            continue
+        if seed is not None and point.get("seed", 0) != seed:
+            continue
+        if point.get(metric, 0) > 0:                    # 0 has no logarithm
             flops.append(point["flops"])
             values.append(point[metric])
     return flops, values
@@ -129,9 +139,14 @@ def markdown(result):
         ours, rival = row["slopes"]
         between = "one seed"
         if row["low"] is not None:
-            between = f"{row['low']:.2g} to {row['high']:.2g} ({row['seeds']} seeds)"
+            between = f"{range_of(row)} ({row['seeds']} seeds)"
         lines.append(f"| {metric} | {ours:+.3f} | {rival:+.3f} | {row['ratio']:.3g} | {between} |")
     return lines
+
+
+def range_of(row):
+    """The 95% interval of a metric's ratio, as text. row: of `compare`'s result."""
+    return f"{row['low']:.2g} to {row['high']:.2g}"
 
 
 # --------------------------------------------------------------------------------------- the figure
@@ -142,18 +157,23 @@ def plot(points, path):
         raise UserError("there is no metric with two budgets of both models: nothing to draw")
     n = len(result)
     figure = Figure(figsize=(3.6 * n, 3.6), layout="constrained")
-    for axis, (metric, row) in zip(figure.subplots(1, n, squeeze=False)[0], result.items()):
+    (axes,) = figure.subplots(1, n, squeeze=False)
+    for axis, (metric, row) in zip(axes, result.items()):
+        # 1. The runs of each model, and their line.
         for model, colour, marker in zip(RIVALS, ("#d35400", "#16a085"), ("o", "s")):
             flops, values = select(points, model, metric)
+            axis.plot(flops, values, marker, color=colour, alpha=0.5, markersize=4)
             slope, intercept = fit_line(flops, values)
             ends = np.array([min(flops), max(flops)])
             line = np.exp(intercept) * ends ** slope
-            axis.plot(flops, values, marker, color=colour, alpha=0.5, markersize=4)
-            axis.plot(ends, line, color=colour, label=f"{model.capitalize()}, slope {slope:+.2f}")
-        between = ""
+            name = f"{model.capitalize()}, slope {slope:+.2f}"
+            axis.plot(ends, line, color=colour, label=name)
+
+        # 2. What the lines say.
+        title = f"{metric}: parity at {row['ratio']:.2g}"
         if row["low"] is not None:
-            between = f"\n95%: {row['low']:.2g} to {row['high']:.2g}"
-        axis.set_title(f"{metric}: parity at {row['ratio']:.2g}{between}", fontsize=9)
+            title += f"\n95%: {range_of(row)}"
+        axis.set_title(title, fontsize=9)
         axis.set(xscale="log", yscale="log", xlabel="FLOPs, 6 N D")
         axis.xaxis.set_minor_formatter(NullFormatter())         # they would run into each other
         axis.legend(fontsize=8)
@@ -204,7 +224,9 @@ def demo():
     points = []
     for seed, flops in itertools.product(range(3), (1e15, 2e15, 4e15)):
         for model, share in zip(RIVALS, (0.4, 1)):
-            loss = 5000 * (flops / share) ** -0.25 * math.exp(0.02 * rng.normal())
+            worth = flops / share                       # as many of the rival's FLOPs
+            noise = math.exp(0.02 * rng.normal())
+            loss = 5000 * worth ** -0.25 * noise
             points.append({"model": model, "flops": flops, "seed": seed, "loss": loss})
     print("made-up losses, parity at 0.4 and noise of 2%:", *markdown(compare(points)), sep="\n")
 

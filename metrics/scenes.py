@@ -50,7 +50,7 @@ def geneval(trained, categories, n=50, held_out=False, seed=0, **options):
     parts = range(0, len(prompts), 200)                 # 200 at a time: their caches take memory
     for k in tqdm(parts, desc="drawing", leave=False, disable=distributed.rank() > 0):
         texts = [text for text, _ in prompts[k: k + 200]]
-        pictures.extend(drawing.draw(trained, texts, seed=seed + k, **options))
+        pictures += list(drawing.draw(trained, texts, seed=seed + k, **options))
 
     verdicts = {}                                       # category: [(rule, exact)]
     results = []
@@ -83,9 +83,11 @@ def crowd_distance(results, size=32, seed=0):
     for text, _, _ in results:
         things = scenes.draw_scene(scenes.read_caption(text), rng, size)
         real.append(scenes.render(things, size))
-    features = coco.vae_features(ASSETS / "scenes_vae.pt", pick_device())
     drawn = [picture for _, picture, _ in results]
-    return coco.frechet(features(np.stack(real)), features(np.stack(drawn)))
+    features = coco.vae_features(ASSETS / "scenes_vae.pt", pick_device())
+    features_real = features(np.stack(real))
+    features_drawn = features(np.stack(drawn))
+    return coco.frechet(features_real, features_drawn)
 
 
 def choose_prompts(categories, n, held_out, seed):
@@ -98,7 +100,9 @@ def choose_prompts(categories, n, held_out, seed):
             # Every caption in turn. Drawn with repetition, a model that knows half of them could
             # be lucky.
             order = rng.permutation(len(captions))
-            prompts += [captions[order[k % len(order)]] for k in range(n)]
+            for k in range(n):
+                number = order[k % len(order)]
+                prompts.append(captions[number])
     return prompts
 
 
@@ -170,7 +174,9 @@ def restore_dropped(document):
     """The same document with its dropped captions put back: they have words, after all."""
     parts = []
     for part in document:
-        parts.append(part[1] if part[0] == "dropped" else part)
+        if part[0] == "dropped":
+            part = part[1]
+        parts.append(part)
     return parts
 
 
@@ -179,7 +185,9 @@ def text_nats(trained, documents, seed=0):
     """(sum of nats, how many tokens) of the words of some documents, whose pictures are pure noise.
     seed: of that noise."""
     model = trained.model
-    rows = [data.lay_out(parts, trained.tokenizer, model.config.patches) for parts in documents]
+    rows = []
+    for document in documents:
+        rows.append(data.lay_out(document, trained.tokenizer, model.config.patches))
     batch = data.pack(rows, model.config.context)
 
     # In these documents each picture stands behind its caption, and no word depends on one. So
@@ -215,8 +223,9 @@ def deduction_nats(trained, n=500, seed=0):
     for text in texts:
         ids = trained.tokenizer.encode(text) + [data.EOS]
         requests.append((ids[:begin], ids[begin:]))
-        first = tuple(text.split()[1:3])
-        entropy += np.log(len(scenes.RELATIONS) * partners[first])
+        first = tuple(text.split()[1:3])                # ("red", "circle")
+        answers = len(scenes.RELATIONS) * partners[first]
+        entropy += np.log(answers)                      # all of them equally likely
 
     results = likelihood.log_likelihood(trained.model, requests)
     total = -sum(log_p for log_p, _ in results)

@@ -52,14 +52,19 @@ def permutation_p(low, high):
     numbers = [*low, *high]
     total = sum(numbers)
 
-    def difference(sum_of_high):
-        return sum_of_high / len(high) - (total - sum_of_high) / len(low)
+    def difference(hand):
+        """Of the means, if these numbers were dealt to the row `high`, and the rest to `low`."""
+        in_hand = sum(hand)
+        mean_high = in_hand / len(high)
+        mean_low = (total - in_hand) / len(low)
+        return mean_high - mean_low
 
     # A sum in another order is rounded otherwise: equal must count as "at least so far".
-    slack = 1e-9 * (1 + max(map(abs, numbers)))
-    seen = difference(sum(high)) - slack
-    ways = list(itertools.combinations(numbers, len(high)))
-    return sum(difference(sum(way)) >= seen for way in ways) / len(ways)
+    largest = max(abs(number) for number in numbers)
+    seen = difference(high) - 1e-9 * (1 + largest)
+    hands = list(itertools.combinations(numbers, len(high)))
+    as_far = [hand for hand in hands if difference(hand) >= seen]
+    return len(as_far) / len(hands)
 
 
 def verdict(worse, better, lower_is_better, alike=False):
@@ -69,8 +74,10 @@ def verdict(worse, better, lower_is_better, alike=False):
     p = permutation_p(low, high)
     other = permutation_p(high, low)
     if alike:
-        apart = min(p, other) <= LEVEL
-        return ("not reproduced" if apart else "reproduced"), min(p, other)
+        likelier = min(p, other)
+        if likelier <= LEVEL:                           # they do differ, one way or the other
+            return "not reproduced", likelier
+        return "reproduced", likelier
     if p <= LEVEL:
         return "reproduced", p
     if other <= LEVEL:
@@ -93,9 +100,12 @@ def judge(claims, values, lower_is_better):
             continue
         word, p = verdict(worse, better, lower_is_better[claim.metric], claim.alike)
         arrow = "=" if claim.alike else "→"
-        means = [sum(numbers) / len(numbers) for numbers in (worse, better)]
-        lines.append(f"| {claim.direction} | {claim.metric} | {claim.worse} {arrow} "
-                     f"{claim.better} | {means[0]:.4g} → {means[1]:.4g} | {p:.2f} | **{word}** |")
+        says = f"{claim.worse} {arrow} {claim.better}"
+        from_mean = sum(worse) / len(worse)
+        to_mean = sum(better) / len(better)
+        here = f"{from_mean:.4g} → {to_mean:.4g}"
+        lines.append(f"| {claim.direction} | {claim.metric} | {says} | {here} | {p:.2f} | "
+                     f"**{word}** |")
     return lines
 
 
@@ -107,15 +117,17 @@ def plot_tables(tables, headings, paper, path):
     tables     {title: {row: {heading: numbers per seed}}}
     headings   {heading: what is written above the column}
     paper      {title: {row: {heading: number}}}, as far as it has them"""
+    # A table is as high as it has rows, a column as wide as any other. In inches.
     heights = [1.2 + 0.3 * len(rows) for rows in tables.values()]
-    figure = Figure(figsize=(4 + 2.6 * len(headings), sum(heights)), layout="constrained")
-    grid = figure.subplots(len(tables), len(headings), squeeze=False,
-                           gridspec_kw={"height_ratios": heights})
+    width = 4 + 2.6 * len(headings)
+    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
+    grid = figure.subplots(len(tables), len(headings), squeeze=False, height_ratios=heights)
     for axes, (title, rows) in zip(grid, tables.items()):
-        for axis, heading in zip(axes, headings):
+        for axis, (heading, above) in zip(axes, headings.items()):
             plot_column(axis, rows, heading, paper.get(title, {}))
-            axis.set_yticks(range(len(rows)), list(rows) if axis is axes[0] else [])
-            axis.set_title(f"{title}: {headings[heading]}", fontsize=9)
+            names = list(rows) if axis is axes[0] else []       # once, at the left
+            axis.set_yticks(range(len(rows)), names)
+            axis.set_title(f"{title}: {above}", fontsize=9)
     save_figure(figure, path, dpi=90)
 
 
@@ -123,16 +135,25 @@ def plot_column(axis, rows, heading, paper):
     """One column of a table: its rows from top to bottom."""
     for y, values in enumerate(rows.values()):
         numbers = values.get(heading, [])
-        if numbers:
-            axis.errorbar(np.mean(numbers), y, xerr=np.std(numbers, ddof=min(1, len(numbers) - 1)),
-                          fmt="|", color="#2c3e50", markersize=14, capsize=3)
-            axis.plot(numbers, [y] * len(numbers), "o", color="#d35400", markersize=4, alpha=0.7)
-    # The paper's numbers have another unit: they stand in a column of their own.
+        if not numbers:                                 # this row is not trained yet
+            continue
+        mean = np.mean(numbers)
+        spread = 0.0
+        if len(numbers) > 1:
+            spread = np.std(numbers, ddof=1)
+        axis.errorbar(mean, y, xerr=spread, fmt="|", color="#2c3e50", markersize=14, capsize=3)
+        heights = [y] * len(numbers)
+        axis.plot(numbers, heights, "o", color="#d35400", markersize=4, alpha=0.7)
+
+    # The paper's numbers have another unit: they stand in a column of their own, at the right.
     low, high = axis.get_xlim()
-    axis.set(ylim=(len(rows) - 0.5, -0.5), xlim=(low, high + 0.3 * (high - low)))
+    room = 0.3 * (high - low)
+    axis.set_xlim(low, high + room)
+    axis.set_ylim(len(rows) - 0.5, -0.5)                # the first row on top
     for y, row in enumerate(rows):
-        if heading in paper.get(row, {}):
-            axis.text(0.98, y, f"{paper[row][heading]:g}", va="center", ha="right", fontsize=9,
+        number = paper.get(row, {}).get(heading)
+        if number is not None:
+            axis.text(0.98, y, f"{number:g}", va="center", ha="right", fontsize=9,
                       color="#16a085", transform=axis.get_yaxis_transform())
     axis.grid(axis="x", alpha=0.4)
     axis.tick_params(labelsize=8)

@@ -31,67 +31,79 @@ def plot_curves(log, path, reference=()):
 
     log         list of dicts, the lines of log.jsonl
     reference   those of a run like this one (reference.py), drawn below it, dotted; or nothing"""
-    from matplotlib import colormaps  # here, as in `new_figure`
-    diffuses = any(row["diffusion"] is not None for row in log)
+    panels = [plot_losses]
+    if any(row["diffusion"] is not None for row in log):
+        panels.append(plot_levels)
     # It is measured now and then, and not at all where all captions are alike.
-    with_gap = [row for row in log if row.get("gap") is not None]
-    panels = ["losses"]
-    if diffuses:
-        panels.append("noise")
-    if with_gap:
-        panels.append("gap")
+    if rows_with(log, "gap"):
+        panels.append(plot_gap)
     width = 4.4 * len(panels)                           # inches
     figure = new_figure(width, 3.6)
-    (row_of_axes,) = figure.subplots(1, len(panels), squeeze=False)
-    axes = dict(zip(panels, row_of_axes))
-
-    # Both losses in one panel: L = L_LM + 5 L_DDPM, and their scales differ, so on a log axis.
-    steps = [row["step"] for row in log]
-    steps_before = [row["step"] for row in reference]
-    dotted = {"linestyle": ":", "alpha": 0.6, "zorder": 1}
-    axis = axes["losses"]
-    lm = [row["lm"] for row in log]
-    axis.plot(steps, lm, color="C0", label="LM (nats per word)")
-    axis.plot(steps_before, [row["lm"] for row in reference], color="C0", **dotted)
-    if diffuses:
-        diffusion = [row["diffusion"] for row in log]
-        axis.plot(steps, diffusion, color="C1", label="diffusion (mean square)")
-        axis.plot(steps_before, [row["diffusion"] for row in reference], color="C1", **dotted)
-    if reference:
-        axis.plot([], [], color="grey", label="a run like this one", **dotted)
-    axis.set_title("the two losses" if diffuses else "the loss")
-    axis.set_yscale("log")
-    axis.legend(frameon=False)
-
-    if diffuses:
-        # One mean over all t hides that some noise levels still improve when others do not.
-        axis = axes["noise"]
-        for k in range(5):
-            values = [row["by_t"][k] for row in log]
-            first = 200 * k + 1
-            color = colormaps["viridis"](k / 5)
-            axis.plot(steps, values, color=color, label=f"t in {first}..{first + 199}")
-            before = [row["by_t"][k] for row in reference]
-            axis.plot(steps_before, before, color=color, **dotted)
-        axis.set_title("diffusion loss by noise level")
-        axis.set_yscale("log")
-        axis.legend(frameon=False, fontsize=8)
-
-    if with_gap:
-        axis = axes["gap"]
-        measured = [row["step"] for row in with_gap]
-        gaps = [row["gap"] for row in with_gap]
-        axis.plot(measured, gaps, marker=".", color="C0")
-        before = [row for row in reference if row.get("gap") is not None]
-        measured = [row["step"] for row in before]
-        axis.plot(measured, [row["gap"] for row in before], color="C0", **dotted)
-        axis.axhline(0, color="grey", linewidth=0.8)
-        axis.set_title("conditioning gap (0: caption ignored)")
-
-    for axis in axes.values():
+    (axes,) = figure.subplots(1, len(panels), squeeze=False)
+    for axis, plot in zip(axes, panels):
+        plot(axis, log, reference)
         axis.set_xlabel("step")
         axis.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
+
+
+# How the reference is drawn, below the run itself.
+DOTTED = {"linestyle": ":", "alpha": 0.6, "zorder": 1}
+
+
+def rows_with(log, name):
+    """The rows that have a number of this name."""
+    return [row for row in log if row.get(name) is not None]
+
+
+def plot_number(axis, log, reference, name, color, **look):
+    """One number of the log against the step; dotted, the reference's."""
+    for rows, look_of_rows in ((log, look), (reference, DOTTED)):
+        rows = rows_with(rows, name)
+        steps = [row["step"] for row in rows]
+        values = [row[name] for row in rows]
+        axis.plot(steps, values, color=color, **look_of_rows)
+
+
+def plot_losses(axis, log, reference):
+    """Both losses in one panel."""
+    # L = L_LM + 5 L_DDPM, and their scales differ, so on a log axis.
+    plot_number(axis, log, reference, "lm", "C0", label="LM (nats per word)")
+    title = "the loss"
+    if rows_with(log, "diffusion"):
+        plot_number(axis, log, reference, "diffusion", "C1", label="diffusion (mean square)")
+        title = "the two losses"
+    if reference:
+        axis.plot([], [], color="grey", label="a run like this one", **DOTTED)
+    axis.set_title(title)
+    axis.set_yscale("log")
+    axis.legend(frameon=False)
+
+
+def plot_levels(axis, log, reference):
+    """The diffusion loss in five ranges of t."""
+    from matplotlib import colormaps  # here, as in `new_figure`
+
+    # One mean over all t hides that some noise levels still improve when others do not.
+    for k in range(5):
+        color = colormaps["viridis"](k / 5)
+        first = 200 * k + 1
+        steps = [row["step"] for row in log]
+        values = [row["by_t"][k] for row in log]
+        axis.plot(steps, values, color=color, label=f"t in {first}..{first + 199}")
+        steps = [row["step"] for row in reference]
+        values = [row["by_t"][k] for row in reference]
+        axis.plot(steps, values, color=color, **DOTTED)
+    axis.set_title("diffusion loss by noise level")
+    axis.set_yscale("log")
+    axis.legend(frameon=False, fontsize=8)
+
+
+def plot_gap(axis, log, reference):
+    """How much worse a wrong caption is than the right one."""
+    plot_number(axis, log, reference, "gap", "C0", marker=".")
+    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.set_title("conditioning gap (0: caption ignored)")
 
 
 def plot_samples(samples, path, columns=6, rows=4):
