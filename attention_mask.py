@@ -99,7 +99,8 @@ def intervals(image_id, doc_id, bidirectional=True):
 
     # 1. lo: mark where documents start. The latest start so far is q's own.
     starts = changes(doc_id)                                            # (B, T)
-    lo = torch.where(starts, pos, 0).cummax(dim=1).values               # (B, T)
+    marks = torch.where(starts, pos, 0)                                 # (B, T)
+    lo = marks.cummax(dim=1).values                                     # (B, T)
 
     # 2. hi, in the ablation: each position's own. Otherwise only a word's, see 3.
     if not bidirectional:
@@ -122,8 +123,8 @@ def intervals(image_id, doc_id, bidirectional=True):
 
 def changes(ids):
     """(B, T) bool: where an id differs from the one before it. At the first position, True."""
-    new = torch.ones_like(ids, dtype=torch.bool)
-    new[:, 1:] = ids.diff(dim=1) != 0
+    new = torch.ones_like(ids, dtype=torch.bool)                        # (B, T)
+    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
     return new
 
 
@@ -142,7 +143,9 @@ def dense_mask(lo, hi, keys=None):
 
     lo, hi   (B, T) int64
     keys     how many keys there are; None: T. Decoding has more, those in the cache."""
-    k = torch.arange(keys or lo.shape[1], device=lo.device)             # (keys,)
+    if keys is None:
+        keys = lo.shape[1]
+    k = torch.arange(keys, device=lo.device)                            # (keys,)
     from_lo = lo[..., None] <= k                                        # (B, T, keys)
     up_to_hi = k <= hi[..., None]                                       # (B, T, keys)
     return from_lo & up_to_hi
@@ -248,43 +251,6 @@ def fused_kernel():
     return torch.compile(flex_attention)
 
 
-# --------------------------------------------------------------------------------------- a drawing
-def draw_mask(image_id, doc_id, labels=None, ax=None):
-    """Draw one row's mask with matplotlib and return the axes. Dark = causal, orange = allowed only
-    by "same picture".
-
-    image_id   (T,) int64
-    doc_id     (T,) int64
-    labels     T strings for the axes, or None
-    ax         axes to draw on, or None"""
-    # Imported here: it takes a second, and training draws no mask.
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import ListedColormap
-    if ax is None:
-        _, ax = plt.subplots(figsize=(6, 6))
-
-    # 0 nothing, 1 causal, 2 by "same picture" only.
-    ids = (image_id[None], doc_id[None])
-    both = or_mask(*ids)[0].int()
-    causal = or_mask(*ids, bidirectional=False)[0].int()
-    colours = ListedColormap(["white", "#34495e", "#e67e22"])
-    ax.imshow(2 * both - causal, cmap=colours, vmin=0, vmax=2)
-
-    # Lines between the cells, not through them.
-    T = len(image_id)
-    edges = torch.arange(T + 1) - 0.5
-    ax.set_xticks(edges, minor=True)
-    ax.set_yticks(edges, minor=True)
-    ax.grid(which="minor", color="#dddddd", linewidth=0.5)
-    ax.tick_params(which="minor", length=0)
-    if labels:
-        ax.set_xticks(range(T), labels, rotation=90, fontsize=8)
-        ax.set_yticks(range(T), labels, fontsize=8)
-    ax.set_xlabel("... at whom")
-    ax.set_ylabel("who looks ...")
-    return ax
-
-
 if __name__ == "__main__":
     row = "a red BOI p0 p1 p2 EOI and BOI q0 q1 EOI EOS".split()
     pictures = {"p0": 0, "p1": 0, "p2": 0, "q0": 1, "q1": 1}
@@ -308,5 +274,5 @@ if __name__ == "__main__":
                 cells.append(" . ")
         print(f"      {word:4s}  {' '.join(cells)}     {lo[0, q]:2d}  {hi[0, q]:2d}")
 
-    equal = torch.equal(or_mask(image_id, doc_id)[0], mask)
-    print(f"\nOR form == interval form: {equal}")
+    or_form = or_mask(image_id, doc_id)[0]
+    print(f"\nOR form == interval form: {torch.equal(or_form, mask)}")

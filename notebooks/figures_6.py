@@ -21,6 +21,7 @@ from figures import (
     ORANGE,
     RED,
     WIDTH,
+    as_asked,
     bare,
     draw_film,
     draw_pictures,
@@ -33,7 +34,7 @@ from figures import (
 
 from support.checkpoint import decode_latents
 
-__all__ = ["draw_film", "draw_pictures", "expect", "start"]     # of figures.py, for the notebooks
+__all__ = ["as_asked", "draw_film", "draw_pictures", "expect", "start"]
 
 
 # ---------------------------------------------------------------------------------- what is printed

@@ -16,19 +16,22 @@ from figures import (
     ORANGE,
     RED,
     WIDTH,
+    as_asked,
     bare,
+    cell_lines,
     draw_codes,
     draw_pictures,
     expect,
     fill,
+    kinds_of,
     one_panel,
     panels,
+    show_kinds,
     start,
     write,
 )
-from matplotlib.colors import ListedColormap
 
-__all__ = ["draw_codes", "draw_pictures", "expect", "start"]
+__all__ = ["as_asked", "draw_codes", "draw_pictures", "expect", "start"]
 
 COLOURS = (DARK, ORANGE, GREEN, RED, GREY, "#8e44ad", "#2980b9")
 
@@ -56,10 +59,10 @@ def draw_views(views, per_row=36):
 def draw_two_masks(masks):
     """Masks side by side: dark = allowed by order, orange = allowed only by "same picture".
     masks: {title: (T, T) bool}."""
-    colours = ListedColormap(["white", DARK, ORANGE])
-    for axis, (title, mask) in zip(panels(len(masks), 5.2), masks.items()):
-        causal = mask.tril()
-        axis.imshow(2 * mask.int() - causal.int(), cmap=colours, vmin=0, vmax=2)
+    axes = panels(len(masks), 5.2)
+    for axis, (title, mask) in zip(axes, masks.items()):
+        causal = mask.tril()                                # row by row, up to itself
+        show_kinds(axis, kinds_of(mask, causal))
         axis.set(title=title, xlabel="... at whom", ylabel="who looks ...")
     plt.show()
 
@@ -97,10 +100,14 @@ def draw_seeds(columns):
     axes = panels(len(columns), 4)
     for axis, (heading, rows) in zip(axes, columns.items()):
         for y, (values, colour) in enumerate(zip(rows.values(), COLOURS)):
-            axis.plot(values, [y] * len(values), "-", color=colour, linewidth=1)
-            axis.plot(values, [y] * len(values), "o", color=colour, markersize=11)
-        axis.set(title=heading, ylim=(len(rows) - 0.5, -0.5))
-        axis.set_yticks(range(len(rows)), list(rows) if axis is axes[0] else [""] * len(rows))
+            heights = [y] * len(values)
+            axis.plot(values, heights, "-", color=colour, linewidth=1)
+            axis.plot(values, heights, "o", color=colour, markersize=11)
+        n = len(rows)
+        axis.set(title=heading, ylim=(n - 0.5, -0.5))
+        # The names of the rows stand once, at the left.
+        names = list(rows) if axis is axes[0] else [""] * n
+        axis.set_yticks(range(n), names)
         axis.grid(axis="x", alpha=0.4)
         axis.margins(x=0.15)
     plt.show()
@@ -109,11 +116,11 @@ def draw_seeds(columns):
 def draw_least_p(by_seeds):
     """The smallest p that a shuffle test can give. by_seeds: {seeds per row: p}."""
     axis = one_panel(9, 3.8)
-    colours = [GREEN if p < 0.05 else RED for p in by_seeds.values()]
-    places = [str(seeds) for seeds in by_seeds]
-    axis.bar(places, list(by_seeds.values()), color=colours, width=0.6)
-    for place, p in zip(places, by_seeds.values()):
-        axis.text(place, max(p, 0.05) + 0.03, f"{p:.3f}", ha="center")
+    for seeds, p in by_seeds.items():
+        colour = GREEN if p < 0.05 else RED
+        axis.bar(str(seeds), p, color=colour, width=0.6)
+        above = max(p, 0.05) + 0.03         # the bar, and the dotted line
+        axis.text(str(seeds), above, f"{p:.3f}", ha="center")
     axis.axhline(0.05, color=DARK, linestyle=":")
     axis.set(xlabel="seeds per row", ylim=(0, 1.1), title="the smallest p there is")
     plt.show()
@@ -125,10 +132,15 @@ def draw_parity(steps, ours, rival, share):
     axis = one_panel(9, 4.6)
     axis.plot(steps, rival, color=GREEN, marker="o", label="Chameleon")
     axis.plot(steps, ours, color=ORANGE, marker="o", label="Transfusion")
-    arrow = {"arrowstyle": "->", "color": DARK, "linewidth": 2}
-    axis.annotate("", (share * steps[-1], rival[-1]), (steps[-1], rival[-1]), arrowprops=arrow)
-    write(axis, share * steps[-1], rival[-1] + 0.0025, f"× {share:.2f}", color=DARK)
-    axis.set(xscale="log", xlabel="steps", title="text, nats above the entropy", ylim=(0, None))
+    # From the rival's end to where ours is as low.
+    end = steps[-1]
+    goal = rival[-1]
+    as_low = share * end
+    look = {"arrowstyle": "->", "color": DARK, "linewidth": 2}
+    axis.annotate("", (as_low, goal), (end, goal), arrowprops=look)
+    write(axis, as_low, goal + 0.0025, f"× {share:.2f}", color=DARK)
+    axis.set(xscale="log", xlabel="steps", ylim=(0, None))
+    axis.set(title="text, nats above the entropy")
     axis.set_xticks(steps, steps)
     axis.minorticks_off()
     axis.legend()
@@ -145,7 +157,8 @@ def draw_parts(by_size):
     for name, colour in zip(names, (GREY, DARK, GREEN, ORANGE)):
         share = []
         for numbers in by_size.values():
-            share.append(100 * numbers[name] / sum(numbers.values()))
+            whole = sum(numbers.values())
+            share.append(100 * numbers[name] / whole)
         axis.barh(list(by_size), share, left=bottom, color=colour, label=name)
         bottom += share
     axis.invert_yaxis()
@@ -174,16 +187,21 @@ def draw_memory(bars, limit):
     """What a GPU must hold, a stack per case. bars: {case: {what: GiB}}; limit: a GPU's GiB."""
     axis = one_panel(WIDTH, 4.6)
     bottom = np.zeros(len(bars))
-    names = list(dict.fromkeys(what for parts in bars.values() for what in parts))
+    # Every name once, in the order in which they first appear.
+    names = []
+    for parts in bars.values():
+        names += [name for name in parts if name not in names]
+    cases = list(bars)
     for name, colour in zip(names, COLOURS):
-        sizes = np.array([parts.get(name, 0) for parts in bars.values()])
-        axis.bar(list(bars), sizes, bottom=bottom, color=colour, width=0.6, label=name)
+        sizes = [parts.get(name, 0) for parts in bars.values()]
+        axis.bar(cases, sizes, bottom=bottom, color=colour, width=0.6, label=name)
         bottom += sizes
     for k, size in enumerate(bottom):
         axis.text(k, size + 1.5, f"{size:.1f}", ha="center")
     axis.axhline(limit, color=RED, linestyle=":")
-    axis.set(title=f"GiB per GPU at the worst moment (dotted: the {limit} of an H100)",
-             ylim=(0, 1.1 * max(bottom.max(), limit)))
+    highest = max(bottom.max(), limit)
+    axis.set(ylim=(0, 1.1 * highest))
+    axis.set(title=f"GiB per GPU at the worst moment (dotted: the {limit} of an H100)")
     axis.legend()
     plt.show()
 
@@ -191,15 +209,11 @@ def draw_memory(bars, limit):
 def draw_tiles(tiles):
     """Tiles of a mask: white = skipped, dark = full, orange = in between.
     tiles: {title: (n, n) int: 0, 1, 2}."""
-    colours = ListedColormap(["white", DARK, ORANGE])
-    for axis, (title, kinds) in zip(panels(len(tiles), 4.7), tiles.items()):
-        axis.imshow(kinds, cmap=colours, vmin=0, vmax=2)
+    axes = panels(len(tiles), 4.7)
+    for axis, (title, kinds) in zip(axes, tiles.items()):
+        show_kinds(axis, kinds)
+        cell_lines(axis, len(kinds), linewidth=0.4)
         axis.set_title(title)
-        edges = np.arange(len(kinds) + 1) - 0.5
-        axis.set_xticks(edges, minor=True)
-        axis.set_yticks(edges, minor=True)
-        axis.grid(which="minor", color="#dddddd", linewidth=0.4)
-        axis.tick_params(which="minor", length=0)
         axis.set(xticks=[], yticks=[])
     plt.show()
 

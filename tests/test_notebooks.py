@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+FIGURES = sorted(FOLDER.glob("figures*.py"))
 ROOMS = ("", "sources/", "autoencoder/", "scale/", "metrics/", "support/")
 MODULES = [f"{room}{path.stem}".replace("/", ".") for room in ROOMS
            for path in sorted((FOLDER.parent / room).glob("*.py")) if path.stem != "__init__"]
@@ -119,9 +120,10 @@ def test_every_cell_shows_something(path):
         assert pictures(cell) == drawn, f"cell {number} calls for {drawn} pictures and has {pictures(cell)}"
 
 
-def test_every_drawing_is_shown_once():
+@pytest.mark.parametrize("path", FIGURES, ids=name_of)
+def test_every_drawing_is_shown_once(path):
     """What the test above counts on: each figures.draw_... ends with its one plt.show()."""
-    for node in ast.parse((FOLDER / "figures.py").read_text()).body:
+    for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef):
             shown = ast.unparse(node).count("plt.show()")
             assert shown == node.name.startswith("draw_"), node.name
@@ -129,10 +131,11 @@ def test_every_drawing_is_shown_once():
                 assert ast.unparse(node.body[-1]) == "plt.show()", node.name
 
 
-def test_every_drawing_is_used():
+@pytest.mark.parametrize("path", FIGURES, ids=name_of)
+def test_every_drawing_is_used(path):
     """Catches a drawing whose cell has gone."""
-    used = "\n".join(cell.source for path in NOTEBOOKS for cell in code_cells(read(path)))
-    functions = re.findall(r"^def (draw_\w+)", (FOLDER / "figures.py").read_text(), re.M)
+    used = "\n".join(cell.source for notebook in NOTEBOOKS for cell in code_cells(read(notebook)))
+    functions = re.findall(r"^def (draw_\w+)", path.read_text(), re.M)
     assert [name for name in functions if f"figures.{name}(" not in used] == []
 
 
