@@ -76,8 +76,8 @@ def hear(wave):
     # The judge. It needs no network: there are 12 captions, and 64 phases say enough.
     distances = {}
     for caption in SOUNDS:
-        nearest = min((make_wave(caption, k / 64) - wave).square().mean() for k in range(64))
-        distances[caption] = float(nearest)
+        phases = torch.stack([make_wave(caption, k / 64) for k in range(64)])           # (64, 64)
+        distances[caption] = float((phases - wave).square().mean(dim=1).min())
     return min(distances, key=distances.get)
 
 
@@ -133,7 +133,8 @@ def lay_out(document, tokenizer, modalities, ends=True):
         elif part[0] == "dropped":
             # TRAP: no loss on a dropped caption, nor at the token before it (data.lay_out).
             out.has_loss[-1] = False
-            out.add([DROP] * len(tokenizer.encode(part[1])), has_loss=False)
+            words = tokenizer.encode(part[1])
+            out.add([DROP] * len(words), has_loss=False)
         else:
             kind, index, t_max = part
             modality = modalities[kind]
@@ -172,7 +173,9 @@ class World:
             pair = data.one_pair(self.captions[kind][k], k, caption_first, rng,
                                  drop=0.1, t_limit=self.t_limit, noisiest=1000)
             for part in pair:
-                document.append((kind, *part[1:]) if part[0] == "image" else part)
+                if part[0] == "image":                  # ("image", k, t_max): of which kind?
+                    part = (kind, *part[1:])
+                document.append(part)
         return document
 
 
@@ -276,14 +279,18 @@ def losses(model, batch, world, diffusion, generator):
 def train(model, world, tokenizer, diffusion, steps, seed):
     """The average of the model's weights over its last steps (EMA), a Hearing; AdamW, warm-up, half
     a cosine, 32 documents a step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    weights = model.parameters()
+    optimizer = torch.optim.AdamW(weights, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = OneCycleLR(optimizer, 2e-3, total_steps=steps + 1, pct_start=0.1)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     generator = torch.Generator().manual_seed(seed)
     bar = tqdm(range(steps), desc="training")
     for step in bar:
         rng = np.random.default_rng([seed, step])
-        rows = [lay_out(world.draw(rng), tokenizer, model.modalities) for _ in range(32)]
+        rows = []
+        for _ in range(32):
+            document = world.draw(rng)
+            rows.append(lay_out(document, tokenizer, model.modalities))
         batch = data.pack(rows, model.config.context)
         lm_sum, words, per_block = losses(model, batch, world, diffusion, generator)
         total = transfusion_loss(lm_sum, words, per_block.sum(), len(per_block))
@@ -294,7 +301,9 @@ def train(model, world, tokenizer, diffusion, steps, seed):
         schedule.step()
         average.update_parameters(model)
         if step % 20 == 0:
-            bar.set_postfix(lm=f"{lm_sum.item() / words:.3f}", eq3=f"{per_block.mean().item():.3f}")
+            lm = lm_sum.item() / words
+            eq3 = per_block.mean().item()
+            bar.set_postfix(lm=f"{lm:.3f}", eq3=f"{eq3:.3f}")
     return average.module.eval()
 
 
@@ -305,16 +314,26 @@ class Document:
     def __init__(self, model, tokenizer, prompt):
         """prompt: list of str, and of (kind, latent)."""
         self.model = model
-        parts = [part if isinstance(part, str) else (part[0], 0, 0) for part in prompt]
+        parts = []
+        for part in prompt:
+            if not isinstance(part, str):               # its number and t_max are for training
+                part = (part[0], 0, 0)
+            parts.append(part)
         sequence = lay_out(parts, tokenizer, model.modalities, ends=False)
         self.tokens = sequence.tokens
         self.block_id = sequence.image_id
         self.blocks = [part for part in prompt if not isinstance(part, str)]
 
+    def add(self, tokens, block=-1):
+        """Append tokens of one kind. block: the number of the block that they are places of."""
+        self.tokens += tokens
+        self.block_id += [block] * len(tokens)
+
     def read(self, t=0, blind=False):
         """(logits (V,) of what comes next, {kind: outputs}): one forward over all that stands here.
         t: the step of the last block; the others are finished. blind: without the last caption."""
-        tokens = torch.tensor([self.drop_caption() if blind else self.tokens])
+        row = self.drop_caption() if blind else self.tokens
+        tokens = torch.tensor([row])
         xt = {}
         times = {}
         for kind, modality in self.model.modalities.items():
@@ -322,10 +341,12 @@ class Document:
             xt[kind] = torch.stack(own) if own else torch.zeros(0, *modality.shape)
             times[kind] = torch.zeros(len(own), dtype=torch.long)
         if self.blocks:
-            times[self.blocks[-1][0]][-1] = t
+            kind, _ = self.blocks[-1]
+            times[kind][-1] = t
         block_id = torch.tensor([self.block_id])
+        same_document = torch.zeros_like(tokens)
         everywhere = torch.ones_like(tokens, dtype=torch.bool)
-        logits, out = self.model(tokens, block_id, torch.zeros_like(tokens), everywhere, xt, times)
+        logits, out = self.model(tokens, block_id, same_document, everywhere, xt, times)
         return logits[-1], out
 
     def drop_caption(self):
@@ -358,43 +379,43 @@ def write(model, tokenizer, diffusion, prompt, max_blocks=1, max_words=8, guidan
         never += [modality.place, modality.end]         # these are put there, never written
     added = []
     while True:
-        # LM mode.
+        # LM mode: one more token.
         logits, _ = document.read()
         logits[never] = -torch.inf
         token = int(logits.argmax())
-        if token == EOS:
+        if token in begins and max_blocks > 0:
+            # Diffusion mode. The token that was written says of which kind.
+            kind = begins[token]
+            latent = draw_block(document, kind, diffusion, guidance, steps, generator)
+            added.append((kind, latent))
+            max_blocks -= 1
+        elif token == EOS or token in begins or max_words == 0:
             return added
-        if token not in begins:
-            if max_words == 0:
-                return added
-            max_words -= 1
-            document.tokens.append(token)
-            document.block_id.append(-1)
+        else:
+            document.add([token])
             added.append(tokenizer.decode([token]))
-            continue
-        if max_blocks == 0:
-            return added
-        max_blocks -= 1
+            max_words -= 1
 
-        # Diffusion mode. The token that was written says of which kind.
-        kind = begins[token]
-        modality = model.modalities[kind]
-        noise = torch.randn(1, *modality.shape, generator=generator)
-        document.tokens += [token] + [modality.place] * modality.patches
-        document.block_id += [-1] + [len(document.blocks)] * modality.patches
-        document.blocks.append((kind, noise[0]))
 
-        def network(x, t, kind=kind):
-            document.blocks[-1] = (kind, x[0])
-            _, cond = document.read(t)
-            _, blind = document.read(t, blind=True)
-            return guide(cond[kind][-1:], blind[kind][-1:], guidance)
+def draw_block(document, kind, diffusion, guidance, steps, generator):
+    """Diffusion mode: append a block of a kind to a Document, denoised where it stands. Returns its
+    latent (c, h, w). The other arguments are those of `write`."""
+    modality = document.model.modalities[kind]
+    noise = torch.randn(1, *modality.shape, generator=generator)        # (1, c, h, w)
+    document.add([modality.begin])
+    document.add([modality.place] * modality.patches, block=len(document.blocks))
+    document.blocks.append((kind, noise[0]))
 
-        *_, (_, x, _) = sample(network, noise, diffusion, steps, "dpm++", x0_max=4.0)
-        document.blocks[-1] = (kind, x[0])
-        document.tokens.append(modality.end)
-        document.block_id.append(-1)
-        added.append((kind, x[0]))
+    def network(x, t):
+        document.blocks[-1] = (kind, x[0])              # x_{t-1} overwrites x_t
+        _, cond = document.read(t)
+        _, blind = document.read(t, blind=True)
+        return guide(cond[kind][-1:], blind[kind][-1:], guidance)
+
+    *_, (_, x, _) = sample(network, noise, diffusion, steps, "dpm++", x0_max=4.0)
+    document.blocks[-1] = (kind, x[0])
+    document.add([modality.end])
+    return x[0]
 
 
 # ------------------------------------------------------------------------------ what it has learned
@@ -428,10 +449,12 @@ def measure(model, tokenizer, diffusion, vae):
         words = write(model, tokenizer, diffusion, [("wave", latent)], max_blocks=0)
         heard.append(" ".join(words) == text)
 
+    # Of all that were asked for: a block of the wrong kind is wrong.
+    n_pictures = len(texts) - len(SOUNDS)
     numbers = {
         "right kind of block after a caption": np.mean(chose),
         "waves as asked": sum(right for *_, right in waves) / len(SOUNDS),
-        "pictures as asked": sum(right for *_, right in pictures) / (len(texts) - len(SOUNDS)),
+        "pictures as asked": sum(right for *_, right in pictures) / n_pictures,
         "captions of waves": np.mean(heard),
     }
     return numbers, waves, pictures
