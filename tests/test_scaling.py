@@ -61,6 +61,18 @@ def test_the_interval_covers():
     assert (middle, low, high) == pytest.approx((0.2, 0.2 * math.exp(-half), 0.2 * math.exp(half)))
     middle, low, high = scaling.interval([1.0, math.e ** 2] * 10)                   # with twenty seeds, the normal's
     assert math.log(high / low) == pytest.approx(2 * 1.96 * (20 / 19 / 20) ** 0.5, rel=0.001)
+    for n in (9, 10, 11, 12):                           # about where the table ends
+        middle, low, high = scaling.interval([1.0] * (n - 1) + [2.0])
+        assert low < middle < high
+
+
+def test_students_t():
+    """With x = sqrt(n) tan(angle), Student's density is cos(angle)^(n - 1). Catches a quantile that is another's, or mistyped."""
+    for n, t in enumerate(scaling.T_QUANTILES, 1):
+        angles = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
+        density = np.cos(angles) ** (n - 1)
+        inside = np.abs(angles) <= math.atan(t / math.sqrt(n))
+        assert density[inside].sum() / density.sum() == pytest.approx(0.95, abs=1e-4), n
 
 
 def test_two_budgets_make_a_line():
