@@ -220,6 +220,8 @@ def test_measure(monkeypatch, trained, folder, capsys):
     found, said = coco.measure(trained, items, see, clip, steps=3)
     assert found["distance"] == pytest.approx(0, abs=1e-9) and found["clip"] == 100 and (found["n"], found["references"]) == (8, 2)
     assert all(answer == texts[1].lower() for answer, texts in said) and "skipped 1 of 9" in capsys.readouterr().out
+    real = see(np.stack([grey(25 * k) for k in range(9) if k != 4]))    # how far apart are real ones? Every second, and the others
+    assert found["halves"] > 0 and found["halves"] == pytest.approx(coco.frechet(real[::2], real[1::2]))
     play(monkeypatch, items, lambda text: grey(25 * (8 - number(text))), lambda k: f"a {words[8 - k // 25]} above")
     mixed, _ = coco.measure(trained, items, see, clip, steps=3)
     assert mixed["cider"] < 0.2 * found["cider"] and mixed["clip"] == 0
