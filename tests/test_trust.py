@@ -861,3 +861,34 @@ def test_a_full_disk_in_the_vaes_training(tmp_path):
 
 if __name__ == "__main__":
     meet(Path(sys.argv[1]), Path(sys.argv[2]))
+
+
+REPEAT = """
+import resource, sys
+import torch
+from support.common import keep_memory
+if sys.argv[1] == "kept":
+    keep_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work():
+    [torch.ones(2 ** 19) for _ in range(8)]
+for _ in range(10):
+    work()                                              # the heap grows to what it takes
+before = faults()
+for _ in range(20):
+    work()
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's")
+def test_freed_memory_is_kept():
+    """Eight arrays of 2 MB, twenty times: their 4,096 pages are fetched anew each time, or never again. Catches a call that does
+    nothing."""
+    pages = {}
+    for how in ("kept", "as it is"):
+        # From 64 KB on, arrays come from the system: without this, glibc decides by what it has freed before.
+        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run([sys.executable, "-c", REPEAT, how], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+        pages[how] = int(done.stdout)
+    assert pages["kept"] < 4096 and pages["as it is"] > 10 * 4096
