@@ -83,7 +83,7 @@ def run_command(main, argv=None, if_stopped=""):
 
 
 def keep_memory():
-    """Let the C library keep what it frees, up to a gigabyte, for what comes next."""
+    """Let the C library keep what it frees, up to 256 MiB, for what comes next."""
     # Otherwise glibc gives arrays of a megabyte back to the system, and fetches them again page by
     # page: 36,000 times while 1,024 digits are encoded, a fifth of the time. It changes no number.
     try:
@@ -91,7 +91,7 @@ def keep_memory():
     except (AttributeError, OSError, TypeError):
         return                                          # macOS, musl, Windows: another allocator
     mallopt(M_MMAP_THRESHOLD, 2 ** 25)                  # smaller arrays share the heap; its most
-    mallopt(M_TRIM_THRESHOLD, 2 ** 30)                  # so much may lie idle at the heap's end
+    mallopt(M_TRIM_THRESHOLD, 2 ** 28)                  # so much may lie idle at the heap's end
 
 
 class Parser(argparse.ArgumentParser):
