@@ -62,6 +62,7 @@ class Config:
     # How it sees pictures.
     vae: str = option("", "a vae.pt to use; default: assets/<data>_vae.pt (_vq.pt), or a new one")
     vae_steps: int = option(400, "training steps of a new VAE", at_least=1)
+    vae_lr: float = option(2e-3, "highest learning rate of a new VAE", at_least=0)
     vae_channels: int = option(8, "width of a new VAE's first stage", at_least=4)
     vae_z: int = option(4, "latent channels of a new VAE", at_least=1)
     vae_balance: bool = option(False, "of a new VAE: rare colours count as much as common ones")
@@ -162,11 +163,16 @@ TOY_DEFAULTS = dict(
 # 4 x 4 pixels, and rare colours (docs/RESULTS.md).
 OWN_DEFAULTS = dict(
     TOY_DEFAULTS,
-    steps=6000,
+    steps=8000,
     shift=2.0,
-    vae_steps=3000,
+    lam=5.0,
+    vae_steps=4500,
+    vae_lr=4e-3,
     vae_z=16,
     vae_balance=True,
+    sample_steps=25,
+    sampler="dpm++",
+    guidance=4.0,
 )
 PRESETS = {
     # One object: minutes on two CPU cores.
@@ -418,6 +424,11 @@ def check_together(config, given):
                         f"not for --diffusion {config.diffusion}")
     if config.codes and config.model != "chameleon":
         raise UserError(f"--codes is for --model chameleon, not for {config.model}")
+    if config.init or config.vae:
+        for name in ("vae_steps", "vae_lr", "vae_channels", "vae_z", "vae_balance"):
+            if name in given:
+                raise UserError(f"{option_name(name)} is of a new VAE, but "
+                                f"{config.init or config.vae} brings its own: leave it out")
     if config.data != "shards" and (config.mixture or config.mixture_end):
         raise UserError(f"--mixture is for --data shards, not for {config.data}")
     if config.keep_every % config.save_every:

@@ -71,7 +71,7 @@ class Quality:
         if not faults:
             return ""
         return (f"the VAE is the bottleneck: {' and '.join(faults)}, and no drawing can be better; "
-                f"raise --vae-steps, --vae-channels, or --vae-z")
+                f"a new one with more --vae-steps, --vae-channels or --vae-z helps")
 
 
 @torch.no_grad()

@@ -58,6 +58,8 @@ from vae import (
     to_float,
 )
 
+BALANCED = 1 / 3                                        # share of the steps with balanced colours
+
 
 # --------------------------------------------------------------------------------- one step of each
 @dataclass
@@ -73,7 +75,7 @@ class Training:
     processes   who takes which part of a batch
     step        how many steps have been taken
     sums        {term: (sum, count)} since the last line of the log
-    balance     of colours, (c, c), in the toy's loss; None: none
+    balance     of colours, (c, c), in the toy's loss of the first steps; None: none
     """
     vae: VAE
     vae_loss: losses.VAELoss | None
@@ -191,7 +193,10 @@ def whole_loss(run, x, x_hat, prior):
     kl_weight = run.options["kl_weight"]
     if run.vae_loss is None:
         # The toy's terms are sums over `size` elements, and so are its gradients.
-        reconstruction = toy_reconstruction(x, x_hat, run.balance)
+        # Our choice: balanced first, plain afterwards. Colours that are learned once stay, and the
+        # balance costs about 2 dB for as long as it is on.
+        early = run.step < BALANCED * run.options["steps"]
+        reconstruction = toy_reconstruction(x, x_hat, run.balance if early else None)
         loss = reconstruction + (size if run.vae.quantiser else kl_weight) * prior
         return loss, {"L1+L2": reconstruction / size}, size
 
@@ -241,7 +246,8 @@ def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed
     resume      whether to go on from last.pt
     stop        something that becomes true to stop early; then the state is saved
     on_save     function (vae), called whenever the state is saved: to look at it early
-    balance     whether rare colours count more: see colour_balance. For the toy's loss
+    balance     whether rare colours count more in the first third of the steps: see
+                colour_balance. For the toy's loss
     processes   those that train together; None: this one alone, also among others
     Raises UserError, before any weight is touched, if a step's loss or gradient is not finite.
     """

@@ -316,7 +316,7 @@ def build_feed(config, out, diffusion, start, resume, view):
 
     def train_first(pixels, vae_config):
         unseen = test.pixels if len(test.pixels) else pixels        # of documents, perhaps none
-        return train_vae_once(config, out, pixels, unseen[:128], vae_config, resume)
+        return train_vae_once(config, out, pixels, unseen[:256], vae_config, resume)
 
     feed = sources.feed.build_feed(config, test, diffusion, start, vae, train_first, view, progress)
     if vae and not resume and distributed.rank() == 0:
@@ -354,10 +354,10 @@ def train_vae_once(config, out, pixels, unseen, vae_config, resume):
                 run_folder.write_config(out, config, {})    # --resume compares it
             state = out / "vae/last.pt"
             with finish_step_first(alone=distributed.size() == 1) as signals:
-                vae = train_vae(pixels, vae_config, config.vae_steps, seed=config.seed,
-                                out=state.parent, resume=resume and state.exists(),
-                                save_every=config.save_every, stop=signals, on_save=show,
-                                balance=config.vae_balance)
+                vae = train_vae(pixels, vae_config, config.vae_steps, lr=config.vae_lr,
+                                seed=config.seed, out=state.parent,
+                                resume=resume and state.exists(), save_every=config.save_every,
+                                stop=signals, on_save=show, balance=config.vae_balance)
             if vae is None:
                 raise Stopped(f"the VAE's training is saved in {state}; the same command with "
                               f"--resume goes on; look at {out}/reconstructions.png", signals)

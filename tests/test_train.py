@@ -637,8 +637,9 @@ def test_the_vae_is_trained_when_there_is_none(tmp_path, monkeypatch):
     assert same(kept, checkpoint.load(tmp_path / "run/vae.pt", "vae")["weights"]) == []
     packed = checkpoint.load(tmp_path / "run/model.pt", "model")["vae"]["weights"]
     assert all(torch.equal(v.half() if v.is_floating_point() else v, packed[k]) for k, v in kept.items())
-    train.main(options + ["--overwrite", "--vae-steps", "2"])           # another run must not take the VAE that lies there
-    assert same(kept, checkpoint.load(tmp_path / "run/vae.pt", "vae")["weights"]) != []
+    for change in (["--vae-steps", "2"], ["--vae-lr", "1e-3"]):             # another run must not take the VAE that lies there
+        train.main(options + ["--overwrite", *change])
+        assert same(kept, checkpoint.load(tmp_path / "run/vae.pt", "vae")["weights"]) != []
 
 
 # ------------------------------------------------------------------------------------------------------------ fine-tuning

@@ -405,6 +405,14 @@ def test_rare_colours_are_balanced():
     assert (balance @ green).norm() < 15 * (balance @ grey).norm()
 
 
+def test_balance_is_for_the_first_third(pictures, monkeypatch):
+    """Catches a balance that stays until the end, where it costs 2 dB, and one that is never on."""
+    real, seen = toy_reconstruction, []
+    monkeypatch.setattr(vae_training, "toy_reconstruction", lambda x, x_hat, balance: seen.append(balance is not None) or real(x, x_hat, balance))
+    train_vae(pictures, VAEConfig(**SMALL), steps=6, batch=4, progress=False, balance=True)
+    assert seen == [True, True, False, False, False, False]
+
+
 def test_balance_is_part_of_the_run(pictures, tmp_path):
     """Catches a balance that is measured and not used, or that a resumed run may change."""
     options = dict(steps=3, batch=4, seed=5, progress=False)
