@@ -57,6 +57,7 @@ def report_folder(trained, train, test, n=200, seed=0, **options):
     numbers = {}
     shown = []
     new_words = set()
+    numbers["target"] = "the edit asked for" if isinstance(test, Edits) else "its own picture"
     if train:
         new_words = words_in(trained, test) - words_in(trained, train)
         numbers["new_words"] = sorted(new_words)
@@ -74,6 +75,7 @@ def report_folder(trained, train, test, n=200, seed=0, **options):
                 results.append((title, beside_truth(picture, ask, source), right))
             numbers[f"{name}_nearest"] = float(np.mean([right for *_, right in results]))
             numbers[f"{name}_n"] = len(asks)
+            numbers[f"{name}_chance"] = float(np.mean([1 / len(ask.rivals) for ask in asks]))
             shown += results[:SHOWN]
         if asks and isinstance(source, Pairs):
             numbers[f"{name}_cider"] = measure_cider(trained, source, n)
@@ -199,7 +201,9 @@ def describe(numbers):
         share = numbers.get(f"{name}_nearest")
         if share is not None:
             n = numbers[f"{name}_n"]
-            lines.append((f"nearest is its own picture, {text}", f"{share:6.1%} (n = {n})"))
+            chance = numbers[f"{name}_chance"]
+            lines.append((f"nearest is {numbers['target']}, {text}",
+                          f"{share:6.1%} (n = {n}; by chance {chance:.1%})"))
     for name, text in {"own": "trained", "unseen": "unseen"}.items():
         score = numbers.get(f"{name}_cider")
         if score is not None:

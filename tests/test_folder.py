@@ -55,6 +55,7 @@ def test_drawings_among_the_folders_own_pictures(monkeypatch, artist, wrong, chu
     numbers, shown = folder.report_folder(trained(), train, test, n=50)
     assert numbers["own_nearest"] == pytest.approx(1 - wrong / 10) and numbers["own_n"] == 10
     assert numbers["unseen_nearest"] == 1.0 and numbers["unseen_n"] == 2
+    assert ("nearest is its own picture, unseen", "100.0% (n = 2; by chance 50.0%)") in folder.describe(numbers)
     assert [right for *_, right in shown] == [k >= wrong for k in range(10)] + [True, True]
     for k, (_, picture, _) in enumerate(shown[:10]):                                # drawn | a line | what it should be
         assert picture.shape == (8, 18, 3) and np.array_equal(picture[:, 10:], train.pixels[k]) and (picture[:, 8:10] == 255).all()
@@ -76,6 +77,7 @@ def test_an_edit_is_told_from_the_other_edits_of_its_picture(artist):
         artist(lambda prompt, chosen=chosen: pixels[chosen.get(prompt[1].split()[-1], 3)])
         numbers, shown = folder.report_folder(trained(), edits, edits)
         assert numbers["own_nearest"] == pytest.approx(share) and "own_cider" not in numbers
+        assert ("nearest is the edit asked for, trained", f"{share:6.1%} (n = 3; by chance 38.9%)") in folder.describe(numbers)     # of 3, 3, 2
         assert shown[0][1].shape == (8, 28, 3) and np.array_equal(shown[0][1][:, :8], pixels[0])
     artist(lambda prompt: (0.6 * pixels[3] + 0.4 * pixels[{"light": 1, "dark": 2}.get(prompt[1].split()[-1], 3)]).astype(np.uint8))
     assert folder.report_folder(trained(), edits, edits)[0]["own_nearest"] == 1.0   # nearest of all is 3, which is no rival of these
