@@ -14,6 +14,8 @@ THE RULE    A source is called with all of these by name, and takes those that i
               progress    whether to show bars
 READ NEXT   pairs.py        TEST  tests/test_sources.py
 """
+from pathlib import Path
+
 from sources.documents import load_documents
 from sources.edits import load_edits
 from sources.folder import load_folder
@@ -29,17 +31,32 @@ SOURCES = {
     "documents": load_documents,                        # Mixtures in place of Pairs
     "edits": load_edits,                                # Edits in place of Pairs
 }
+# What a folder of your own is known by.
+OWN_FILES = {"folder": "captions.jsonl", "documents": "documents.jsonl", "edits": "edits.jsonl"}
 
 
 def load_pairs(name, folder=None, size=32, split="train", n=20000, seed=0,
                categories=WORLDS["six"], progress=True):
     """Pairs, or Edits, by the name of their source: see THE RULE. Raises UserError for a name that
-    is not in SOURCES, and if files are missing or broken."""
+    is not in SOURCES, for a folder that would not be read, and if files are missing or broken."""
     if name not in SOURCES:
         raise UserError(f"there is no data set {name!r}: choose from {', '.join(SOURCES)}, or add "
                         f"yours to SOURCES in sources/choose.py")
+    if folder:
+        check_folder(name, folder)
     return SOURCES[name](folder=folder, size=size, split=split, n=n, seed=seed,
                          categories=categories, progress=progress)
+
+
+def check_folder(name, folder):
+    """Raise UserError if a folder is not read for these data, but would be for others."""
+    if name == "scenes":
+        raise UserError(f"scenes are drawn here and read from no --data-dir: say what is in "
+                        f"{folder}, e.g. --data folder, or --data shards if it is packed")
+    if name in OWN_FILES and not (Path(folder) / OWN_FILES[name]).exists():
+        for other, file in OWN_FILES.items():
+            if (Path(folder) / file).exists():
+                raise UserError(f"{folder} has no {OWN_FILES[name]} but {file}: use --data {other}")
 
 
 def load_source(config, split="train", n=None, progress=True):

@@ -47,6 +47,8 @@ def shelf(tmp_path_factory):
     whole, content = (folder / "model.pt").read_bytes(), torch.load(folder / "model.pt", weights_only=True)
     (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
     (folder / "text.pt").write_text("not a checkpoint")
+    (folder / "edits").mkdir()
+    (folder / "edits/edits.jsonl").write_text("")
     torch.save({**content, "config": {**content["config"], "experts": 8}}, folder / "newer.pt")
     torch.save({k: v for k, v in content.items() if k != "words"}, folder / "older.pt")
     torch.save({**content, "config": {**content["config"], "width": 64}}, folder / "narrower.pt")
@@ -186,6 +188,9 @@ SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", 
     (["--data", "folder"], ["--data-dir"]),
     (["--data", "photos"], ["--data", "photos", "scenes"]),
     (["--data", "folder", "--data-dir", "absent"], ["captions.jsonl"]),
+    (["--data-dir", "packed"], ["packed", "--data shards"]),
+    (["--vae-z", "8"], ["--vae-z", "vae.pt brings its own"]),
+    (["--data", "folder", "--data-dir", "EDITS"], ["has no captions.jsonl but edits.jsonl: use --data edits"]),
     (["--data", "edits", "--init", "", "--data-dir", "absent"], ["edits.jsonl"]),
     (["--preset", "edit", "--init", "absent.pt"], ["absent.pt"]),
     (["--preset", "edit", "--init", "VAE"], ["vae.pt", "'model'"]),
@@ -199,7 +204,7 @@ SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", 
 def test_train(capsys, monkeypatch, tmp_path, shelf, arguments, words):
     """Catches a traceback, minutes of work before the mistake is found, and a folder left behind by a run that never was."""
     arguments = [{"MODEL": shelf / "model.pt", "VAE": shelf / "vae.pt", "NEWER_VAE": shelf / "newer_vae.pt",
-                  "WIDER_VAE": shelf / "wider_vae.pt"}.get(a, a) for a in arguments]
+                  "WIDER_VAE": shelf / "wider_vae.pt", "EDITS": shelf / "edits"}.get(a, a) for a in arguments]
     mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", *arguments], *words)
 
 
