@@ -301,8 +301,9 @@ def train(config, resume, overwrite, command):
     # 3. A model to draw with, also after Ctrl-C.
     seconds = time.time() - began
     trained = keep_model(run, out, draw=stopped)
+    like = reference.find(config)                       # the log of a run like this one
     if distributed.rank() == 0 and log:
-        figures.plot_curves(log, out / "curves.png", reference.find(config))
+        figures.plot_curves(log, out / "curves.png", like)
     if stopped:
         distributed.wait()                              # torchrun ends all when the first one ends
         raise Stopped(f"saved at step {run.step}; the same command with --resume goes on, with "
@@ -320,7 +321,7 @@ def train(config, resume, overwrite, command):
     say(*lines, sep="\n")
     pictures = "" if config.model == "llama" else f"{out}/samples.png and "     # it draws none
     say(f"trained in {seconds:.0f} s, all in {time.time() - began:.0f} s; look at {pictures}"
-        f"{out}/curves.png; {run.how_to_use()}")
+        f"{out}/curves.png ({reference.describe(like)}); {run.how_to_use()}")
     return numbers
 
 

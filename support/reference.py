@@ -47,6 +47,13 @@ def find(config):
     return []
 
 
+def describe(rows):
+    """What to say of curves.png. rows: those that `find` has found."""
+    if rows:
+        return "dotted: a run like it"
+    return "your run alone: the log of a run like it is not kept here"
+
+
 def is_like(config, other):
     """Whether a config.Config says the same as the options of another run, a dict, but for those
     that may differ."""
@@ -63,7 +70,9 @@ def keep(out, name=None):
     reference; default: that of the folder. Raises UserError if it is no folder of a run."""
     out = Path(out)
     try:
-        config = read_json(out / "config.json")
+        options = read_json(out / "config.json")
+        # Not what the feed adds of its data: of a folder these are all its words.
+        config = {name: value for name, value in options.items() if not isinstance(value, dict)}
         origin = checkpoint.load(out / "model.pt", "model").get("origin", {})
         rows = [load_json(line) for _, line in read_lines(out / "log.jsonl", "row of a log")]
     except (OSError, ValueError) as problem:

@@ -151,8 +151,8 @@ def check_same_data(out, described):
         if changed:
             first = changed[0]
             example = difference(before[first], now.get(first))
-            raise UserError(f"{out} has learned from {kept.get('data')} with another "
-                            f"{' and '.join(changed)} ({example}): put those back, or start a new "
+            raise UserError(f"{out} has learned from other data; what differs: "
+                            f"{', '.join(changed)} ({example}): put those back, or start a new "
                             f"run with another --out")
 
 

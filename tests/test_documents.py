@@ -174,7 +174,7 @@ def test_from_a_file_to_a_mixture_that_goes_on(tmp_path, monkeypatch, capsys):
     for words in (["--open", f"beat two eggs [{picture}] and", "--pictures", "2"], ["--image", picture], ["fry them"]):
         sample.main([*words, "--checkpoint", trained, "--steps", "1", "-o", str(tmp_path / "out.png")])
     write_documents(folder, [[*line[:3], "done", line[3]] for line in recipes()])             # the same words, in another order
-    with pytest.raises(UserError, match="has learned from documents with another captions"):
+    with pytest.raises(UserError, match="has learned from other data; what differs: captions"):
         train.main([*command, "--resume"])
     lines = recipes()
     lines[7] = ["beat", "1.png"] * 12

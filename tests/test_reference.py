@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+import train
 from config import parse_arguments
 from support import checkpoint, figures, reference
 from support.common import UserError
@@ -67,6 +68,14 @@ def test_it_is_drawn_below(tmp_path, monkeypatch):
     assert all(len(line.get_xdata()) == 0 for lines in without for line in lines if line.get_linestyle() == ":")
 
 
+def test_the_last_line_says_whether_there_is_one(tmp_path, capsys):
+    """Catches a user who waits for dotted lines that nobody has drawn, or takes their absence for a mistake."""
+    small = ["--steps", "1", "--pairs", "20", "--documents", "2", "--samples", "2", "--sample-steps", "1", "--out", str(tmp_path / "run")]
+    train.main(["--preset", "scenes", "--lam", "4", *small])
+    assert "curves.png (your run alone: the log of a run like it is not kept here); python" in capsys.readouterr().out
+    assert reference.describe(reference.find(config_of("--preset", "flow"))) == "dotted: a run like it"
+
+
 def test_a_run_is_kept(tmp_path, monkeypatch):
     """Catches a reference that is not found again, and a folder without a finished run."""
     monkeypatch.setattr(reference, "LOGS", tmp_path / "logs")
@@ -75,10 +84,10 @@ def test_a_run_is_kept(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="mine is not the folder of a finished run"):
         reference.main([str(out)])
     config = replace(config_of("--lam", "2"))
-    (out / "config.json").write_text(json.dumps(vars(config)), encoding="utf-8")
+    (out / "config.json").write_text(json.dumps(vars(config) | {"learned": {"words": "a cat"}}, default=list), encoding="utf-8")
     (out / "log.jsonl").write_text('{"step": 50, "lm": 0.123456, "diffusion": null, "by_t": [null], "lr": 1}\n', encoding="utf-8")
     checkpoint.save(out / "model.pt", {"kind": "model", "origin": {"commit": "abc"}})
     reference.main([str(out), "--name", "lam2"])
-    assert (tmp_path / "logs/lam2.jsonl").exists()
+    assert "cat" not in (tmp_path / "logs/lam2.jsonl").read_text(encoding="utf-8")     # a folder's config.json has all its words
     assert reference.find(config) == [{"step": 50, "lm": 0.1235, "diffusion": None, "by_t": [None]}]
     assert reference.find(config_of()) == []

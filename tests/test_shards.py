@@ -1009,7 +1009,7 @@ def test_fine_tuning_on_shards_of_another_tokenizer_or_vae(packed, vae_path, oth
         train.main(training(tmp_path / "copy", tmp_path / "again", steps=1) + ["--overwrite"])
         shutil.rmtree(tmp_path / "copy")
         shutil.copytree(out, tmp_path / "copy")
-        with pytest.raises(UserError, match=f"again has learned from shards with another {what.lower()}"):
+        with pytest.raises(UserError, match=f"again has learned from other data; what differs: {what.lower()}"):
             train.main(training(tmp_path / "copy", tmp_path / "again", steps=1) + ["--resume"])
 
 
@@ -1098,9 +1098,9 @@ def test_the_rivals_learn_from_shards(coded, packed, tmp_path, monkeypatch, caps
     train.main(training(coded, tmp_path / "c", model="chameleon", patch=1, seq_len=160, steps=2, gap_every=2, samples=2) + ["--stable"])
     log = [json.loads(line) for line in (tmp_path / "c/log.jsonl").read_text().splitlines()]
     assert "gap" in log[-1] and log[-1]["diffusion"] is None and (tmp_path / "c/samples.png").stat().st_size > 1000
-    assert f"look at {tmp_path}/c/samples.png and {tmp_path}/c/curves.png; " in capsys.readouterr().out
+    assert f"look at {tmp_path}/c/samples.png and {tmp_path}/c/curves.png (" in capsys.readouterr().out
     train.main(training(packed, tmp_path / "l", model="llama", steps=2, samples=2))
-    assert f"look at {tmp_path}/l/curves.png; " in capsys.readouterr().out              # it draws no samples.png: do not name one
+    assert f"look at {tmp_path}/l/curves.png (" in capsys.readouterr().out              # it draws no samples.png: do not name one
     trained = load_trained(tmp_path / "l/model.pt")
     assert trained.kind == "llama" and not (tmp_path / "l/samples.png").exists()
     run = make_run(parse_arguments(training(packed, tmp_path / "other", model="llama"))[0], tmp_path / "other")

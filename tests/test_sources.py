@@ -609,14 +609,14 @@ def test_what_has_changed_in_the_data_is_named_at_resume(tmp_path, tiny):
         (folder / "captions.jsonl").write_text("\n".join(lines))
 
     for change, words in [
-            (lambda entry: {**entry, "caption": "Picture numbre 1"}, "another words and captions .*new: numbre"),
-            (lambda entry: {**entry, "caption": "number number 1"}, "another captions .*, now "),
-            (lambda entry: {**entry, "image": "7.bmp" if entry["image"] != "7.bmp" else "3.bmp"}, "another .*pixels .*, now ")]:
+            (lambda entry: {**entry, "caption": "Picture numbre 1"}, "words, captions .*new: numbre"),
+            (lambda entry: {**entry, "caption": "number number 1"}, "captions .*, now "),
+            (lambda entry: {**entry, "image": "7.bmp" if entry["image"] != "7.bmp" else "3.bmp"}, ".*pixels .*, now ")]:
         write(change)
-        with pytest.raises(UserError, match=f"run has learned from folder with {words}.*--out"):
+        with pytest.raises(UserError, match=f"run has learned from other data; what differs: {words}.*--out"):
             tiny(folder, "--resume")
     (folder / "captions.jsonl").write_text(json.dumps({"image": "7.bmp", "caption": "one more"}) + "\n" + whole)
-    with pytest.raises(UserError, match="another words and pictures .*new: more, one"):
+    with pytest.raises(UserError, match="words, pictures, .*new: more, one"):
         tiny(folder, "--resume")
     kept = json.loads((tmp_path / "run/config.json").read_text())
     del kept["learned"]
