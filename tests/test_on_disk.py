@@ -91,6 +91,14 @@ def test_bad_pictures_are_named_once_and_replaced(folder, capsys):
         train[:2]
 
 
+def test_the_order_is_that_of_the_names(folder):
+    """Catches a folder that is moved, and whose test pictures are then others: they were trained on."""
+    before = [place[0] for place in on_disk.list_pictures(folder)]
+    assert before != sorted(before)                     # files that were made together do not stand together
+    moved = folder.rename(folder.parent / "elsewhere")
+    assert [place[0] for place in on_disk.list_pictures(moved)] == before
+
+
 def test_five_bad_pictures_are_named(folder, capsys):
     """Catches thousands of sentences about a folder that is broken, or fewer than would show what is the matter."""
     for path in sorted(folder.rglob("*.png"))[:12]:

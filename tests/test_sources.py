@@ -155,6 +155,18 @@ def test_a_gz_file_is_unpacked_no_further_than_it_promises(tmp_path, monkeypatch
     assert len(sizes) == 3 and 0 < min(sizes) <= max(sizes) == len(LABELS) + 1
 
 
+def test_the_largest_idx_file(tmp_path, monkeypatch):
+    """Catches a limit that refuses a file of just that size, or takes a larger one."""
+    (tmp_path / "labels").write_bytes(idx(LABELS))
+    for most, taken in ((len(LABELS), True), (len(LABELS) - 1, False)):
+        monkeypatch.setattr(mnist, "MOST_BYTES", most)
+        if taken:
+            assert mnist.read_idx(tmp_path, "labels").tolist() == LABELS.tolist()
+            continue
+        with pytest.raises(UserError, match="promises an array of 5 bytes"):
+            mnist.read_idx(tmp_path, "labels")
+
+
 def test_the_real_mnist():
     """Catches a reader that only reads what this file wrote: 60,000 and 10,000 real digits, the first labels known."""
     folder = Path(__file__).resolve().parents[2] / "shared/data/mnist"
