@@ -14,9 +14,9 @@ OUT         out/<name>/   config.json, log.jsonl, curves.png, samples.png, repor
                                          scale/export.py, each is a model.pt while the run goes on
 PAPER/HERE  same: AdamW (0.9, 0.95), decay 0.1, clip 1, warm-up, cosine to a twentieth, lambda = 5.
             our choice: sampling from an average of the weights (EMA).
-            toys: `python train.py` alone takes minutes on two cores. It trains rectified flow, so
-            "the noise" is a velocity there (config.py says why); --preset paper trains the paper's
-            own objective. Rates are 1e-3 to 4e-3, where billions of parameters take 3e-4.
+            toys: `python train.py` alone takes five minutes on two cores. Other presets train
+            rectified flow, where "the noise" is a velocity (config.py says why). Rates are 1e-3 to
+            4e-3, where billions of parameters take 3e-4.
 READ NEXT   sample.py, evaluate.py          TRY IT  python train.py
 NOTEBOOK    notebooks/5_train_one.ipynb
 TEST        tests/test_train.py   (resumed = uninterrupted, accumulated = joint, 2 processes = 1)
@@ -290,8 +290,7 @@ def train(config, resume, overwrite, command):
         f"{run.end - run.step} steps to go; {distributed.size()} processes on "
         f"{run.ranks.device.type}; prepared in {time.time() - began:.0f} s")
     if config.model == "transfusion" and run.diffusion.kind == "flow":
-        say("It trains rectified flow, which the paper leaves to future work; --preset paper "
-            "trains the paper's own objective")
+        say("It trains rectified flow, which the paper leaves to future work")
 
     # 2. The loop. Ctrl-C ends the step and saves.
     with run.explain_memory(), finish_step_first(alone=distributed.size() == 1) as signals:

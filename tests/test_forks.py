@@ -23,11 +23,11 @@ FORKS = ROOT / "forks"
 ROOMS = ("sources", "autoencoder", "scale", "metrics", "support")
 SHORT = ["--steps", "20", "--log-every", "10", "--pairs", "40", "--documents", "4", "--warmup", "5", "--out", "run"]
 OPTIONS = {                                             # what turns the fork on
-    "linear_betas": ["--diffusion", "linear", "--samples", "0"],
-    "v_prediction": ["--diffusion", "v", "--samples", "0"],
-    "rope_2d": ["--no-patch-position", "--samples", "0"],
-    "conv_patches": ["--encoder", "conv", "--samples", "0"],
-    "bars": ["--data", "bars", "--preset", "scenes", "--vae-steps", "2", "--samples", "6", "--sample-steps", "2"],
+    "linear_betas": ["--preset", "flow", "--diffusion", "linear", "--samples", "0"],
+    "v_prediction": ["--preset", "flow", "--diffusion", "v", "--samples", "0"],
+    "rope_2d": ["--preset", "flow", "--no-patch-position", "--samples", "0"],
+    "conv_patches": ["--preset", "flow", "--encoder", "conv", "--samples", "0"],
+    "bars": ["--data", "bars", "--preset", "flow", "--vae-steps", "2", "--samples", "6", "--sample-steps", "2"],
     "lora": ["--preset", "edit", "--samples", "0"],
 }
 # What is true of a fork after its training, as code that runs in the copy: a new process for each would take seconds.

@@ -273,12 +273,14 @@ def test_dry_run_of_the_rivals(capsys):
 def test_preset_paper_is_the_papers_objective():
     """Catches a preset of that name that trains flow, another schedule, lambda or noise limit, or draws without DDPM's steps;
     and a `python train.py` whose objective is not the one that its output and README say."""
-    config, default = parse_arguments(["--preset", "paper"])[0], parse_arguments([])[0]
-    for name in ("diffusion", "shift", "lam", "t_limit", "patch_position", "sampler"):
-        assert getattr(config, name) == getattr(type(config)(), name), name
+    for line in (["--preset", "paper"], ["--preset", "mnist-paper"], []):
+        config, *_ = parse_arguments(line)
+        for name in ("diffusion", "shift", "lam", "t_limit", "patch_position", "sampler"):
+            assert getattr(config, name) == getattr(type(config)(), name), name
     assert config.noise_skip and not type(config)().noise_skip          # ours: an option, not the default
     readme = Path(train.__file__).with_name("README.md").read_text(encoding="utf-8")
-    assert default.diffusion == "flow" and "This first run trains rectified flow" in readme
+    assert "trains the paper's own objective" in readme and parse_arguments(["--preset", "flow"])[0].diffusion == "flow"
+    assert not parse_arguments(["--diffusion", "flow"])[0].noise_skip   # a preset's path is for its own eps loss
 
 
 @pytest.mark.parametrize("name", PRESETS)

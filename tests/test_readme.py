@@ -36,7 +36,7 @@ RUN = {
     'python sample.py --open "" "" --temperature 1 --pictures 3 --trace': ("--steps 2", []),
     'python sample.py --open "[sample.png] [edited.png] what changed ?" --checkpoint assets/scenes_edit.pt': ("--steps 2", []),
     "python train.py": (FEW, ["out/scenes/model.pt", "out/scenes/samples.png", "out/scenes/report.json"]),
-    "python train.py --preset paper": (FEW + " --samples 0", ["out/paper/model.pt"]),
+    "python train.py --preset flow": (FEW + " --samples 0", ["out/flow/model.pt"]),
     "python diffusion.py": ("", []),
     "python exercises/grade.py student.py": ("--no-reward", []),
     "python train.py --data mnist": (FEW + " --vae-steps 1 --samples 0", ["out/mnist/model.pt", "out/mnist/vae.pt"]),

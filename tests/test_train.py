@@ -55,6 +55,8 @@ def small_run(**options):
     """The argument list of a small run, with options as keywords."""
     small = dict(size="toy", diffusion="ddpm", shift=1, patch=4, pairs=60, documents=6, steps=6, warmup=2, samples=0,
                  log_every=1, gap_every=6, save_every=100, seq_len=96, seed=3)
+    if not options.keys() & {"preset", "data", "model"}:                       # whatever the first run is
+        small["preset"] = "flow"
     return [word for k, v in {**small, **options}.items() for word in ("--" + k.replace("_", "-"), str(v))]
 
 
