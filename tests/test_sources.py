@@ -21,7 +21,7 @@ import train
 import vae as vae_module
 from config import Config
 from sources import choose, feed, folder, mnist, scenes
-from sources.pairs import Pairs, check_room, print_skipped, split_items
+from sources.pairs import Pairs, check_room, choose_test, hash_name, print_skipped, split_items
 from support import checkpoint, common
 from support.common import UserError, crop_and_resize, open_picture
 
@@ -668,6 +668,13 @@ def test_how_few_are_enough(names, words):
         split_items("here", list(names), "train", "things")
     parts = [split_items("here", list("a" * 9 + "b"), split, "things") for split in ("train", "test")]
     assert sorted(parts[0] + parts[1]) == list(range(10)) and min(len(part) for part in parts) > 0
+
+
+def test_of_a_few_pictures_one_is_for_the_test():
+    """Catches a small folder that has no test picture, or hardly any other."""
+    names = [name for name in map(str, range(99)) if hash_name(name) % 10 != 0]       # none is of the tenth
+    for n in (2, 9, 60):
+        assert choose_test(set(names[:n])) == {min(names[:n], key=hash_name)}
 
 
 def test_five_problems_are_named(capsys):
