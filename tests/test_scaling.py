@@ -63,7 +63,8 @@ def test_the_interval_covers():
     assert math.log(high / low) == pytest.approx(2 * 1.96 * (20 / 19 / 20) ** 0.5, rel=0.001)
     for n in (9, 10, 11, 12):                           # about where the table ends
         middle, low, high = scaling.interval([1.0] * (n - 1) + [2.0])
-        assert low < middle < high
+        t = 2.262 if n == 10 else 2.306 if n == 9 else 1.96
+        assert math.log(high / middle) == pytest.approx(t * math.log(2) / n) == pytest.approx(math.log(middle / low))
 
 
 def test_students_t():
