@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sources.pairs import words_of
-from support.common import UserError
+from support.common import UserError, check_ordinary
 from vae import to_float
 
 VGG_WIDTHS = (64, 128, 256, 512, 512)                   # channels of VGG16's five maps
@@ -187,6 +187,7 @@ def cosine_weights(widths):
 def read_tensors(path):
     """The dict in a weights file. Raises UserError if it is missing or no such file."""
     try:
+        check_ordinary(path)                            # a pipe would wait for ever
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no weights file {path}") from None

@@ -63,6 +63,7 @@ from support.common import (
     ASSETS,
     Parser,
     UserError,
+    check_ordinary,
     check_writable,
     load_json,
     open_picture,
@@ -172,8 +173,9 @@ def load_inception(path, device):
     """A function: pictures (n, h, w, 3) uint8 -> features (n, 2048), by the TorchScript file that
     StyleGAN2-ADA published; it resizes by itself. Raises UserError if there is no such file."""
     try:
+        check_ordinary(path)                            # a pipe would wait for ever
         net = torch.jit.load(str(path), map_location=device).eval()
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, FileNotFoundError):
         raise UserError(f"{path} is missing or not TorchScript: --inception must name "
                         f"inception-2015-12-05.pt, as published with StyleGAN2-ADA") from None
 

@@ -26,7 +26,14 @@ from pathlib import Path
 
 from data import BOS, EOS, PAD, SPECIAL, Words
 from support import checkpoint
-from support.common import UserError, check_writable, run_command, whole_file, write_json
+from support.common import (
+    UserError,
+    check_ordinary,
+    check_writable,
+    run_command,
+    whole_file,
+    write_json,
+)
 
 
 def need_safetensors():
@@ -56,6 +63,7 @@ def from_safetensors(path, out):
     """Write what `to_safetensors` made as a model.pt. Raises UserError if it is something else."""
     library = need_safetensors()
     try:
+        check_ordinary(path)                            # a pipe would wait for ever
         tensors = library.load_file(path)
         with library.safe_open(path, "pt") as file:
             content = json.loads(file.metadata()["transfusion"])

@@ -102,6 +102,16 @@ def test_inception_is_a_torchscript_file(tmp_path):
             coco.load_inception(tmp_path / name, "cpu")
 
 
+@pytest.mark.parametrize("what", ["pipe", "/dev/zero", "folder", "absent.pt", "text.pt"])
+def test_an_inception_that_is_none(tmp_path, what):
+    """Catches a command that waits for ever for what a pipe does not say."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.pt").write_text("not TorchScript")
+    with pytest.raises(UserError, match="is missing or not TorchScript"):
+        coco.load_inception(tmp_path / what, "cpu")
+
+
 def test_clip_is_transformers(tmp_path):
     """A CLIP model of random weights, saved as transformers does: our cosines are its logits. Catches pictures in another order
     than their texts, and vectors that are not of unit length."""

@@ -3,6 +3,7 @@ test_convert.py: do others read the same model?                       (support/c
 """
 import builtins
 import json
+import os
 
 import pytest
 import torch
@@ -80,13 +81,14 @@ def test_the_same_words(llama):
 @pytest.mark.parametrize("source, out, sentence", [
     ("model.pt", "model.pt", "there is no way"), ("model.safetensors", "x.pt", "there is no file model.safetensors"),
     ("absent.pt", "x.safetensors", "there is no checkpoint absent.pt"), ("other.safetensors", "x.pt", "is no model of this program"),
-    ("garbage.safetensors", "x.pt", "is no model of this program"), ("stable.pt", "folder", "Chameleon's blocks")], ids=str)
+    ("garbage.safetensors", "x.pt", "is no model of this program"), ("pipe.safetensors", "x.pt", "is no model of this program"), ("stable.pt", "folder", "Chameleon's blocks")], ids=str)
 def test_mistakes(tmp_path, monkeypatch, source, out, sentence):
     """Catches a traceback, and a file left behind by what failed."""
     library = pytest.importorskip("safetensors.torch")
     monkeypatch.chdir(tmp_path)
     library.save_file({"a": torch.zeros(2)}, "other.safetensors")
     (tmp_path / "garbage.safetensors").write_bytes(b"\xff" * 99)
+    os.mkfifo(tmp_path / "pipe.safetensors")
     content = checkpoint.load(MODEL, "model")
     content["config"] = content["config"] | {"stable": True}
     width, heads = content["config"]["width"], content["config"]["heads"]

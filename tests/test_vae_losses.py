@@ -5,6 +5,7 @@ Distances that are distances; losses against arithmetic done by hand; published 
 have; a ResNet against the reference library's; a discriminator that counts from its step on, and not before.
 """
 import math
+import os
 
 import numpy as np
 import pytest
@@ -272,6 +273,15 @@ def test_wrong_lpips_files(files, which, words):
     with pytest.raises(UserError) as mistake:
         load_lpips(",".join(str(files / name) for name in which.split(",")))
     assert all(word in str(mistake.value) for word in words) and "\n" not in str(mistake.value)
+
+
+@pytest.mark.parametrize("what", ["pipe", "/dev/zero", "folder"])
+def test_weights_that_are_no_file(tmp_path, what):
+    """Catches a command that waits for ever for what a pipe does not say."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="not a file"):
+        load_moco(tmp_path / what)
 
 
 @pytest.mark.parametrize("content, words", [
