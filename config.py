@@ -439,7 +439,7 @@ def check_together(config, given):
     if config.init or config.vae:
         for name in ("vae_steps", "vae_lr", "vae_channels", "vae_z", "vae_balance"):
             if name in given:
-                raise UserError(f"{option_name(name)} is of a new VAE, but "
+                raise UserError(f"{option_name(name)} is for a new VAE, but "
                                 f"{config.init or config.vae} brings its own: leave it out")
     if config.data != "shards" and (config.mixture or config.mixture_end):
         raise UserError(f"--mixture is for --data shards, not for {config.data}")

@@ -397,7 +397,7 @@ def test_data_of_ones_own_bring_their_judge(monkeypatch, judged):
     numbers, lines, shown = evaluate.report(trained, "bars", test=test, n=3, steps=2)
     if not judged:
         assert [text for text, *_ in shown] == [f"unseen: {text}" for text in captions] and asked == []
-        assert numbers.keys() == {"unseen_nearest", "unseen_n", "unseen_cider", "vae", "conditioning_gap", "diffusion_loss", "seconds"}
+        assert numbers.keys() == {"target", "unseen_nearest", "unseen_n", "unseen_chance", "unseen_cider", "vae", "conditioning_gap", "diffusion_loss", "seconds"}
         return
     assert [text for text, *_ in shown] == captions
     assert asked == [*zip(captions, (2, 1, 0)), ("circle", 0), ("circle", 1), ("square", 2)]

@@ -717,8 +717,9 @@ def test_a_source_of_your_own_is_a_function_and_a_line(monkeypatch):
 
 def test_a_source_gets_what_the_run_says(monkeypatch):
     """Catches an option of the run that does not reach its source, bars for the test split, and defaults that are not a run's."""
-    monkeypatch.setitem(choose.SOURCES, "scenes", lambda **given: given)
-    given = choose.load_source(Config(data="scenes", data_dir="there", image_size=24, pairs=7, seed=3, world="one"))
+    for name in ("scenes", "mnist"):
+        monkeypatch.setitem(choose.SOURCES, name, lambda **given: given)
+    given = choose.load_source(Config(data="mnist", data_dir="there", image_size=24, pairs=7, seed=3, world="one"))
     assert given == dict(folder="there", size=24, split="train", n=7, seed=3, categories=scenes.WORLDS["one"], progress=True)
     assert choose.load_source(Config(), "test", progress=True)["progress"] is False
     assert choose.load_source(Config(), progress=False)["progress"] is False and choose.load_source(Config())["folder"] is None
