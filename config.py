@@ -156,6 +156,7 @@ TOY_DEFAULTS = dict(
     patch=4,
     lr=4e-3,
     ema=0.999,
+    vae_steps=350,                                      # of digits; scenes have a VAE
 )
 # Differs from the paper: all other toys take its one alternative, rectified flow, with a noisier
 # schedule. A caption is decided at high noise. There it moves the eps loss by 2% only, so that it
@@ -214,7 +215,6 @@ PRESETS = {
         TOY_DEFAULTS,
         data="mnist",
         steps=3300,
-        vae_steps=350,
     ),
     # Your own pictures, with captions.jsonl.
     "folder": dict(
