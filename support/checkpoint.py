@@ -439,7 +439,7 @@ def read_words(path):
 
 
 if __name__ == "__main__":
-    for path in (ASSETS / "scenes.pt", ASSETS / "scenes_edit.pt"):
+    for path in [ASSETS / f"{name}.pt" for name in ("scenes", "scenes_edit", "scenes_paper")]:
         trained = load_trained(path)
         config = trained.model.config
         print(f"{path.name:16s} {path.stat().st_size / 1e6:.1f} MB: "

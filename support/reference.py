@@ -35,6 +35,8 @@ MAY_DIFFER = {
     "seed", "steps", "out", "data_dir", "log_every", "gap_every", "save_every", "samples",
     "sample_steps", "guidance", "sampler", "checkpointing", "compile", "shard", "keep_every",
 }
+# Those of a new VAE do not matter where assets/ has one.
+OF_A_NEW_VAE = {"vae_steps", "vae_lr", "vae_channels", "vae_z", "vae_balance"}
 
 
 def find(config):
@@ -62,7 +64,10 @@ def is_like(config, other):
     for options in (own, other):
         # How a step is cut into micro-batches does not matter. 0: as many as fit, one in a toy.
         options["documents"] *= options.pop("accumulate") or 1
-    return all(own[name] == other[name] for name in own if name not in MAY_DIFFER)
+    ignored = set(MAY_DIFFER)
+    if (ASSETS / f"{config.data}_vae.pt").exists():
+        ignored |= OF_A_NEW_VAE
+    return all(own[name] == other[name] for name in own if name not in ignored)
 
 
 def keep(out, name=None):

@@ -515,3 +515,11 @@ def test_how_much_is_measured(monkeypatch):
                               model=SimpleNamespace(config=config))
     evaluate.report_scenes(trained, evaluate.Job(("single_object", "two_object"), None, 7, 0, [], {}))
     assert asked == [(4, False), (50, True), 7, (500, 5000)]
+
+
+def test_the_checkpoint_of_the_papers_objective_draws_as_asked():
+    """Catches a shipped file that is flow's, or that has lost its path for the noise: then nothing it draws is right."""
+    trained = checkpoint.load_trained(ASSETS / "scenes_paper.pt")
+    assert (trained.diffusion.kind, trained.diffusion.shift, trained.diffusion.noise_skip) == ("ddpm", 1.0, True)
+    table, _ = scene_metrics.geneval(trained, ("colors", "counting"), n=8, steps=25, sampler="dpm++", guidance=2.0)
+    assert table["colors"]["exact"] >= 0.75 and table["counting"]["exact"] >= 0.75, table
