@@ -101,8 +101,8 @@ def run_command(words, folder):
 
 # ------------------------------------------------------------------------------------ training steps
 def make_run(width, folder):
-    """scale.run.Run of the first toy, with another width; heads of 32, as the toy's."""
-    config, *_ = parse_arguments(["--pairs", "400", "--out", str(folder)])
+    """scale.run.Run of the toy of --preset flow, with another width; heads of 32, as the toy's."""
+    config, *_ = parse_arguments(["--preset", "flow", "--pairs", "400", "--out", str(folder)])
     diffusion = Diffusion(config.diffusion, shift=config.shift)
     feed = build_feed(config, folder, diffusion, None, False, lambda first_code: None)
     feed.shape = dataclasses.replace(feed.shape, width=width, heads=width // 32)

@@ -434,10 +434,11 @@ def full_size(n, ranks):
 
 # ------------------------------------------------------------------- the same numbers as on the CPU
 def toy_run(n, ranks, folder):
-    """The Run of `python train.py`, with few pictures."""
+    """The Run of `python train.py --preset flow`, with few pictures."""
     documents, steps = n.toy
-    config, *_ = parse_arguments(["--pairs", "512", "--documents", str(documents), "--steps",
-                                  str(steps), "--warmup", "10", "--out", str(folder)])
+    config, *_ = parse_arguments([
+        "--preset", "flow", "--pairs", "512", "--documents", str(documents), "--steps", str(steps),
+        "--warmup", "10", "--out", str(folder)])
     diffusion = Diffusion(config.diffusion, shift=config.shift)
     view = functools.partial(chameleon.view, config.model)
     with mock.patch("sources.choose.load_source", small_source):

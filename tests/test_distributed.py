@@ -276,12 +276,12 @@ def test_a_step_fits_the_processes(tmp_path, monkeypatch):
         divide_step(config, tmp_path, ranks, resume)
         return config.documents, config.accumulate
 
-    assert divided(1) == (32, 1) and divided(2) == (16, 2) and divided(3) == (11, 3)
-    assert divided(2, "--accumulate", "4") == (32, 4)
-    two = parse_arguments(["--documents", "16", "--accumulate", "2"])[0]
+    assert divided(1) == (64, 1) and divided(2) == (32, 2) and divided(3) == (22, 3)
+    assert divided(2, "--accumulate", "4") == (64, 4)
+    two = parse_arguments(["--documents", "32", "--accumulate", "2"])[0]
     run_folder.write_config(tmp_path, two, {})
-    assert divided(1, resume=True) == (16, 2)           # as it was begun
-    assert divided(1, "--documents", "64", resume=True) == (64, 1)      # another batch: `check_same_run` says so
+    assert divided(1, resume=True) == (32, 2)           # as it was begun
+    assert divided(1, "--documents", "96", resume=True) == (96, 1)      # another batch: `check_same_run` says so
     with pytest.raises(UserError, match="no(t|thing).*toy|a toy is better run"):
         divided(1, "--auto")
     with pytest.raises(UserError, match="--auto looks at a GPU's memory"):
