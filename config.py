@@ -97,7 +97,7 @@ class Config:
     seq_len: int = option(96, "T, positions per row; documents are packed into rows", at_least=1)
     documents: int = option(64, "documents per micro-batch (shards: rows)", at_least=1)
     accumulate: int = option(0, "micro-batches per step, over all processes; 0: one for each, and "
-                             "--documents is divided among them", at_least=0)
+                             "--documents is divided among them", at_least=0, at_most=10 ** 6)
 
     # The optimizer, AdamW.
     # Paper: 4,000 steps of warm-up to 3e-4, decay 0.1, the gradient clipped at 1 (App. B.1).
@@ -110,7 +110,7 @@ class Config:
     # Our choice: pictures are drawn with an average of the weights.
     ema: float = option(0.998, "decay of the averaged weights; 0: no average, no second copy",
                         at_least=0, at_most=1)
-    seed: int = option(0, "seed of weights, data and noise")
+    seed: int = option(0, "seed of weights, data and noise", at_least=0, at_most=2 ** 63 - 1)
 
     # How the processes share the work. None of these changes what is learned.
     checkpointing: bool = option(False, "recompute activations in the backward pass")

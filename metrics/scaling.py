@@ -48,8 +48,9 @@ T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 def fit_line(flops, values):
     """(slope, intercept) of ln value over ln FLOPs, by least squares. flops, values: positive
     numbers, at two or more different FLOPs."""
-    x = np.log(flops)
-    y = np.log(values)
+    # As floats: numpy has no logarithm of a whole number of more than 19 digits.
+    x = np.log(np.asarray(flops, float))
+    y = np.log(np.asarray(values, float))
     dx = x - x.mean()
     dy = y - y.mean()
     slope = (dx * dy).sum() / (dx ** 2).sum()

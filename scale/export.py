@@ -98,7 +98,7 @@ def main(argv=None):
 
     folder = Path(args.checkpoint)
     step = folder.name.removeprefix("step_")
-    path = Path(args.out or folder.parent.parent / f"model_{step}.pt")
+    path = folder.parent.parent / f"model_{step}.pt" if args.out is None else Path(args.out)
     export(folder, path)
     print(f"wrote {path}: python sample.py \"...\" --checkpoint {path}")
 

@@ -28,6 +28,7 @@ def test_a_line_is_found():
     assert slope == pytest.approx(-0.25) and math.exp(intercept) == pytest.approx(7)
     wanted = np.polyfit(np.log([1, 2, 5]), np.log([3, 2, 4]), 1)
     assert scaling.fit_line([1, 2, 5], [3, 2, 4]) == pytest.approx(tuple(wanted))
+    assert scaling.fit_line([10 ** 30, 10 ** 31], [10 ** 30, 10 ** 31]) == pytest.approx((1, 0))       # no int64
 
 
 def test_parity_of_parallel_lines():

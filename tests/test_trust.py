@@ -145,11 +145,11 @@ def test_options_that_lead_to_nan(command, tmp_path, capsys, way):
     assert not (tmp_path / "run/model.pt").exists() and all(step < 6 for step in kept)
 
 
-@pytest.mark.parametrize("name, value", REFUSED)
+@pytest.mark.parametrize("name, value", [*REFUSED, ("seed", "-1"), ("accumulate", str(2 ** 64))])
 def test_options_that_are_not_finite(name, value):
-    """Catches NaN that comes in by the front door: no comparison with it is true."""
+    """Catches NaN that comes in by the front door: no comparison with it is true. And whole numbers with which it hangs."""
     with pytest.raises(UserError, match=f"--{name} must be"):
-        parse_arguments([f"--{name}", value])
+        parse_arguments([f"--{name}={value}"])
 
 
 @pytest.fixture
