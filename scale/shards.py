@@ -197,7 +197,7 @@ def is_header(header):
     for name, kind in HEADER.items():
         if not has_type(header.get(name), kind):
             return False
-    if header["kind"] not in KINDS or header["rows"] == 0:
+    if header["kind"] not in KINDS or header["rows"] == 0 or not are_settings(header["settings"]):
         return False
     if any(name not in header["settings"] for name in SETTINGS[header["kind"]]):
         return False
@@ -205,6 +205,22 @@ def is_header(header):
         return False
     numbers = [*header["bytes"].values(), *header["next"]]
     return all(has_type(number, int) for number in numbers)
+
+
+def are_settings(settings):
+    """Whether the settings in a JSON file are of the types that packing writes: fingerprints are
+    text, a latent is three whole numbers, all else is one."""
+    if not isinstance(settings, dict):
+        return False
+    for name, value in settings.items():
+        if name == "latent":
+            if not isinstance(value, list) or len(value) != 3:
+                return False
+            if not all(has_type(number, int) for number in value):
+                return False
+        elif not has_type(value, str if name in ("tokenizer", "vae") else int):
+            return False
+    return True
 
 
 def has_type(value, kind):
@@ -596,7 +612,7 @@ def is_index(index):
     shards = index["shards"]
     if not has_type(shards, dict) or not shards:
         return False
-    if not has_type(index["settings"], dict) or not has_type(index["content"], str):
+    if not are_settings(index["settings"]) or not has_type(index["content"], str):
         return False
     for counts in shards.values():
         if counts["kind"] not in KINDS or counts["rows"] == 0:

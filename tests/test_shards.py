@@ -460,7 +460,8 @@ def test_an_unfinished_or_broken_index(own, tmp_path):
     """No index: packing has not finished. A broken one: named."""
     index = json.loads((own / "index.json").read_text())
     name, counts = next(iter(index["shards"].items()))
-    changes = [dict(shards={}), dict(settings=3), dict(content=None), *({"shards": {name: counts | change}} for change in (
+    wrong = [index["settings"] | change for change in (dict(latent=[4]), dict(latent=4), dict(latent=[4, 8, 0.5]), dict(vae=7), dict(patch="2"))]
+    changes = [dict(shards={}), dict(settings=3), dict(content=None), *(dict(settings=settings) for settings in wrong), *({"shards": {name: counts | change}} for change in (
         dict(rows=-1), dict(rows=0), dict(rows=True), dict(positions="nine"), dict(kind="sounds"), dict(kind=["pairs"])))]
     for content in ('{"shards": [', '{"shards": 3}', '{"shards": [1]}', '{"shards": []}', "[]", f'{{"shards": {{"{name}": 3}}}}',
                     *(json.dumps(index | change) for change in changes)):
