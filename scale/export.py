@@ -80,7 +80,7 @@ def check_checkpoint(folder):
 def export(folder, path):
     """Write the checkpoint in a folder as a model.pt."""
     check_checkpoint(folder)
-    check_writable(path)
+    check_writable(path, ".pt")
     parts = read_parts(folder.parent.parent)
     config = checkpoint.typed(ModelConfig, parts["config"])
     weights = checkpoint.in_16_bits(read_weights(folder, config))

@@ -515,8 +515,9 @@ def test_exports_that_cannot_be(command, tmp_path):
         export.main([str(out / "checkpoints/step_000005")])
     with pytest.raises(UserError, match="--keep-every 3 must be a multiple of --save-every 2"):
         train.main(command("other", save_every=2, keep_every=3))
-    with pytest.raises(UserError, match="name a file, not a folder"):           # an empty name is not the default
-        export.main([str(distributed.folder_of(out, 4)), "--out", ""])
+    for name in ("", "text.json"):                      # an empty name is not the default
+        with pytest.raises(UserError, match="its name must end in .pt"):
+            export.main([str(distributed.folder_of(out, 4)), "--out", name])
     [weights] = distributed.folder_of(out, 4).glob("__0_*")
     weights.write_bytes(weights.read_bytes()[:-5])
     with pytest.raises(UserError, match="is damaged"):
