@@ -110,7 +110,7 @@ class Config:
     # Our choice: pictures are drawn with an average of the weights.
     ema: float = option(0.998, "decay of the averaged weights; 0: no average, no second copy",
                         at_least=0, at_most=1)
-    seed: int = option(0, "seed of weights, data and noise", at_least=0, at_most=2 ** 63 - 1)
+    seed: int = option(0, "seed of weights, data and noise", at_least=0, at_most=2 ** 32 - 1)
 
     # How the processes share the work. None of these changes what is learned.
     checkpointing: bool = option(False, "recompute activations in the backward pass")

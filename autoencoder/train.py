@@ -477,6 +477,8 @@ def check_arguments(args, config, out, processes):
         value = getattr(args, name)
         if not 0 <= value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
+    if not 0 <= args.seed < 2 ** 32:
+        raise UserError(f"--seed must be between 0 and {2 ** 32 - 1}, got {args.seed}")
     if args.image_size % config.f:
         raise UserError(f"--image-size must be divisible by {config.f}, got {args.image_size}: the "
                         f"latents are {config.f} times smaller")

@@ -40,7 +40,8 @@ class Results:
                 if not all(map(is_number, numbers.values())):
                     raise ValueError(f"a number is missing in {run}")
                 self.runs[str(run["options"]), int(run["seed"])] = numbers
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        except (OSError, ValueError, ArithmeticError, LookupError, TypeError,
+                AttributeError) as problem:
             raise UserError(f"{self.path} does not hold the numbers of runs ({problem}): delete "
                             f"it, and it is made anew from the runs' folders") from None
 

@@ -63,7 +63,7 @@ from torch.utils.checkpoint import checkpoint
 from model import Transfusion, count
 from scale import plan
 from support.checkpoint import name_not_finite
-from support.common import UserError, load_json, pick_device, run_command, write_json
+from support.common import UserError, pick_device, read_json, run_command, write_json
 
 # One process saves in the same format, which torch finds worth a warning.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -578,8 +578,8 @@ def read_checksums(path):
     damaged = []
     for file in sorted(path.glob("crc32_*.json")):
         try:
-            kept |= load_json(file.read_bytes())
-        except (ValueError, TypeError):
+            kept |= read_json(file)
+        except (ValueError, TypeError, UserError):
             damaged.append(file.name)
     return kept, damaged
 

@@ -280,6 +280,7 @@ def test_resume_with_a_changed_option(capsys, monkeypatch, tmp_path, shelf):
     ("autoencoder.train", ["--image-size", "16", "--steps", "2", "--out", "run"], ["at least 20 pixels"]),
     ("autoencoder.train", ["--data", "folder", "--data-dir", "absent", "--out", "run"], ["captions.jsonl"]),
     ("autoencoder.train", ["--kl-weight", "-1", "--steps", "2", "--out", "run"], ["--kl-weight"]),
+    ("autoencoder.train", ["--seed=-1", "--steps", "2", "--out", "run"], ["--seed must be between 0"]),
     ("evaluate.py", ["--n", "0"], ["--n"]),
     ("evaluate.py", ["--guidance", "-1"], ["--guidance"]),
     ("evaluate.py", ["--sampler", "euler"], ["euler", "ddpm"]),

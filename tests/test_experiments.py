@@ -181,7 +181,8 @@ def test_tables_of_what_there_is(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", ["[", "{}", '{"runs": [{"options": "", "seed": 0, "numbers": {"alone": null}}]}',
-                                     '{"runs": [{"options": "", "seed": 0, "numbers": {"alone": 0.5, "exact": NaN}}]}'])
+                                     '{"runs": [{"options": "", "seed": 0, "numbers": {"alone": 0.5, "exact": NaN}}]}',
+                                     '{"runs": [{"options": "", "seed": Infinity, "numbers": {"alone": 0.5}}]}'])
 def test_broken_results(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(UserError, match="does not hold the numbers"):

@@ -507,6 +507,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(command, copie
     assert kept_is_good(copied) == [4, 6] and (copied / "checkpoints/step_000006.damaged").exists()
 
 
+def test_checksums_in_a_pipe(tmp_path):
+    """Catches a resume that waits for ever: nobody writes into that pipe."""
+    os.mkfifo(tmp_path / "crc32_0.json")
+    assert distributed.read_checksums(tmp_path) == ({}, ["crc32_0.json"])
+
+
 def test_no_whole_checkpoint(command, copied, capsys):
     """Catches a resume that starts from nothing, or touches anything, where all checkpoints are damaged."""
     for step in (4, 6):
