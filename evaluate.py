@@ -43,6 +43,7 @@ from support.common import (
     ASSETS,
     Parser,
     UserError,
+    check_seed,
     check_writable,
     pick_device,
     run_command,
@@ -311,8 +312,7 @@ def check_arguments(args):
     if not 1 <= args.steps <= 1000:
         raise UserError(f"--steps must be between 1 and 1000, got {args.steps}")
     sweep.check_weights(args.guidance)
-    if not 0 <= args.seed < 2 ** 32:
-        raise UserError(f"--seed must be between 0 and {2 ** 32 - 1}, got {args.seed}")
+    check_seed(args.seed)
     if args.guide_over != "both" and args.data != "edits":
         raise UserError(f"--guide-over {args.guide_over} is for --data edits: elsewhere no "
                         f"picture stands before the words")

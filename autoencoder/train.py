@@ -46,7 +46,15 @@ from autoencoder.processes import ALONE, Processes, start
 from sources import choose, on_disk
 from sources.pairs import Pairs
 from support.checkpoint import load, pack_vae, save
-from support.common import Parser, Stopped, UserError, finish_step_first, pick_device, run_command
+from support.common import (
+    Parser,
+    Stopped,
+    UserError,
+    check_seed,
+    finish_step_first,
+    pick_device,
+    run_command,
+)
 from support.run_folder import Log, lock
 from vae import (
     VAE,
@@ -477,8 +485,7 @@ def check_arguments(args, config, out, processes):
         value = getattr(args, name)
         if not 0 <= value < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or more, got {value}")
-    if not 0 <= args.seed < 2 ** 32:
-        raise UserError(f"--seed must be between 0 and {2 ** 32 - 1}, got {args.seed}")
+    check_seed(args.seed)
     if args.image_size % config.f:
         raise UserError(f"--image-size must be divisible by {config.f}, got {args.image_size}: the "
                         f"latents are {config.f} times smaller")

@@ -64,6 +64,7 @@ from support.common import (
     Parser,
     UserError,
     check_ordinary,
+    check_seed,
     check_writable,
     load_json,
     open_picture,
@@ -580,8 +581,7 @@ def check_arguments(args):
     if not 1 <= args.steps <= 1000:
         raise UserError(f"--steps must be between 1 and 1000, got {args.steps}")
     sweep.check_weights(args.guidance)
-    if not 0 <= args.seed < 2 ** 32:
-        raise UserError(f"--seed must be between 0 and {2 ** 32 - 1}, got {args.seed}")
+    check_seed(args.seed)
     if args.json is not None:
         check_writable(args.json, ".json")
     if is_geneval(args):

@@ -267,6 +267,12 @@ def write_image(path, image, **options):
         file.write(content.getvalue())
 
 
+def check_seed(seed):
+    """Raise UserError for a seed that numpy, the narrowest of the random generators, refuses."""
+    if not 0 <= seed < 2 ** 32:
+        raise UserError(f"--seed must be between 0 and {2 ** 32 - 1}, got {seed}")
+
+
 def check_writable(path, ending=""):
     """Raise UserError if no file can be written at this path, or its name has another ending than
     this one. Called before the work whose result goes there: found out afterwards, the result would

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from diffusion import SAMPLERS
-from support.common import Parser, UserError, check_writable
+from support.common import Parser, UserError, check_seed, check_writable
 
 
 def parse_arguments(argv, guide_over):
@@ -72,8 +72,6 @@ def check_arguments(args):
          "--pictures belongs to --open"),
         (args.film and describes,
          "--film shows a picture being drawn; --image without --edit only describes one"),
-        (not 0 <= args.seed < 2 ** 32,
-         f"--seed must be between 0 and {2 ** 32 - 1}, got {args.seed}"),
         (not 0 <= args.guidance < math.inf,             # written so that nan is found, too
          f"--guidance must be 0 or more, got {args.guidance}"),
         (not 0 <= args.temperature < math.inf,
@@ -88,6 +86,7 @@ def check_arguments(args):
     for wrong, sentence in mistakes:
         if wrong:
             raise UserError(sentence)
+    check_seed(args.seed)
     for path in (args.out, args.film):
         if path is not None:
             check_picture_name(path)
