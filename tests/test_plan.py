@@ -273,7 +273,7 @@ def test_dry_run_of_the_rivals(capsys):
 def test_preset_paper_is_the_papers_objective():
     """Catches a preset of that name that trains flow, another schedule, lambda or noise limit, or draws without DDPM's steps;
     and a `python train.py` whose objective is not the one that its output and README say."""
-    for line in (["--preset", "paper"], ["--preset", "mnist-paper"], []):
+    for line in (["--preset", "paper"], ["--data", "mnist"], []):
         config, *_ = parse_arguments(line)
         for name in ("diffusion", "shift", "lam", "t_limit", "patch_position", "sampler"):
             assert getattr(config, name) == getattr(type(config)(), name), name
