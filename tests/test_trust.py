@@ -376,11 +376,13 @@ def test_a_tokenizer_is_a_list_of_words(tmp_path, words, sentence):
 def test_nobody_reads_on():
     """Catches a traceback of `python config.py | head -1`: whoever reads has gone away, and that is no mistake."""
     # 1 MB is more than a pipe holds; a few letters are only written as the program ends.
-    for letters in (10 ** 6, 10):
-        code = f"from support.common import run_command; run_command(lambda _: print('x' * {letters}))"
+    command = "from support.common import run_command; run_command(lambda _: print('x' * {}))"
+    demonstration = "from support.common import end_with_the_reader; end_with_the_reader(); print('x' * {})"
+    for code, letters, status in [(command, 10 ** 6, 141), (command, 10, 141), (demonstration, 10, -signal.SIGPIPE)]:
+        code = code.format(letters)
         program = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         program.stdout.close()
-        assert (program.stderr.read(), program.wait()) == (b"", 141)
+        assert (program.stderr.read(), program.wait()) == (b"", status)
 
 
 def test_what_is_read_is_finite(whole, tiny_vae, tmp_path, capsys):
