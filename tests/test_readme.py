@@ -61,7 +61,7 @@ RUN = {
 ELSEWHERE = {
     "python -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt": ".ci/run installs so, for this very test",
     "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu": "a download of torch, where the one above has it",
-    "jupyter lab notebooks": "a browser; tests/test_notebooks.py runs every notebook",
+    "jupyter lab": "a browser; tests/test_notebooks.py runs every notebook",
     "torchrun --standalone --nproc-per-node 8 train.py --preset 0.76b --data-dir packed": "eight GPUs",
     "torchrun --standalone --nproc-per-node 2 train.py --steps 50 --samples 0 --out out/two":
         "tests/test_distributed.py starts torchrun so, and compares the losses",
