@@ -62,7 +62,9 @@ def or_mask(image_id, doc_id, bidirectional=True):
     B, T = check_shapes(image_id, doc_id)
 
     def same(ids):
-        return ids[:, :, None] == ids[:, None, :]                       # (B, T, T)
+        of_q = ids[:, :, None]                                          # (B, T, 1)
+        of_k = ids[:, None, :]                                          # (B, 1, T)
+        return of_q == of_k                                             # (B, T, T)
 
     # 1. The three relations of who looks, q, down, and at whom, k, across.
     pos = torch.arange(T, device=image_id.device)
@@ -73,8 +75,8 @@ def or_mask(image_id, doc_id, bidirectional=True):
     same_document = same(doc_id)                                        # (B, T, T)
     # TRAP: the ids must be equal AND be a picture's. "Both are patches" lets picture 2 leak into
     # picture 1. Equality alone has -1 == -1, and all text becomes bidirectional.
-    is_patch = image_id >= 0                                            # (B, T)
-    same_picture = same(image_id) & is_patch[:, :, None]                # (B, T, T)
+    is_patch = (image_id >= 0)[:, :, None]                              # (B, T, 1)
+    same_picture = same(image_id) & is_patch                            # (B, T, T)
 
     # 2. The rule.
     # Paper: §3. Causal for every element, and bidirectional within each image.
@@ -95,7 +97,8 @@ def intervals(image_id, doc_id, bidirectional=True):
     # TRAP: a position that may look at nothing is a softmax over nothing, which is NaN, and one NaN
     # spoils the whole batch. Here lo[q] <= q <= hi[q] always: each position sees itself.
     B, T = check_shapes(image_id, doc_id)
-    pos = torch.arange(T, device=image_id.device).expand(B, T)          # (B, T)
+    pos = torch.arange(T, device=image_id.device)                       # (T,)
+    pos = pos.expand(B, T)                                              # (B, T)
 
     # 1. lo: mark where documents start. The latest start so far is q's own.
     starts = changes(doc_id)                                            # (B, T)
@@ -115,16 +118,20 @@ def intervals(image_id, doc_id, bidirectional=True):
     # The roll brings begins[0], which is True, to the last place: the end of the row is an end.
     ends = begins.roll(-1, dims=1)                                      # (B, T)
     # The next end from q on is q's own. It is the smallest one to the right, so look from there.
-    from_right = torch.where(ends, pos, T).flip(1)                      # (B, T)
-    next_end = from_right.cummin(dim=1).values.flip(1)                  # (B, T)
+    end_marks = torch.where(ends, pos, T)                               # (B, T)
+    from_right = end_marks.flip(1)                                      # (B, T)
+    next_end = from_right.cummin(dim=1).values                          # (B, T)
+    next_end = next_end.flip(1)                                         # (B, T)
     hi = torch.where(image_id >= 0, next_end, pos)                      # (B, T)
     return lo, hi
 
 
 def changes(ids):
     """(B, T) bool: where an id differs from the one before it. At the first position, True."""
+    own = ids[:, 1:]                                                    # (B, T-1)
+    before = ids[:, :-1]                                                # (B, T-1)
     new = torch.ones_like(ids, dtype=torch.bool)                        # (B, T)
-    new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    new[:, 1:] = own != before
     return new
 
 
@@ -196,8 +203,9 @@ def tile_mask(lo, hi):
         up_to_hi = k <= hi[b, q]
         return from_lo & up_to_hi
 
-    return BlockMask.from_kv_blocks(*list_tiles(partial), *list_tiles(full),
-                                    BLOCK_SIZE=TILE, mask_mod=look)
+    some_look = list_tiles(partial)         # in each of these `look` is asked
+    all_look = list_tiles(full)             # in these it is not
+    return BlockMask.from_kv_blocks(*some_look, *all_look, BLOCK_SIZE=TILE, mask_mod=look)
 
 
 def list_tiles(chosen):
@@ -206,7 +214,8 @@ def list_tiles(chosen):
     how_many = chosen.sum(dim=-1, dtype=torch.int32)                    # (B, rows)
     # A stable sort of ones before zeros leaves the chosen columns in order.
     columns = chosen.int().argsort(dim=-1, descending=True, stable=True)
-    return how_many[:, None], columns.int()[:, None]
+    columns = columns.int()                                             # (B, rows, columns)
+    return how_many[:, None], columns[:, None]
 
 
 # ------------------------------------------------------------------------------ attention under it
@@ -272,7 +281,9 @@ if __name__ == "__main__":
                 cells.append(" O ")
             else:
                 cells.append(" . ")
-        print(f"      {word:4s}  {' '.join(cells)}     {lo[0, q]:2d}  {hi[0, q]:2d}")
+        line = " ".join(cells)
+        interval = f"{lo[0, q]:2d}  {hi[0, q]:2d}"
+        print(f"      {word:4s}  {line}     {interval}")
 
     or_form = or_mask(image_id, doc_id)[0]
     print(f"\nOR form == interval form: {torch.equal(or_form, mask)}")

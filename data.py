@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from support.common import UserError
+from support.common import UserError, end_with_the_reader
 
 # Ids 0 to 6 in every vocabulary. Words, or pieces, follow from 7 on.
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<drop>", "<patch>")
@@ -431,6 +431,7 @@ class Documents:
 
 
 if __name__ == "__main__":
+    end_with_the_reader()
     tokenizer = Words("a red circle".split())
     sequence = lay_out(["a red circle", ("image", 7, 1000)], tokenizer, patches=4)
     print("document  ['a red circle', picture 7]")

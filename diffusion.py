@@ -147,7 +147,9 @@ class Diffusion:
         a, s = self.tables(t.device)                    # each (T + 1,)
         t = t.to(a.device)
         shape = (-1,) + (1,) * (x.ndim - 1)             # (M, 1, 1, 1)
-        return a[t].reshape(shape).to(x), s[t].reshape(shape).to(x)
+        a = a[t].reshape(shape)                         # (M, 1, 1, 1)
+        s = s[t].reshape(shape)
+        return a.to(x), s.to(x)
 
     def tables(self, device):
         """(a, s), each (T + 1,) float64: on a GPU of Nvidia's, if t is there; else on the CPU, as
@@ -202,7 +204,8 @@ class Diffusion:
         x0_max   clip x0 to [-x0_max, x0_max]; None: do not"""
         a, s = self.at(t, xt)
         # 1. The x0 of which the network speaks.
-        x0 = self.x0_from(xt, self.prediction(xt, out, t), a, s)
+        predicted = self.prediction(xt, out, t)
+        x0 = self.x0_from(xt, predicted, a, s)
         # 2. Clip it.
         # Our choice: to the range that latents have. Near t = T, a is almost 0, and dividing by it
         # multiplies the network's error by thousands.
@@ -292,8 +295,10 @@ def dpm_step(diffusion, xt, x0, x0_before, t, u, t_before):
         def log_ratio(k):
             return torch.log(diffusion.a[k] / diffusion.s[k])
 
+        last_step = log_ratio(t) - log_ratio(t_before)
+        this_step = log_ratio(u) - log_ratio(t)
         # Where a[T] = 0, on flow, ln(a/s) is -inf at T: the correction becomes 0.
-        ratio = (log_ratio(t) - log_ratio(t_before)) / (log_ratio(u) - log_ratio(t))
+        ratio = last_step / this_step
         change = x0 - x0_before
         x0 = x0 + change / (2 * ratio).to(x0)
     shrink = s_u / s_t
@@ -349,8 +354,10 @@ def fresh_noise(x, generator):
     # Drawn on the CPU, so that a seed draws the same picture on every machine. With a generator per
     # picture, its noise does not depend on the rest of its batch.
     if isinstance(generator, list):
-        each = [torch.randn(x.shape[1:], generator=own) for own in generator]
-        return torch.stack(each).to(x)
+        noises = []
+        for own in generator:
+            noises.append(torch.randn(x.shape[1:], generator=own))
+        return torch.stack(noises).to(x)
     return torch.randn(x.shape, generator=generator).to(x)
 
 

@@ -118,19 +118,23 @@ def rope_tables(pos, K, theta=10000.0):
     2021. What `rotate` wants.
 
     In Llama's layout: dimension i turns together with i + K/2, by the angle pos * theta^(-2i/K)."""
-    rate = theta ** (-torch.arange(0, K, 2, device=pos.device) / K)     # (K/2,)
+    two_i = torch.arange(0, K, 2, device=pos.device)                    # (K/2,)
+    rate = theta ** (-two_i / K)                                        # (K/2,)
     angle = pos[:, None, :, None] * rate                                # (B, 1, T, K/2)
     cos = angle.cos()
     sin = angle.sin()
     # A turn takes the pair (a, b) to (a cos - b sin, b cos + a sin). The minus is put in here, once
     # for all layers.
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)        # (B, 1, T, K)
+    cos = torch.cat([cos, cos], dim=-1)                                 # (B, 1, T, K)
+    signed_sin = torch.cat([-sin, sin], dim=-1)                         # (B, 1, T, K)
+    return cos, signed_sin
 
 
 def rotate(x, cos, sin):
     """x (B, N, T, K), each vector turned by its position. So q . k depends on how far q and k are
     apart, and not on where they are. cos, sin: (B, 1, T, K), from `rope_tables`."""
-    partner = x.roll(x.shape[-1] // 2, dims=-1)                         # b where a is, a where b is
+    half = x.shape[-1] // 2                                             # K/2
+    partner = x.roll(half, dims=-1)                                     # b where a is, a where b is
     return x * cos.to(x) + partner * sin.to(x)
 
 
@@ -182,7 +186,9 @@ class Block(nn.Module):
     def attention(self, x, rope, mask, cache, layer, slots):
         """(B, T, D) -> (B, T, D): who may look at whom is in the mask. Arguments as `forward`."""
         B, T, D = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.N, D // self.N)            # (B, T, 3, N, K)
+        K = D // self.N
+        qkv = self.qkv(x)                                               # (B, T, 3*D)
+        qkv = qkv.view(B, T, 3, self.N, K)                              # (B, T, 3, N, K)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (B, N, T, K)
         # Paper: §4.1 "Baseline", query-key normalization: the scores q . k cannot grow with the
         # weights, which makes a Chameleon's training unstable.
@@ -198,13 +204,16 @@ class Block(nn.Module):
             k = k[:, :, :keys]
             v = v[:, :, :keys]                                          # (B, N, keys, K)
         y = attend(q, k, v, mask)                                       # (B, N, T, K)
-        y = y.transpose(1, 2).reshape(B, T, D)                          # the heads, side by side
+        y = y.transpose(1, 2)                                           # (B, T, N, K)
+        y = y.reshape(B, T, D)                                          # the heads, side by side
         return self.out(y)                                              # (B, T, D)
 
     def swiglu(self, x):
         """(B, T, D) -> (B, T, D): each position by itself."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)                     # each (B, T, hidden)
-        return self.down(F.silu(gate) * up)                             # (B, T, D)
+        both = self.gate_up(x)                                          # (B, T, 2*hidden)
+        gate, up = both.chunk(2, dim=-1)                                # each (B, T, hidden)
+        h = F.silu(gate) * up                                           # (B, T, hidden)
+        return self.down(h)                                             # (B, T, D)
 
 
 class Cache:
@@ -227,11 +236,14 @@ class Cache:
     def write(self, layer, slots, k, v):
         """Put k, v (B, N, n, K) into slots (B, n) of a layer; return all keys and all values of the
         layer, each (B, N, S, K)."""
-        row = torch.arange(len(slots), device=slots.device)[:, None]    # (B, 1), beside (B, n)
+        row = torch.arange(len(slots), device=slots.device)             # (B,)
+        row = row[:, None]                                              # (B, 1), beside (B, n)
         # Paper: §3, x_{t-1} takes the slots of x_t.
         self.k[layer, row, slots] = k.transpose(1, 2)                   # (B, n, N, K)
         self.v[layer, row, slots] = v.transpose(1, 2)                   # (B, n, N, K)
-        return self.k[layer].transpose(1, 2), self.v[layer].transpose(1, 2)
+        keys = self.k[layer].transpose(1, 2)                            # (B, N, S, K)
+        values = self.v[layer].transpose(1, 2)                          # (B, N, S, K)
+        return keys, values
 
     def rows(self, index):
         """The chosen rows as a cache. index: a list of int copies them, and a row may come twice;
@@ -258,8 +270,10 @@ class WordHead(nn.Linear):
         # Our choice: rows of zeros make V a multiple of 128, which is what GPUs multiply fast; ours
         # is odd, 32,007. What these rows say is cut off again: it is never chosen, and no softmax
         # counts it. So the weights, and the files that hold them, are those without it.
-        weight = F.pad(self.weight, (0, 0, 0, -V % 128))                # (multiple of 128, D)
-        return F.linear(x, weight)[..., :V]                             # (..., V)
+        missing = -V % 128
+        weight = F.pad(self.weight, (0, 0, 0, missing))                 # (multiple of 128, D)
+        logits = F.linear(x, weight)                                    # (..., multiple of 128)
+        return logits[..., :V]                                          # (..., V)
 
 
 def patch_places(image_id, M, P):
@@ -298,7 +312,8 @@ class Transfusion(nn.Module):
         if config.encoder == "unet":
             unet = {"channels": config.unet[0], "blocks": config.unet[1]}
         make_encoder = PATCHES[config.encoder]
-        self.patch_encoder = make_encoder(config.latent[0], config.patch, D, T=config.T, **unet)
+        c, _, _ = config.latent
+        self.patch_encoder = make_encoder(c, config.patch, D, T=config.T, **unet)
         self.place = None
         if config.patch_position:
             self.place = nn.Parameter(torch.zeros(config.patches, D))
@@ -350,8 +365,10 @@ class Transfusion(nn.Module):
         xt   (M, c, h, w)
         t    (M,) int64, the noise of each
         Raises ValueError for other shapes."""
+        fits = xt.shape[1:] == self.config.latent
         # A single t would broadcast over all pictures without a word.
-        if xt.shape[1:] != self.config.latent or t.shape != xt.shape[:1]:
+        one_t_each = t.shape == xt.shape[:1]
+        if not (fits and one_t_each):
             shape = ", ".join(str(side) for side in self.config.latent)
             raise ValueError(f"pictures must be (M, {shape}) with one t each, "
                              f"got {tuple(xt.shape)} and t {tuple(t.shape)}")
@@ -377,8 +394,9 @@ class Transfusion(nn.Module):
         # TRAP: the first place gets the first vector, and so on. So pictures must be numbered in
         # the order of the rows, as data.to_batch numbers them.
         flat = vectors.to(x).reshape(-1, self.config.width)             # (M*P, D)
-        x = x.flatten(0, 1).index_copy(0, places, flat).view_as(x)      # (B, T, D)
-        return x, kept
+        rows = x.flatten(0, 1)                                          # (B*T, D)
+        rows = rows.index_copy(0, places, flat)                         # (B*T, D)
+        return rows.view_as(x), kept
 
     def rope_positions(self, pos, image_id):
         """Where RoPE sees the positions, (B, n) int64: at their number in the document.
@@ -445,7 +463,8 @@ class Transfusion(nn.Module):
         patches = patches.view(-1, self.config.patches, self.config.width)      # (M, P, D)
         out = self.patch_encoder.decode(patches, t, kept)               # (M, c, h, w)
         words = has_loss.flatten().nonzero()[:, 0]                      # (n,)
-        logits = self.head(self.norm(flat.index_select(0, words)))      # (n, V)
+        predicting = flat.index_select(0, words)                        # (n, D)
+        logits = self.head(self.norm(predicting))                       # (n, V)
         return logits, out
 
     # ------------------------------------------------------------------- decoding, with a cache
@@ -615,7 +634,8 @@ if __name__ == "__main__":
         model = paper_model(size)
         linear = count(model.patch_encoder)
         llama = count(model) - linear
-        print(f"{size:8s} {layers:5d} {width:7d} {heads:6d} {llama:16,d} {linear:17,d}", end="   ")
+        print(f"{size:8s} {layers:5d} {width:7d} {heads:6d}", end=" ")
+        print(f"{llama:16,d} {linear:17,d}", end="   ")
         for patch in (2, 4, 8):
             with torch.device("meta"):
                 unet = PATCHES["unet"](8, patch, width, channels=channels, blocks=blocks)

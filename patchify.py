@@ -91,7 +91,9 @@ class TimeEmbedding(nn.Module):
         fall = math.log(self.T * 10)
         rate = torch.exp(-fall * k / self.frequencies)                  # from 1 to 1 / (10 T)
         angle = t.float()[:, None] * rate                               # (M, frequencies)
-        waves = torch.cat([angle.sin(), angle.cos()], dim=-1)           # (M, 2 * frequencies)
+        sines = angle.sin()
+        cosines = angle.cos()
+        waves = torch.cat([sines, cosines], dim=-1)                     # (M, 2 * frequencies)
         # In bfloat16, 501 would be 500. So only the layers compute in the network's precision.
         precision = self.mlp[0].weight.dtype
         return self.mlp(waves.to(precision))                            # (M, dim)
@@ -123,8 +125,11 @@ class LinearPatches(nn.Module):
         # Paper: §3, footnote. "We add an embedding of the timestep t to every patch vector before
         # the linear layer."
         # TRAP: before the linear layer, not after it.
-        patches = patches + self.time(t)[:, None]                       # (M, P, c*p*p)
-        return self.into(patches), xt.shape[2]                          # (M, P, D)
+        time = self.time(t)                                             # (M, c*p*p)
+        patches = patches + time[:, None]                               # (M, P, c*p*p)
+        vectors = self.into(patches)                                    # (M, P, D)
+        height = xt.shape[2]
+        return vectors, height
 
     def decode(self, vectors, t, kept):
         """Vectors (M, P, D), and what `encode` kept -> what the network says, (M, c, h, w)."""
@@ -143,7 +148,8 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x):
         pixels = x.permute(0, 2, 3, 1)                                  # (M, h, w, C)
-        return super().forward(pixels).permute(0, 3, 1, 2)              # (M, C, h, w)
+        pixels = super().forward(pixels)                                # (M, h, w, C)
+        return pixels.permute(0, 3, 1, 2)                               # (M, C, h, w)
 
 
 class UNetBlock(nn.Module):
@@ -176,9 +182,11 @@ class UNetBlock(nn.Module):
     def forward(self, x, time):
         # 1. Two convolutions. The time enters between them: one number per channel, for all pixels.
         shift = self.time(time)                                         # (M, C)
-        h = self.conv1(F.silu(self.norm1(x)))                           # (M, C, h, w)
+        h = F.silu(self.norm1(x))                                       # (M, c_in, h, w)
+        h = self.conv1(h)                                               # (M, C, h, w)
         h = h + shift[:, :, None, None]                                 # (M, C, h, w)
-        h = self.conv2(F.silu(self.norm2(h)))                           # (M, C, h, w)
+        h = F.silu(self.norm2(h))                                       # (M, C, h, w)
+        h = self.conv2(h)                                               # (M, C, h, w)
         x = self.shortcut(x) + h                                        # (M, C, h, w)
         if self.attention is None:
             return x
@@ -219,9 +227,10 @@ class UNetPatches(nn.Module):
         def blocks_of(k, c_in):
             """The blocks at size k: 0 is the full size. Only the smallest size has attention: it
             has few pixels, so there it is cheap."""
+            is_smallest = k == halvings
             column = nn.ModuleList()
             for _ in range(per_size):
-                column.append(UNetBlock(c_in, C, C, attention=k == halvings))
+                column.append(UNetBlock(c_in, C, C, attention=is_smallest))
             return column
 
         embedding = TimeEmbedding(C, T=T)
@@ -279,12 +288,14 @@ class UNetPatches(nn.Module):
         # fine detail need not squeeze through the transformer. Last in, first out.
         for k in reversed(range(len(self.up))):
             for block in self.up[k]:
-                x = torch.cat([x, skips.pop()], dim=1)                  # (M, 2C, ...)
+                skip = skips.pop()                                      # (M, C, ...)
+                x = torch.cat([x, skip], dim=1)                         # (M, 2C, ...)
                 x = block(x, time)                                      # the time enters here
             if k > 0:
                 x = F.interpolate(x, scale_factor=2.0)                  # twice each side
                 x = self.larger[k - 1](x)
-        return self.out(F.silu(self.norm_out(x)))                       # (M, c, h, w)
+        x = F.silu(self.norm_out(x))                                    # (M, C, h, w)
+        return self.out(x)                                              # (M, c, h, w)
 
 
 PATCHES = {"linear": LinearPatches, "unet": UNetPatches}
@@ -305,6 +316,8 @@ if __name__ == "__main__":
             net = kind(8, p, 512)
             vectors, kept = net.encode(xt, t)
             out = net.decode(vectors, t, kept)
+            P = vectors.shape[1]
+            shape = tuple(out.shape[1:])
             size = sum(weight.numel() for weight in net.parameters())
-            print(f"p = {p}  {name:6s} 32x32x8 -> {vectors.shape[1]:4d} vectors", end="")
-            print(f" -> {tuple(out.shape[1:])}, {size:,} parameters")
+            print(f"p = {p}  {name:6s} 32x32x8 -> {P:4d} vectors", end="")
+            print(f" -> {shape}, {size:,} parameters")

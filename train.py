@@ -14,8 +14,8 @@ OUT         out/<name>/   config.json, log.jsonl, curves.png, samples.png, repor
                                          scale/export.py, each is a model.pt while the run goes on
 PAPER/HERE  same: AdamW (0.9, 0.95), decay 0.1, clip 1, warm-up, cosine to a twentieth, lambda = 5.
             our choice: sampling from an average of the weights (EMA).
-            toys: `python train.py` alone takes five minutes on two cores. Other presets train
-            rectified flow, where "the noise" is a velocity (config.py says why). Rates are 1e-3 to
+            toys: `python train.py` alone takes five minutes on two cores. Some presets train
+            rectified flow, where "the noise" is a velocity (config.py says why). Rates are 7e-4 to
             4e-3, where billions of parameters take 3e-4.
 READ NEXT   sample.py, evaluate.py          TRY IT  python train.py
 NOTEBOOK    notebooks/5_train_one.ipynb

@@ -42,7 +42,7 @@ from einops import rearrange
 from torch import nn
 from tqdm import tqdm
 
-from support.common import UserError
+from support.common import UserError, end_with_the_reader
 
 BETA = 0.25                                             # Paper: App. C, weight of commitment
 IDLE = 100                                              # Our choice: a code unused so long jumps
@@ -461,6 +461,7 @@ def show_quantising():
 
 
 if __name__ == "__main__":
+    end_with_the_reader()
     print(describe(VAEConfig()))
     print(describe(VAEConfig(codes=512)))
     print(describe(paper_config()))

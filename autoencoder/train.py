@@ -290,10 +290,7 @@ def train_vae(pixels, config, steps=400, batch=32, lr=2e-3, kl_weight=1e-6, seed
         training_step(run, pixels)
         bar.update()
         if run.step % log_every == 0 or run.step == steps:
-            row = log_line(run)
-            bar.set_postfix({name: f"{row[name]:.3g}" for name in row if name != "step"})
-            if log:
-                log.add(row)
+            say_terms(run, bar, log)
         if log and (run.step % save_every == 0 or run.step == steps):
             keep()
     bar.close()
@@ -311,6 +308,19 @@ def start_log(out, step):
     log = Log(out, step)
     log.start()
     return log
+
+
+def say_terms(run, bar, log):
+    """Show the loss terms of the last steps beside the bar, and keep them in the log if there is
+    one: only the first process writes."""
+    row = log_line(run)
+    texts = {}
+    for name, value in row.items():
+        if name != "step":                              # the bar counts them itself
+            texts[name] = f"{value:.3g}"
+    bar.set_postfix(texts)
+    if log:
+        log.add(row)
 
 
 def some_of(pixels, n, seed):

@@ -1,5 +1,5 @@
 """
-idea.py: the one figure of the README, drawn by the shipped model
+idea.py: the one figure of the README, drawn by the shipped model            (the paper's Fig. 1, 4)
 
 A PICTURE   left: one sequence and who may look at whom; right: the picture in it, from noise to x0
 TRY IT      python -m docs.idea          writes docs/idea.png
@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 
 
 def denoise(caption, moments):
-    """Pictures (h, w, 3) uint8 of the denoising of a caption, at these numbers of steps, of 250."""
+    """[(t, (h, w, 3) uint8)]: a caption's picture on its way, after some numbers of 250 steps."""
     trained = load_trained(ASSETS / "scenes.pt")
     states = []
 
@@ -33,8 +33,12 @@ def denoise(caption, moments):
             states.append((event.t, event.x))
 
     sample.draw(trained, [caption], steps=250, watch=watch)
-    chosen = [states[k] for k in moments]
-    return [(t, decode_latents(trained, x)[0]) for t, x in chosen]
+    chosen = []
+    for k in moments:
+        t, x = states[k]                                # x: (1, c, h, w)
+        [picture] = decode_latents(trained, x)
+        chosen.append((t, picture))
+    return chosen
 
 
 def draw_sequence(axis, tokens, colours):
@@ -64,7 +68,8 @@ def draw_mask(axis, tokens, image_id):
     # 2. Cells that are as wide as the boxes of the sequence above, with lines between.
     T = len(tokens)
     colours = ListedColormap(["white", WORD, PATCH])
-    axis.imshow(kinds, cmap=colours, vmin=0, vmax=2, extent=(0, T, T, 0), aspect="auto")
+    box = (0, T, T, 0)                                  # x from 0 to T, y from T up to 0
+    axis.imshow(kinds, cmap=colours, vmin=0, vmax=2, extent=box, aspect="auto")
     for k in range(T + 1):
         axis.axhline(k, color="#dddddd", linewidth=0.5)
         axis.axvline(k, color="#dddddd", linewidth=0.5)
@@ -78,20 +83,24 @@ def draw_mask(axis, tokens, image_id):
 
 def main():
     """Draw docs/idea.png."""
-    tokens = ["a", "red", "circle", "BOI", "patch", "patch", "patch", "patch", "EOI", "and", "..."]
-    image_id = torch.tensor([0 if token == "patch" else -1 for token in tokens])
-    kinds = {"patch": PATCH, "BOI": MARK, "EOI": MARK}
-    colours = [kinds.get(token, WORD) for token in tokens]
+    # 1. One sequence: a caption, a picture of four patches, and what follows.
+    tokens = f"{CAPTION} BOI patch patch patch patch EOI and ...".split()
+    is_patch = torch.tensor([token == "patch" for token in tokens])
+    image_id = torch.where(is_patch, 0, -1)             # (T,)
+    colour_of = {"patch": PATCH, "BOI": MARK, "EOI": MARK}
+    colours = [colour_of.get(token, WORD) for token in tokens]
 
+    # 2. At the left the sequence, and below it who may look at whom.
     figure = Figure(figsize=(11, 3.3), dpi=110, layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.15])
     row, mask = left.subplots(2, 1, height_ratios=[1.7, 7])
     draw_sequence(row, tokens, colours)
     draw_mask(mask, tokens, image_id)
 
-    moments = [0, 60, 120, 150, 180, 250]
+    # 3. At the right the picture on its way.
+    states = denoise(CAPTION, moments=[0, 60, 120, 150, 180, 250])
     axes = right.subplots(2, 3)
-    for axis, (t, picture) in zip(axes.flat, denoise(CAPTION, moments), strict=True):
+    for axis, (t, picture) in zip(axes.flat, states, strict=True):
         axis.imshow(picture, interpolation="nearest")
         axis.set_title(f"t = {t}", fontsize=9)
         axis.axis("off")

@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))     # the modules lie one folder up
 
 from exercises.checks import TABLE
+from support.common import end_with_the_reader
 
 NOTEBOOK = Path(__file__).with_name("exercises.ipynb")
 
@@ -131,4 +132,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    end_with_the_reader()
     main(sys.argv[1:])

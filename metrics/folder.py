@@ -73,9 +73,11 @@ def report_folder(trained, train, test, n=200, seed=0, **options):
                 right = is_nearest(picture, ask, source)
                 title = title_of(ask, name == "unseen", new_words)
                 results.append((title, beside_truth(picture, ask, source), right))
-            numbers[f"{name}_nearest"] = float(np.mean([right for *_, right in results]))
+            rights = [right for *_, right in results]
+            chances = [1 / len(ask.rivals) for ask in asks]
+            numbers[f"{name}_nearest"] = float(np.mean(rights))
             numbers[f"{name}_n"] = len(asks)
-            numbers[f"{name}_chance"] = float(np.mean([1 / len(ask.rivals) for ask in asks]))
+            numbers[f"{name}_chance"] = float(np.mean(chances))
             shown += results[:SHOWN]
         if asks and isinstance(source, Pairs):
             numbers[f"{name}_cider"] = measure_cider(trained, source, n)
@@ -83,7 +85,7 @@ def report_folder(trained, train, test, n=200, seed=0, **options):
     unseen = test.pixels[:256]
     if len(unseen):                                     # a test split of words alone has none
         reached = quality.measure(unseen, quality.reconstruct(trained.vae, unseen))
-        numbers["vae"] = {"psnr": reached.psnr, "error": reached.error, "colours": reached.colours}
+        numbers["vae"] = vars(reached)
     return numbers, shown
 
 
@@ -98,11 +100,13 @@ def words_in(trained, source):
 # ----------------------------------------------------------------------------- what there is to ask
 def asks_of(source):
     """List of Ask: every picture of a source that something stands before."""
-    families = edit_families(source) if isinstance(source, Edits) else {}
-    everything = range(len(source.pixels))
+    rivals = range(len(source.pixels))
+    families = edit_families(source) if isinstance(source, Edits) else None
     asks = []
     for parts, target in source.to_draw():
-        rivals = families[content(source, parts[0])] if families else everything
+        if families:
+            first = content(source, parts[0])
+            rivals = families[first]
         asks.append(Ask(parts, target, rivals))
     return asks
 
@@ -111,7 +115,8 @@ def edit_families(source):
     """{content of a picture: the numbers of it and of all pictures that its edits lead to}."""
     families = {}
     for before, _, after in source.triples():
-        families.setdefault(content(source, before), [before]).append(after)
+        family = families.setdefault(content(source, before), [before])
+        family.append(after)
     return families
 
 
@@ -122,7 +127,8 @@ def content(source, k):
 
 def title_of(ask, unseen, new_words):
     """What stands above a drawn picture. A word that no training caption has is marked: (zebra?)"""
-    text = " ".join(part for part in ask.parts if isinstance(part, str))
+    words, _ = split_parts(ask)
+    text = " ".join(words)
     if not unseen:
         return text
     words = []
@@ -135,23 +141,41 @@ def title_of(ask, unseen, new_words):
 def beside_truth(picture, ask, source):
     """Side by side: the last picture of the prompt, if it has one; what was drawn; what belongs
     there."""
-    before = [part for part in ask.parts if not isinstance(part, str)][-1:]
-    return beside(*source.pixels[before], picture, source.pixels[ask.target])
+    _, before = split_parts(ask)
+    last = source.pixels[before[-1:]]                   # (1, h, w, c), or none
+    return beside(*last, picture, source.pixels[ask.target])
+
+
+def split_parts(ask):
+    """(words, numbers of pictures): the two kinds of parts of an Ask, two lists."""
+    words = []
+    pictures = []
+    for part in ask.parts:
+        if isinstance(part, str):
+            words.append(part)
+        else:
+            pictures.append(part)
+    return words, pictures
 
 
 # ----------------------------------------------------------------------------- is it the right one?
 def draw(trained, source, asks, seed, options):
     """(M, h, w, 3) uint8: what the model draws for each Ask."""
-    numbers = set()                                     # of the pictures in prompts, each once
+    # 1. The pictures in the prompts, each once, by their numbers.
+    numbers = set()
     for ask in asks:
-        numbers.update(part for part in ask.parts if not isinstance(part, str))
+        _, pictures = split_parts(ask)
+        numbers.update(pictures)
     latents = {}
     if numbers:
         numbers = sorted(numbers)
-        latents = dict(zip(numbers, encode_pixels(trained, source.pixels[numbers])))
+        encoded = encode_pixels(trained, source.pixels[numbers])            # (n, c, h, w)
+        latents = dict(zip(numbers, encoded))
+
+    # 2. Prompts with latents in place of the numbers.
     prompts = []
     for ask in asks:
-        prompts.append([part if isinstance(part, str) else latents[part] for part in ask.parts])
+        prompts.append([latents.get(part, part) for part in ask.parts])
     return drawing.draw_after(trained, prompts, seed=seed, **options)
 
 
@@ -159,10 +183,13 @@ def is_nearest(picture, ask, source):
     """Whether of all rivals the nearest to a drawn picture is the one that was asked for, or one
     that looks the same or belongs to the same words."""
     # A picture may have five captions, and "a cat" many pictures: none of these is a mistake.
-    k = ask.rivals[nearest(picture, source.pixels, ask.rivals)]
-    if k == ask.target or content(source, k) == content(source, ask.target):
+    place = nearest(picture, source.pixels, ask.rivals)
+    k = ask.rivals[place]
+    if content(source, k) == content(source, ask.target):
         return True
-    return isinstance(source, Pairs) and source.captions[k] == source.captions[ask.target]
+    if not isinstance(source, Pairs):
+        return False
+    return source.captions[k] == source.captions[ask.target]
 
 
 def nearest(picture, pixels, numbers):
@@ -173,7 +200,8 @@ def nearest(picture, pixels, numbers):
     for start in range(0, len(numbers), CHUNK):         # a chunk at a time: photos take memory
         chosen = list(numbers[start: start + CHUNK])
         others = torch.from_numpy(pixels[chosen]).float()                   # (n, h, w, c)
-        distances.append((others - wanted).square().mean((1, 2, 3)))
+        difference = others - wanted
+        distances.append(difference.square().mean((1, 2, 3)))               # (n,)
     return int(torch.cat(distances).argmin())
 
 
@@ -188,8 +216,9 @@ def measure_cider(trained, source, n):
     chosen = list(references)[:n]
     if len(chosen) < 4:
         return None
-    pixels = source.pixels[[first[key] for key in chosen]]
-    answers = drawing.describe(trained, encode_pixels(trained, pixels))
+    numbers = [first[key] for key in chosen]
+    latents = encode_pixels(trained, source.pixels[numbers])
+    answers = drawing.describe(trained, latents)
     return float(cider(answers, [references[key] for key in chosen]))
 
 
@@ -210,7 +239,9 @@ def describe(numbers):
             lines.append((f"CIDEr of captions, {text} pictures", f"{score:6.1f}"))
     new = numbers.get("new_words")
     if new:
-        first = ", ".join(new[:6]) + (", ..." if len(new) > 6 else "")
+        first = ", ".join(new[:6])
+        if len(new) > 6:
+            first += ", ..."
         lines.append(("words in no training caption", f"{len(new):6d} ({first})"))
     if "vae" in numbers:
         reached = quality.Quality(**numbers["vae"])

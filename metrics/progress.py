@@ -4,9 +4,9 @@ progress.py: one line of a training's log                                (ours; 
 THE IDEA    What to look at while a model trains: both losses, the diffusion loss by noise level,
             the gradient, the speed. A loss that stands still at high noise and falls at low noise
             is normal; one number for all levels hides that.
-A PICTURE   by_t         t = 1..200  201..400  401..600  601..800  801..1000       python train.py,
-            step  20          1.71      1.76      1.75      1.68       1.74        120 steps
-            step 120          0.61      0.48      0.66      0.83       0.79
+A PICTURE   by_t         t = 1..200  201..400  401..600  601..800  801..1000       python train.py
+            step   50         0.92      0.62      0.34      0.12       0.02
+            step 4500         0.07      0.02      0.02      0.01       0.01
 THE RULE    Sums and counts are added up over all processes and then divided. A mean of means would
             weigh a process with few pictures as much as one with many.
             At every save there is a model.pt to draw with, and a dozen pictures of it.

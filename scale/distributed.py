@@ -337,8 +337,8 @@ def shard_model(make, ranks, checkpointing=False, compiled=False):
 
     # 3. Memory for this rank's part, then its weights from rank 0.
     model.to_empty(device=ranks.device)
-    from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, weights, options=from_rank_0)
+    sent = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=sent)
     return model
 
 

@@ -15,7 +15,7 @@ PAPER/HERE  our choice: the averaged weights, if the run has an average. The las
             TRAP: torch unpickles a checkpoint's .metadata, which may run code: export only runs of
             your own.
 READ NEXT   distributed.py
-TRY IT      python -m scale.export out/scenes/checkpoints/step_003000
+TRY IT      python -m scale.export out/scenes/checkpoints/step_004500
 TEST        tests/test_train.py, tests/test_distributed.py
 """
 import argparse
@@ -74,7 +74,7 @@ def check_checkpoint(folder):
     names = [str(distributed.folder_of(folder, step)) for step in inside]
     there = f"; {folder} has {', '.join(names)}" if names else ""
     raise UserError(f"{folder} is not a complete checkpoint: name one like "
-                    f"out/scenes/checkpoints/step_003000{there}")
+                    f"out/scenes/checkpoints/step_004500{there}")
 
 
 def export(folder, path):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from support.common import UserError
+from support.common import UserError, end_with_the_reader
 
 # Paper: §4.1, "the last 1% of the training schedule".
 LAST = 0.01
@@ -107,6 +107,7 @@ def check_folders(weights, folders, where):
 
 
 if __name__ == "__main__":
+    end_with_the_reader()
     order = Order([Source("web", 0, 3), Source("people", 3, 2)], {"people": 1.5})
     print("rows 0 1 2 are web's, 3 4 are people's, which has a weight of 1.5; before shuffling:")
     for epoch in range(2):

@@ -267,8 +267,9 @@ def shuffled(k, n, key):
         left = k >> half
         right = k & mask
         for turn in range(8):
-            digest = hashlib.blake2b(f"{key} {turn} {right}".encode(), digest_size=8).digest()
-            mixed = left ^ (int.from_bytes(digest) & mask)
+            content = f"{key} {turn} {right}".encode()
+            hashed = hashlib.blake2b(content, digest_size=8).digest()
+            mixed = left ^ (int.from_bytes(hashed) & mask)
             left = right
             right = mixed
         k = left << half | right

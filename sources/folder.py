@@ -14,9 +14,8 @@ READ NEXT   pairs.py        TEST  tests/test_sources.py
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from sources.pairs import Pairs, clean_caption, print_skipped, split_items
+from sources.pairs import Pairs, clean_caption, read_usable, split_items
 from support.common import UserError, open_picture, read_records
 
 
@@ -31,29 +30,20 @@ def load_folder(folder=None, size=32, split="train", **unused):
         raise UserError("--data folder needs --data-dir: the folder with captions.jsonl")
     path = Path(folder) / "captions.jsonl"
     records = read_records(path, ("image", "caption"))
-    names = []
-    captions = []
-    lines = []
-    pixels = []
-    skipped = []                                        # a sentence for each
-    for number, (name, text) in tqdm(records, desc=f"reading {folder}", leave=False):
-        line = f"{path} line {number}"
-        try:
-            caption = clean_caption(text, line)
-            pixels.append(open_picture(path.parent / name, size))
-        except UserError as problem:
-            skipped.append(str(problem))
-        else:
-            names.append(name)
-            captions.append(caption)
-            lines.append(line)
-    print_skipped(folder, skipped, len(records), "pictures")
 
+    def read(record, line):
+        name, text = record
+        caption = clean_caption(text, line)
+        return name, caption, open_picture(path.parent / name, size)
+
+    items, lines = read_usable(folder, path, records, read, "pictures")
+    names = [name for name, _, _ in items]
+    captions = [caption for _, caption, _ in items]
     chosen = split_items(folder, names, split, "pictures with captions")
     return Pairs(
         "folder",
         [captions[k] for k in chosen],
-        np.stack([pixels[k] for k in chosen]),
+        np.stack([items[k][2] for k in chosen]),
         # The words of both splits must be known: the test split's gap is measured during training.
         language=captions,
         lines=[lines[k] for k in chosen],

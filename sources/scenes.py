@@ -41,6 +41,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sources.pairs import SPLITS, Pairs, check_room, words_of
+from support.common import end_with_the_reader
 
 SHAPES = ("circle", "square", "triangle", "cross")
 PLURALS = {
@@ -484,6 +485,7 @@ def holds(claim, things, exact=True):
 
 
 if __name__ == "__main__":
+    end_with_the_reader()
     rng = np.random.default_rng(0)
     world = World()
     right = 0

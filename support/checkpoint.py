@@ -32,7 +32,14 @@ import vae as vae_module
 from data import SPECIAL, Pieces
 from diffusion import Diffusion
 from model import ModelConfig, Transfusion, count
-from support.common import ASSETS, UserError, read_json, read_whole, whole_file
+from support.common import (
+    ASSETS,
+    UserError,
+    end_with_the_reader,
+    read_json,
+    read_whole,
+    whole_file,
+)
 from support.origin import Origin
 from vae import VAE, VAEConfig
 
@@ -439,6 +446,7 @@ def read_words(path):
 
 
 if __name__ == "__main__":
+    end_with_the_reader()
     for path in [ASSETS / f"{name}.pt" for name in ("scenes", "scenes_edit", "scenes_paper")]:
         trained = load_trained(path)
         config = trained.model.config

@@ -82,6 +82,13 @@ def run_command(main, argv=None, if_stopped=""):
         sys.exit(128 + signal_of(stop))                 # as a shell counts: 130 or 143
 
 
+def end_with_the_reader():
+    """For a demonstration, which has no command line: if nobody reads on, as in `... | head`, it
+    ends at once and in silence, by SIGPIPE, which a shell counts as 141."""
+    if hasattr(signal, "SIGPIPE"):                      # Windows has none
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 def keep_memory():
     """Let the C library keep what it frees, up to 256 MiB, for what comes next."""
     # Otherwise glibc gives arrays of a megabyte back to the system, and fetches them again page by

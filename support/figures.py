@@ -39,7 +39,8 @@ def plot_curves(log, path, reference=()):
         panels.append(plot_gap)
     width = 4.4 * len(panels)                           # inches
     figure = new_figure(width, 3.6)
-    (axes,) = figure.subplots(1, len(panels), squeeze=False)
+    n = len(panels)
+    (axes,) = figure.subplots(1, n, squeeze=False)      # one row of n
     for axis, plot in zip(axes, panels):
         plot(axis, log, reference)
         axis.set_xlabel("step")
@@ -87,16 +88,16 @@ def plot_levels(axis, log, reference):
     # One mean over all t hides that some noise levels still improve when others do not.
     for k in range(5):
         color = colormaps["viridis"](k / 5)
+        for rows, look in ((log, {}), (reference, DOTTED)):
+            steps = [row["step"] for row in rows]
+            values = [row["by_t"][k] for row in rows]
+            axis.plot(steps, values, color=color, **look)
+        # Named beside the panel: inside, the names would lie on the lines.
         first = 200 * k + 1
-        steps = [row["step"] for row in log]
-        values = [row["by_t"][k] for row in log]
-        axis.plot(steps, values, color=color, label=f"t in {first}..{first + 199}")
-        steps = [row["step"] for row in reference]
-        values = [row["by_t"][k] for row in reference]
-        axis.plot(steps, values, color=color, **DOTTED)
+        name = f"t {first}..{first + 199}"
+        axis.text(1.01, 0.9 - 0.09 * k, name, color=color, fontsize=8, transform=axis.transAxes)
     axis.set_title("diffusion loss by noise level")
     axis.set_yscale("log")
-    axis.legend(frameon=False, fontsize=8)
 
 
 def plot_gap(axis, log, reference):
@@ -112,8 +113,10 @@ def plot_samples(samples, path, columns=6, rows=4):
 
     samples: list of (prompt, (h, w, 3) uint8, whether it is right)."""
     # By chance: prompts come in turn, and every ninth of them could be the same three.
-    order = np.random.default_rng(0).permutation(len(samples))
-    order = sorted(order[: columns * rows])
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(samples))
+    most = columns * rows
+    order = sorted(order[:most])
     chosen = [samples[k] for k in order]
     _, first, _ = chosen[0]
     h, w, _ = first.shape
@@ -150,7 +153,8 @@ def two_lines(text, length=60):
     """A caption as a title: cut to a length, and in two lines if it is long."""
     text = textwrap.shorten(text, length, placeholder=" ...")
     words = text.split()
-    if len(text) <= 18 or len(words) < 2:
+    is_short = len(text) <= 18
+    if is_short or len(words) < 2:
         return text
     middle = len(words) // 2
     first = " ".join(words[:middle])
@@ -163,7 +167,8 @@ def save_picture(pixels, path, enlarge=8):
     """Save (h, w, 3) uint8, enlarged without smoothing so that small pictures can be seen."""
     h, w, _ = pixels.shape
     size = (w * enlarge, h * enlarge)
-    write_image(path, Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST))
+    image = Image.fromarray(pixels)
+    write_image(path, image.resize(size, Image.Resampling.NEAREST))
 
 
 def save_film(trained, frames, path):
@@ -172,19 +177,24 @@ def save_film(trained, frames, path):
 
     frames: the Events of mode "noise", of one picture or of several."""
     # 1. Ten moments of the first picture, from t = T to its t = 0.
-    last = next(k for k, event in enumerate(frames) if event.t == 0)
-    moments = [frames[round(k * last / 9)] for k in range(10)]
+    times = [event.t for event in frames]
+    last = times.index(0)
+    moments = []
+    for k in range(10):
+        nearest = round(k * last / 9)
+        moments.append(frames[nearest])
 
     # 2. Latents to pixels. Of a batch only the first row is shown. x_t is no latent that the VAE
     #    has seen, but it decodes to something that looks as noisy as it is.
-    states = torch.stack([event.x[0].cpu() for event in moments])               # (10, c, h, w)
-    states = decode_latents(trained, states)                                    # (10, h, w, 3)
-    estimates = torch.stack([event.x0[0].cpu() for event in moments])
-    estimates = decode_latents(trained, estimates)
+    states = [event.x[0].cpu() for event in moments]                # ten of (c, h, w)
+    estimates = [event.x0[0].cpu() for event in moments]
+    states = decode_latents(trained, torch.stack(states))           # (10, h, w, 3)
+    estimates = decode_latents(trained, torch.stack(estimates))
 
     # 3. A strip, or a film.
     if Path(path).suffix.lower() != ".gif":
-        strip = grid(np.concatenate([states, estimates]), columns=10)
+        both = np.concatenate([states, estimates])                  # (20, h, w, 3)
+        strip = grid(both, columns=10)
         save_picture(strip, path, enlarge=4)
         return
     film = []

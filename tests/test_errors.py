@@ -157,7 +157,7 @@ SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", 
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--preset", "papr"], ["--preset", "papr", "did you mean paper?"]),
+    (["--preset", "six-papr"], ["--preset", "six-papr", "did you mean six-paper?"]),
     (["--preset", "xyzzy"], ["--preset", "xyzzy", "--help"]),                         # no list of 30 names
     (["--size", "70b"], ["70b", "toy"]),
     (["--encoder", "vit"], ["--encoder", "vit", "unet"]),

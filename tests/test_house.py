@@ -408,6 +408,13 @@ def test_a_program_runs_from_anywhere(name, answers):
     assert name not in COMMANDS or "usage:" in done.stdout
 
 
+@pytest.mark.parametrize("name", sorted(set(PROGRAMS) - {"attention_mask", "diffusion", "patchify", "model"}))
+def test_a_program_may_lose_its_reader(name):
+    """Catches a program that ends in a traceback as `python -u vae.py | head -1`. Left out: four that import no furniture."""
+    begun = FILES[name].read_text().split('\nif __name__ == "__main__":')[1]
+    assert "run_command(" in begun or "end_with_the_reader()" in begun
+
+
 def test_every_command_is_a_program():
     """Catches a command of the README that has no command line any more."""
     assert COMMANDS <= set(PROGRAMS)

@@ -270,10 +270,10 @@ def test_dry_run_of_the_rivals(capsys):
     assert stable - plain == 2 * 4 * 4096 * 32007                       # kept by the denominator loss, and its gradient
 
 
-def test_preset_paper_is_the_papers_objective():
-    """Catches a preset of that name that trains flow, another schedule, lambda or noise limit, or draws without DDPM's steps;
-    and a `python train.py` whose objective is not the one that its output and README say."""
-    for line in (["--preset", "paper"], ["--data", "mnist"], []):
+def test_the_first_run_has_the_papers_objective():
+    """Catches one that trains flow, another schedule, lambda or noise limit, or draws without DDPM's steps: README says what it
+    is. The same of digits, and of the preset that is named after the paper."""
+    for line in (["--preset", "six-paper"], ["--data", "mnist"], []):
         config, *_ = parse_arguments(line)
         for name in ("diffusion", "shift", "lam", "t_limit", "patch_position", "sampler"):
             assert getattr(config, name) == getattr(type(config)(), name), name

@@ -40,6 +40,7 @@ RUN = {
     "python diffusion.py": ("", []),
     "python exercises/grade.py student.py": ("--no-reward", []),
     "python train.py --data mnist": (FEW + " --vae-steps 1 --samples 0", ["out/mnist/model.pt", "out/mnist/vae.pt"]),
+    "python train.py --preset mnist-flow": (FEW + " --vae out/mnist/vae.pt --samples 0", ["out/mnist-flow/model.pt"]),
     "python train.py --preset edit": (FEW, ["out/edit/model.pt", "out/edit/report.json"]),
     "python experiments.py 3 --flow --seeds 2": ("--seeds 1 --jobs 1", ["out/experiments_flow/table_3.md"]),
     "python train.py --preset flagship --dry-run --gpus 512": ("", []),
@@ -61,7 +62,7 @@ RUN = {
 ELSEWHERE = {
     "python -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt": ".ci/run installs so, for this very test",
     "pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu": "a download of torch, where the one above has it",
-    "jupyter lab notebooks": "a browser; tests/test_notebooks.py runs every notebook",
+    "jupyter lab": "a browser; tests/test_notebooks.py runs every notebook",
     "torchrun --standalone --nproc-per-node 8 train.py --preset 0.76b --data-dir packed": "eight GPUs",
     "torchrun --standalone --nproc-per-node 2 train.py --steps 50 --samples 0 --out out/two":
         "tests/test_distributed.py starts torchrun so, and compares the losses",

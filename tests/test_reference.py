@@ -39,7 +39,8 @@ def test_every_reference_is_small_and_says_where_it_comes_from(path):
 def test_only_runs_like_it_are_compared():
     """Catches the curve of another objective, or other data, drawn as normal; and a run of another seed that finds none."""
     assert reference.find(config_of("--preset", "flow", "--seed", "3", "--steps", "500", "--samples", "0", "--out", "out/mine"))
-    assert all(reference.find(config_of(*run)) for run in ([], ["--data", "mnist"], ["--preset", "six-paper"]))            # [] is the first run
+    runs = ([], ["--data", "mnist"], ["--preset", "mnist-flow"], ["--preset", "six-paper"], ["--preset", "llama"])     # [] is the first run
+    assert all(reference.find(config_of(*run)) for run in runs)
     # Of a new VAE only where one is trained.
     assert reference.find(config_of("--vae-steps", "20")) and not reference.find(config_of("--data", "mnist", "--vae-steps", "20"))
     for other in (["--lam", "2"], ["--diffusion", "ddpm"], ["--world", "six"], ["--size", "small"], ["--data", "mnist"], ["--model", "llama"]):
