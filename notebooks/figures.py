@@ -139,6 +139,19 @@ def fill(axis, x, y, width, height, colour):
     axis.add_patch(plt.Rectangle(corner, width, height, color=colour))
 
 
+def frame(axis, good):
+    """A green frame around a picture that is what was asked for, a red one around another."""
+    colour = GREEN if good else RED
+    axis.spines[:].set(visible=True, linewidth=5, color=colour)
+
+
+def plot_curves(axis, x, curves, colours, **look):
+    """A line for each name, and a legend. curves: {name: as many numbers as x}."""
+    for (name, values), colour in zip(curves.items(), colours):
+        axis.plot(x, values, color=colour, label=name, **look)
+    axis.legend()
+
+
 def cut_lines(axis, positions, **look):
     """Horizontal and vertical lines, the cuts between patches."""
     for k in positions:
@@ -153,10 +166,22 @@ def tile_channels(x):
     return torch.cat(rows, dim=0)
 
 
+def show_numbers(axis, numbers, most=3, **look):
+    """Numbers as colours, from red (-most) over white (0) to blue (most). Returns the image.
+    numbers: (rows, columns)."""
+    return axis.imshow(numbers, cmap="RdBu", vmin=-most, vmax=most, **look)
+
+
+def show_changes(axis, change, least=-2.5, **look):
+    """Relative changes as colours, from white (10^least or less) to blue (1). Returns the image.
+    change: (rows, columns)."""
+    return axis.imshow(log_change(change), cmap="Blues", vmin=least, vmax=0, **look)
+
+
 def show_latents(axis, x):
     """The four channels of latents x (4, h, w), with lines between."""
     _, h, w = x.shape
-    axis.imshow(tile_channels(x), cmap="RdBu", vmin=-3, vmax=3)
+    show_numbers(axis, tile_channels(x))
     axis.axhline(h - 0.5, color="black", linewidth=1.5)
     axis.axvline(w - 0.5, color="black", linewidth=1.5)
 

@@ -2,7 +2,7 @@
 figures_0.py: what notebooks 0 and 1 draw
 
 THE IDEA    As in figures.py, one function per picture. A notebook takes this module under the name
-            `figures`: what all the notebooks share is imported here.
+            `figures`. So all of figures.py is imported here: what the notebooks share.
 SHAPES      tokens, image_id, doc_id (1, T); a mask (T, T) bool; latents (M, c, h, w)
 HERE        Every `draw_...` calls plt.show() once, at its end.
 TEST        tests/test_notebooks.py
@@ -12,30 +12,9 @@ from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
-from figures import (
-    DARK,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    WIDTH,
-    draw_pictures,
-    expect,
-    fill,
-    label_square,
-    log_change,
-    name_positions,
-    one_panel,
-    panels,
-    show_latents,
-    show_mask,
-    start,
-    write,
-)
+from figures import *
 
 import data
-
-__all__ = ["draw_pictures", "expect", "name_positions", "start"]
 
 
 # ---------------------------------------------------------- notebook 0: one sequence, one forward
@@ -46,7 +25,8 @@ def draw_sequence(sequence, tokenizer):
     axis = one_panel(WIDTH, 2.3)
     for pos, label in enumerate(labels):
         picture = sequence.image_id[pos]
-        fill(axis, pos, 0.5, 0.94, 1, ORANGE if picture >= 0 else DARK)
+        colour = ORANGE if picture >= 0 else DARK
+        fill(axis, pos, 0.5, 0.94, 1, colour)
         write(axis, pos, 1.4, pos, color=GREY)
         write(axis, pos, 0.5, label, color="white", fontsize=13)
         write(axis, pos, -0.4, picture)
@@ -69,7 +49,7 @@ def draw_way(pixels, x0, xt, vectors, t):
     show_latents(axes[1], x0[0])
     show_latents(axes[2], xt[0])
     last = axes[3]
-    last.imshow(vectors[0], cmap="RdBu", vmin=-3, vmax=3, aspect="auto")
+    show_numbers(last, vectors[0], aspect="auto")
     last.set(xlabel="D", ylabel="P")
     titles = ("pixels", "latents x0,\n4 channels", f"xt, t = {int(t)}", "vectors")
     for axis, title in zip(axes, titles):
@@ -82,10 +62,11 @@ def draw_row(x, labels, image_id):
     """The row of vectors that the transformer reads.
     x (1, T, D); labels: T str; image_id (1, T)."""
     axis = one_panel(WIDTH, 4.6)
-    axis.imshow(x[0], cmap="RdBu", vmin=-1.5, vmax=1.5, aspect="auto")
+    show_numbers(axis, x[0], most=1.5, aspect="auto")
     axis.set_yticks(range(len(labels)), labels)
     for tick, picture in zip(axis.get_yticklabels(), image_id[0]):
-        tick.set_color(ORANGE if picture >= 0 else DARK)
+        colour = ORANGE if picture >= 0 else DARK
+        tick.set_color(colour)
     axis.set_xlabel("D, the width")
     axis.set_title("one row per position: words dark, patches orange")
     plt.show()
@@ -196,12 +177,14 @@ def draw_interval(lo, hi, image_id, doc_id, labels):
     axis.stairs(hi[0] + 0.5, edges, orientation="horizontal", baseline=None, color=RED,
                 linewidth=3)
     write(axis, 10.5, 2.5, "the stair is hi", color=RED, fontsize=16)
-    axis.text(T - 0.2, -1.1, "lo .. hi", va="center")
+    beside = T - 0.2                        # x, at the right of the square
+    axis.text(beside, -1.1, "lo .. hi", va="center")
     intervals = zip(lo[0].tolist(), hi[0].tolist())
     for q, (first, last) in enumerate(intervals):
         # Red: it may look ahead, at the rest of its own picture.
         colour = RED if last > q else "black"
-        axis.text(T - 0.2, q, f"{first} .. {last}", va="center", color=colour)
+        interval = f"{first} .. {last}"
+        axis.text(beside, q, interval, va="center", color=colour)
     plt.show()
 
 
@@ -249,14 +232,14 @@ def draw_who_noticed(noticed, right, labels, changed):
     changed   the position that was changed"""
     figure, axes = plt.subplots(len(noticed), 1, figsize=(WIDTH, 5.6), sharex=True)
     for axis, (title, change) in zip(axes, noticed.items()):
-        heat = log_change(change)[None]
-        image = axis.imshow(heat, cmap="Blues", vmin=-2.5, vmax=0, aspect="auto")
+        image = show_changes(axis, change[None], aspect="auto")
         changed_too = change > 1e-5         # less is rounding
         must_not = changed_too & ~right
         for k in must_not.nonzero().flatten().tolist():
-            frame = plt.Rectangle((k - 0.46, -0.44), 0.92, 0.88, fill=False, edgecolor=RED,
-                                  linewidth=3)
-            axis.add_patch(frame)
+            corner = (k - 0.46, -0.44)
+            look = {"fill": False, "edgecolor": RED, "linewidth": 3}
+            box = plt.Rectangle(corner, 0.92, 0.88, **look)
+            axis.add_patch(box)
         should_have = right & ~changed_too
         for k in should_have.nonzero().flatten().tolist():
             axis.plot(k, 0, "x", color=RED, markersize=12, markeredgewidth=3)
@@ -272,8 +255,7 @@ def draw_who_noticed(noticed, right, labels, changed):
 def draw_influence(influence, image_id, doc_id, labels):
     """Who noticed whom in the network, beside the mask. influence: (T, T)."""
     network, mask = panels(2, 6.2)
-    heat = log_change(influence)
-    network.imshow(heat, cmap="Blues", vmin=-2.5, vmax=0)
+    show_changes(network, influence)
     label_square(network, labels)
     network.set(xlabel="who was changed", ylabel="who noticed")
     network.set_title("measured in the network", loc="left")

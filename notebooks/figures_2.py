@@ -2,7 +2,7 @@
 figures_2.py: what notebook 2 draws
 
 THE IDEA    As in figures.py, one function per picture. A notebook takes this module under the name
-            `figures`: what all the notebooks share is imported here.
+            `figures`. So all of figures.py is imported here: what the notebooks share.
 SHAPES      times and losses (n,); pictures (M, h, w, 3) uint8; a world of one pixel is
             (means, dev, weights), one mean and weight per kind of picture
 HERE        Every `draw_...` calls plt.show() once, at its end.
@@ -10,24 +10,9 @@ TEST        tests/test_notebooks.py
 """
 import matplotlib.pyplot as plt
 import torch
-from figures import (
-    DARK,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    bell,
-    draw_film,
-    draw_pictures,
-    expect,
-    one_panel,
-    panels,
-    start,
-)
+from figures import *
 
 from support.figures import grid
-
-__all__ = ["draw_film", "draw_pictures", "expect", "start"]     # of figures.py, for the notebooks
 
 
 # ----------------------------------------------------------------- notebook 2: noise in, noise out

@@ -2,7 +2,7 @@
 figures_3.py: what notebooks 3 and 4 draw
 
 THE IDEA    As in figures.py, one function per picture. A notebook takes this module under the name
-            `figures`: what all the notebooks share is imported here.
+            `figures`. So all of figures.py is imported here: what the notebooks share.
 SHAPES      pictures (M, h, w, 3) uint8; latents (M, c, h, w); vectors (M, P, D)
 HERE        Every `draw_...` calls plt.show() once, at its end.
 TEST        tests/test_notebooks.py
@@ -10,30 +10,7 @@ TEST        tests/test_notebooks.py
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from figures import (
-    DARK,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    WIDTH,
-    as_asked,
-    bare,
-    bell,
-    cut_lines,
-    draw_codes,
-    draw_pictures,
-    expect,
-    fill,
-    log_change,
-    one_panel,
-    panels,
-    show_latents,
-    start,
-    write,
-)
-
-__all__ = ["as_asked", "draw_codes", "draw_pictures", "expect", "start"]
+from figures import *
 
 
 # ---------------------------------------------------- notebook 3: a picture becomes a few vectors
@@ -86,8 +63,8 @@ def draw_waves(waves, step):
     waves: (n, 2 * frequencies); step: from one t to the next."""
     n, numbers = waves.shape
     axis = one_panel(WIDTH, 3.8)
-    image = axis.imshow(waves.T, cmap="RdBu", vmin=-1, vmax=1, aspect="auto",
-                        extent=(0, step * (n - 1), numbers, 0))
+    last = step * (n - 1)                   # the largest t
+    image = show_numbers(axis, waves.T, most=1, aspect="auto", extent=(0, last, numbers, 0))
     axis.set(xlabel="t", ylabel="sines, then cosines", title="a column is the code of one t")
     plt.colorbar(image)
     plt.show()
@@ -102,7 +79,7 @@ def draw_told(times, losses_by_t):
         axis.plot(times, curve, marker="o", color=colour, label=f"true t = {true}")
         axis.axvline(true, color=colour, linestyle=":")
     axis.set(xlabel="the t that the model is told", title="diffusion loss", ylim=(0, None))
-    axis.legend(loc="upper center")
+    axis.legend(loc="upper center", frameon=True)           # it stands on a dotted line
     plt.show()
 
 
@@ -114,8 +91,8 @@ def draw_reach(reaches, pixel, p):
     for axis, (title, change) in zip(axes, reaches.items()):
         side = int(len(change) ** 0.5)                      # patches per row
         h = side * p
-        heat = log_change(change).view(side, side)
-        image = axis.imshow(heat, cmap="Blues", vmin=-4, vmax=0, extent=(0, h, h, 0))
+        square = change.view(side, side)
+        image = show_changes(axis, square, least=-4, extent=(0, h, h, 0))
         cut_lines(axis, range(0, h + 1, p), linewidth=1)
         axis.plot(x + 0.5, y + 0.5, "s", color=RED, markersize=14)
         axis.set_title(title)
@@ -187,12 +164,12 @@ def draw_curves(curves, title, xlabel="step", smooth=10):
     axis = one_panel(9, 4.2)
     window = np.ones(smooth) / smooth
     colours = (DARK, ORANGE, RED, GREEN)
-    for (name, curve), colour in zip(curves.items(), colours):
-        means = np.convolve(curve, window, mode="valid")
-        steps = range(smooth, len(curve) + 1)
-        axis.plot(steps, means, color=colour, label=name)
+    means = {}
+    for name, curve in curves.items():
+        means[name] = np.convolve(curve, window, mode="valid")
+        steps = range(smooth, len(curve) + 1)               # all curves are of one length
+    plot_curves(axis, steps, means, colours)
     axis.set(xlabel=xlabel, title=title, ylim=(0, None))
-    axis.legend()
     plt.show()
 
 
@@ -274,11 +251,14 @@ def draw_codebooks(runs, points):
     for axis, (title, (codebook, uses)) in zip(axes, runs.items()):
         alive = codebook[uses > 0]
         dead = codebook[uses == 0]
-        K = len(codebook)
+        circle = {"s": 130, "color": ORANGE, "edgecolor": "black"}
+        cross = {"s": 110, "color": RED, "marker": "x", "linewidth": 3}
         axis.scatter(*few.T, s=6, color=GREY, alpha=0.4)
-        axis.scatter(*alive.T, s=130, color=ORANGE, edgecolor="black", label="used")
-        axis.scatter(*dead.T, s=110, color=RED, marker="x", linewidth=3, label="dead")
-        axis.set_title(f"{title}: {len(alive)} of {K} used")
+        axis.scatter(*alive.T, label="used", **circle)
+        axis.scatter(*dead.T, label="dead", **cross)
+        used = len(alive)
+        K = len(codebook)
+        axis.set_title(f"{title}: {used} of {K} used")
         axis.set_aspect("equal")
         axis.legend(loc="upper right")
     plt.show()
@@ -287,10 +267,9 @@ def draw_codebooks(runs, points):
 def draw_answers(answers):
     """What a critic says during its training. answers: {name: one number per step}."""
     axis = one_panel(9, 3.8)
-    for (name, values), colour in zip(answers.items(), (GREEN, RED)):
-        axis.plot(values, color=colour, label=name)
+    first = next(iter(answers.values()))
+    plot_curves(axis, range(len(first)), answers, (GREEN, RED))
     for margin in (-1, 1):                  # an answer beyond it costs nothing
         axis.axhline(margin, color=GREY, linestyle=":")
     axis.set(xlabel="step", title="the critic's answer: above 0 means real")
-    axis.legend()
     plt.show()

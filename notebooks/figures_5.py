@@ -2,7 +2,7 @@
 figures_5.py: what notebook 5 draws
 
 THE IDEA    As in figures.py, one function per picture. A notebook takes this module under the name
-            `figures`: what all the notebooks share is imported here.
+            `figures`. So all of figures.py is imported here: what the notebooks share.
 SHAPES      a log is a list of dicts, the lines of metrics.progress; pictures (M, h, w, 3) uint8
 HERE        Every `draw_...` calls plt.show() once, at its end.
 TEST        tests/test_notebooks.py
@@ -10,26 +10,10 @@ TEST        tests/test_notebooks.py
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from figures import (
-    DARK,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    WIDTH,
-    as_asked,
-    bare,
-    draw_pictures,
-    expect,
-    one_panel,
-    panels,
-    start,
-)
+from figures import *
 from matplotlib.colors import ListedColormap
 
 import data
-
-__all__ = ["as_asked", "draw_pictures", "expect", "start"]     # of figures.py, for the notebooks
 
 
 # ----------------------------------------------------------------------- notebook 5: train one
@@ -144,8 +128,8 @@ def draw_answers_to(captions, learned, drawn, right):
         bare(axis)
     for axis, picture, good in zip(axes[1:].flat, drawn, right):
         axis.imshow(picture)
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set(visible=True, color=GREEN if good else RED, linewidth=4)
+        bare(axis)
+        frame(axis, good)
     axes[0, 0].set_ylabel("learned")
     for axis in axes[1:, 0]:
         axis.set_ylabel("drawn")
@@ -179,8 +163,20 @@ def draw_runs(gaps, right):
             axis.text(value, k, form.format(value), va="center")
         axis.invert_yaxis()
     longest = max(gaps.values())
-    gap.set(title="conditioning gap", xlim=(0, 1.3 * longest))
-    asked.set(title="pictures as asked", xlim=(0, 15), yticks=[])
+    gap.set(title="conditioning gap", xlim=(0, 1.3 * longest), xticks=[])
+    asked.set(title="pictures as asked", xlim=(0, 15), xticks=[], yticks=[])
+    plt.show()
+
+
+def draw_gaps(gaps):
+    """The conditioning gap of some runs against the step. gaps: {name: {step: gap}}."""
+    axis = one_panel(9, 3.8)
+    for (name, by_step), colour in zip(gaps.items(), (ORANGE, DARK)):
+        steps = list(by_step)
+        values = list(by_step.values())
+        axis.plot(steps, values, marker="o", color=colour, label=name)
+    axis.set(xlabel="step", title="conditioning gap, ε with --noise-skip", ylim=(0, None))
+    axis.legend()
     plt.show()
 
 

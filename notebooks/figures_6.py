@@ -1,8 +1,9 @@
 """
 figures_6.py: what notebooks 6 and 9 draw and check, beside figures.py
 
-THE IDEA    Documents of words and pictures, and what the parser says of them. A notebook imports
-            this in place of figures.py: the parts of figures.py that it uses are here, too.
+THE IDEA    Documents of words and pictures, and what the parser says of them. A notebook takes this
+            module under the name `figures`. So all of figures.py is imported here: what the
+            notebooks share.
 SHAPES      pictures (M, h, w, 3) uint8; a document is a list of str and latents (c, h, w)
 HERE        Every `draw_...` calls plt.show() once. tests/test_notebooks.py counts on it.
 TEST        tests/test_notebooks.py
@@ -14,27 +15,9 @@ import inspect
 import textwrap
 
 import matplotlib.pyplot as plt
-from figures import (
-    DARK,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    WIDTH,
-    as_asked,
-    bare,
-    draw_film,
-    draw_pictures,
-    expect,
-    one_panel,
-    panels,
-    start,
-    write,
-)
+from figures import *
 
 from support.checkpoint import decode_latents
-
-__all__ = ["as_asked", "draw_film", "draw_pictures", "expect", "start"]
 
 
 # ---------------------------------------------------------------------------------- what is printed
@@ -122,10 +105,8 @@ def draw_growth(events):
 def draw_costs(lengths, costs, title):
     """Two costs against the length of what stands before the picture. costs: {name: numbers}."""
     axis = one_panel(9, 3.8)
-    for (name, numbers), colour in zip(costs.items(), (RED, GREEN)):
-        axis.plot(lengths, numbers, marker="o", markersize=9, color=colour, label=name)
+    plot_curves(axis, lengths, costs, (RED, GREEN), marker="o", markersize=9)
     axis.set(xlabel="positions before the picture", title=title, ylim=(0, None))
-    axis.legend()
     plt.show()
 
 
@@ -146,7 +127,7 @@ def draw_judged(pictures, right, titles=None, row_names=None, columns=None):
     for axis, picture, good in zip(axes.flat, pictures, right):
         axis.imshow(picture)
         if good is not None:
-            axis.spines[:].set(visible=True, linewidth=5, color=GREEN if good else RED)
+            frame(axis, good)
     width = int(side * 9)                   # letters that fit above a picture
     for axis, title in zip(axes.flat, titles or []):
         axis.set_title(textwrap.fill(title, width), fontsize=12)

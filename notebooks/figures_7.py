@@ -2,36 +2,14 @@
 figures_7.py: what notebooks 7 and 8 draw
 
 THE IDEA    As in figures.py, one function per picture. A notebook takes this module under the name
-            `figures`: what all the notebooks share is imported here.
+            `figures`. So all of figures.py is imported here: what the notebooks share.
 SHAPES      masks (T, T) bool; tiles (T/128, T/128) int; pictures (M, h, w, 3) uint8
 HERE        Every `draw_...` calls plt.show() once, at its end.
 TEST        tests/test_notebooks.py
 """
 import matplotlib.pyplot as plt
 import numpy as np
-from figures import (
-    DARK,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    WIDTH,
-    as_asked,
-    bare,
-    cell_lines,
-    draw_codes,
-    draw_pictures,
-    expect,
-    fill,
-    kinds_of,
-    one_panel,
-    panels,
-    show_kinds,
-    start,
-    write,
-)
-
-__all__ = ["as_asked", "draw_codes", "draw_pictures", "expect", "start"]
+from figures import *
 
 COLOURS = (DARK, ORANGE, GREEN, RED, GREY, "#8e44ad", "#2980b9")
 
@@ -83,14 +61,12 @@ def draw_sharpness(factors, entropies, most):
     """How widely attention looks, when the matrices of queries and keys grow.
     entropies: {name: one number per factor}; most: the entropy of looking at all keys alike."""
     axis = one_panel(9, 4)
-    for (name, values), colour in zip(entropies.items(), (RED, GREEN)):
-        axis.plot(factors, values, color=colour, marker="o", label=name)
+    plot_curves(axis, factors, entropies, (RED, GREEN), marker="o")
     axis.axhline(most, color=GREY, linestyle=":")
     axis.set(xscale="log", xlabel="weights of queries and keys, times", ylim=(0, most * 1.15),
              title="entropy of attention, nats (dotted: all keys alike)")
     axis.set_xticks(factors, [f"{factor:g}" for factor in factors])
     axis.minorticks_off()
-    axis.legend()
     plt.show()
 
 
@@ -171,15 +147,13 @@ def draw_attention_share(lengths, shares):
     """Attention's share of the FLOPs against the length of the rows.
     shares: {size: one share per length}."""
     axis = one_panel(9, 4)
-    for (name, values), colour in zip(shares.items(), COLOURS):
-        axis.plot(lengths, values, color=colour, marker="o", label=name)
+    plot_curves(axis, lengths, shares, COLOURS, marker="o")
     axis.axhline(0.5, color=GREY, linestyle=":")
     axis.axvline(4096, color=GREY, linestyle=":")
     axis.set(xscale="log", xlabel="T, positions per row (dotted: the paper's 4096)", ylim=(0, 1),
              title="attention's share of the FLOPs")
     axis.set_xticks(lengths, lengths)
     axis.minorticks_off()
-    axis.legend()
     plt.show()
 
 

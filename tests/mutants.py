@@ -44,7 +44,7 @@ TESTS = {                                               # module: the tests that
     "config": "test_errors test_train test_trust test_plan",
     "scale/run": "test_train test_trust", "scale/distributed": "test_distributed test_trust",
     "scale/plan": "test_plan", "scale/shards": "test_shards", "scale/pack": "test_shards",
-    "scale/streams": "test_shards", "scale/feed": "test_shards", "scale/export": "test_train test_distributed",
+    "scale/streams": "test_shards", "scale/feed": "test_shards test_train", "scale/export": "test_train test_distributed",
     "scale/mixture": "test_mixture",
     "autoencoder/losses": "test_vae_losses test_train_vae", "autoencoder/perceptual": "test_vae_losses",
     "autoencoder/train": "test_train_vae test_on_disk test_trust", "autoencoder/processes": "test_vae_processes",

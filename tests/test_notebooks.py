@@ -172,6 +172,18 @@ def test_opens_and_ends_as_a_page(path):
         assert part in last, part
 
 
+def test_the_teachers_table_says_what_the_pages_say():
+    """docs/TEACHING.md: | notebook | needs | minutes | ... Catches a class that is planned by another page's minutes."""
+    table = (FOLDER.parent / "docs/TEACHING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) [a-z][^|]*\| ([\d, ]*)\| (\d+) \|", table, re.M)
+    assert [int(number) for number, _, _ in rows] == list(range(len(NOTEBOOKS)))
+    for path, (_, needs, minutes) in zip(NOTEBOOKS, rows, strict=True):
+        first = text_cells(path)[0]
+        before = re.search(r"\*\*Before:\*\* ([^\[\n]*)", first)[1]            # up to a link: what helps, but is not needed
+        assert f"**Minutes:** {minutes}." in first, path
+        assert re.findall(r"\d", before) == re.findall(r"\d", needs), path
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_predicts_fails_and_checks(path):
     """Predict, naive, see it fail, right, see it work; and at least one number was derived first."""

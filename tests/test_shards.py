@@ -261,6 +261,30 @@ def test_an_epoch_reads_each_row_once(packed):
     for kind, n in stream.rows.items():
         assert len(read[kind]) >= 2 * n
         assert sorted(read[kind][:n]) == sorted(read[kind][n: 2 * n]) == list(range(n)) and read[kind][:n] != read[kind][n: 2 * n]
+    alone = shards.Shards(packed, text_only=True)       # a Llama's: every row is one of text, and none is passed over
+    alone.read_row = lambda kind, k: read[f"alone {kind}"].append(k) or keep(kind, k)
+    read["alone text"] = []
+    for step in range(alone.rows["text"]):
+        alone.draw_row(0, step)
+    assert sorted(read["alone text"]) == list(range(alone.rows["text"]))
+
+
+def test_a_document_that_just_fits():
+    """A row of 12 positions, pictures of 4 patches. Catches one position too few or too many, and a pair that leaves something behind
+    although it was refused."""
+    text = pack.ShardWriter("text", 0, 12, 4, None, 0.0)
+    text.add(list(range(10, 35)))                       # 25 ids between BOS and EOS: 10, 10 and 5 of them
+    assert text.lengths == [12, 12, 7] and text.positions == 31
+    pairs = pack.ShardWriter("pairs", 0, 12, 4, None, 0.999)
+    pairs.add([10] * 4, "pixels")                       # BOS, 4 words, BOI, 4 patches, EOI, EOS
+    with pytest.raises(UserError, match="a caption of 5 tokens and 4 patches do not fit in 12 positions"):
+        pairs.add([10] * 5, "pixels")
+    pairs.add([10], "pixels")                           # the first document is full
+    assert pairs.lengths == [12, 9] and pairs.positions == 21 and len(pairs.pixels) == 2
+    wide = pack.ShardWriter("pairs", 0, 16, 4, None, 0.999)
+    wide.add([10], "pixels")
+    wide.add([10], "pixels")                            # 9 and 7: they share a document
+    assert wide.lengths == [16] and wide.documents == [[0, 1]]
 
 
 # ------------------------------------------------------------------------------------------------------- the paper's numbers
@@ -726,13 +750,14 @@ def test_the_same_source_in_another_place(tmp_path, monkeypatch):
     pack.main(small_text(tmp_path / "moved", "out"))
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("encoding, sentence", [("utf-16", "is text in UTF-16"), ("utf-32", "is text in UTF-16"), ("utf-16-be", "begins with a zero byte"),
+                                                ("utf-16-le", "NUL|nothing in .* can be used")])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_text_in_utf_16(tmp_path, name, encoding):
+def test_text_in_utf_16(tmp_path, name, encoding, sentence):
     """Catches words with a NUL behind each letter, packed as if they were text."""
     text = "one two\nthree four\n" if name == "a.txt" else '{"text": "one two"}\n{"text": "three"}\n'
     (tmp_path / name).write_bytes(text.encode(encoding))
-    with pytest.raises(UserError, match="UTF-16|NUL|zero byte|nothing in .* can be used"):
+    with pytest.raises(UserError, match=sentence):
         pack.main(command(None, tmp_path / "out", text=tmp_path / name, pairs=None))
     assert not list(tmp_path.glob("out/text*"))
 
@@ -746,6 +771,15 @@ def test_a_bom_at_the_start_of_a_text(tmp_path):
     path = write_tar(tmp_path / "c.tar", [("1.png", picture("red")), ("1.txt", b"\xef\xbb\xbfone two")])
     items = streams.members_of(path, 8)
     assert next(items)[1]()[0] == "one two"
+
+
+def test_scenes_come_in_groups(monkeypatch):
+    """Catches a last group that is as large as the others: more pairs than were asked for."""
+    monkeypatch.setattr(streams, "SCENES_AT_ONCE", 4)
+    items = list(streams.scenes_of("pairs", "one", 6, 32))
+    assert [so_far for so_far, _ in items] == [1, 2, 3, 4, 5, 6]
+    begun = [read()[0] for _, read in streams.scenes_of("pairs", "one", 4, 32)]
+    assert [read()[0] for _, read in items][:4] == begun
 
 
 def test_a_line_or_a_member_of_gigabytes(tmp_path, monkeypatch):
