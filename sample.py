@@ -738,7 +738,8 @@ def main(argv=None, decoder=Decoder):
             sheet = figures.grid(pictures, columns=min(8, len(pictures)), gap=1)
         out = args.out or sample_options.free_name()
         figures.save_picture(sheet, out)
-        lines.append(f"wrote {out} ({len(pictures)} pictures, {time.time() - began:.1f} s)")
+        how_many = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+        lines.append(f"wrote {out} ({how_many}, {time.time() - began:.1f} s)")
         if args.film:
             figures.save_film(trained, steps, args.film)
             lines.append(f"wrote {args.film}")
