@@ -173,7 +173,8 @@ def learning_rate(config, step):
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     share = (step - config.warmup) / max(1, config.steps - config.warmup)       # 0 to 1
-    return config.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
+    wave = 0.5 * (1 + math.cos(math.pi * share))                                # 1 to 0
+    return config.lr * (0.05 + 0.95 * wave)
 
 
 @torch.no_grad()                                        # else it would remember every step's graph
@@ -185,8 +186,10 @@ def update_average(run):
         return
     # Early on it must forget quickly, or the random first weights would stay in it for long.
     keep = min(run.config.ema, (1 + run.step) / (10 + run.step))
-    # average += (1 - keep) * (model - average), for all tensors in one call.
-    torch._foreach_lerp_(list(run.average.parameters()), list(run.model.parameters()), 1 - keep)
+    averages = list(run.average.parameters())
+    weights = list(run.model.parameters())
+    # average += (1 - keep) * (weight - average), for all tensors in one call.
+    torch._foreach_lerp_(averages, weights, 1 - keep)
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -291,10 +294,13 @@ def train(config, resume, overwrite, command):
     out = Path(config.out)
     view = partial(chameleon.view, config.model)        # how a rival sees a document
     run = prepare(config, out, resume, overwrite, view, command)
-    say(f"{config.data}: {run.feed.pictures:,} pictures, {len(run.feed.tokenizer)} words; model: "
-        f"{count(run.average):,} parameters, {run.feed.shape.patches} patches per picture; "
-        f"{run.end - run.step} steps to go; {distributed.size()} processes on "
-        f"{run.ranks.device.type}; prepared in {time.time() - began:.0f} s")
+    feed = run.feed
+    to_go = run.end - run.step
+    prepared = time.time() - began
+    say(f"{config.data}: {feed.pictures:,} pictures, {len(feed.tokenizer)} words; "
+        f"model: {count(run.average):,} parameters, {feed.shape.patches} patches per picture; "
+        f"{to_go} steps to go; {distributed.size()} processes on {run.ranks.device.type}; "
+        f"prepared in {prepared:.0f} s")
     if config.model == "transfusion" and run.diffusion.kind == "flow":
         say("It trains rectified flow, which the paper leaves to future work")
 
