@@ -114,7 +114,7 @@ class Config:
 
     # How the processes share the work. None of these changes what is learned.
     checkpointing: bool = option(False, "recompute activations in the backward pass")
-    compile: bool = option(False, "torch.compile each block")
+    compile: bool = option(False, "torch.compile each block and the patch encoder")
     shard: int = option(0, "among how many processes the weights are divided; 0: those of one "
                         "machine")
     auto: bool = option(False, "choose the rows of a micro-batch, and --checkpointing, for the "

@@ -239,7 +239,10 @@ SHARES = {                                             # numbers in 0..1, in the
 
 def describe_report(numbers, options):
     """The numbers of a report as lines of text. options: how pictures were drawn, or None."""
-    lines = [f"pictures drawn with {options}" if options else "a Llama: words only"]
+    lines = ["a Llama: words only"]
+    if options:
+        settings = ", ".join(f"{name} {value}" for name, value in options.items())
+        lines = [f"pictures drawn with {settings}"]
 
     # 1. What has a row per category.
     for key in ("geneval", "held_out"):

@@ -92,7 +92,8 @@ def write(trained, prompt, max_words=64, max_pictures=1, temperature=0.0, top_p=
         if token == EOS:
             break
         if token == BOI:
-            if max_pictures == 0 or len(tokens) + P + 1 > model.config.context:
+            has_room = len(tokens) + P + 1 <= model.config.context      # for patches and EOI
+            if max_pictures == 0 or not has_room:
                 break                                   # BOI stays last: nothing follows it
             # Diffusion mode: P patches of pure noise, and denoise them where they stand.
             noise = torch.randn(1, *model.config.latent, generator=generator)   # (1, c, h, w)
@@ -182,7 +183,8 @@ def choose(logits, temperature=0.0, top_p=1.0, generators=None):
     logits[:, NEVER_CHOSEN] = -torch.inf
     if temperature == 0:
         return logits.argmax(-1)                        # Paper: App. B.1, greedy
-    p, order = (logits / temperature).softmax(-1).sort(descending=True)         # (B, V) each
+    p = (logits / temperature).softmax(-1)                                      # (B, V)
+    p, order = p.sort(descending=True)                                          # (B, V) each
     likelier = p.cumsum(-1) - p                         # of all that are likelier, together
     p = p.masked_fill(likelier >= top_p, 0).cpu()       # so the word that crosses top_p is kept
     ranks = []                                          # 0 is the likeliest word
@@ -200,7 +202,8 @@ def drop_caption(tokens):
     start = caption_start(tokens[:boi])
     # TRAP: BOI stays, and so does the length. In training a dropped caption is as long as the
     # caption was: the model has never seen a shorter row (docs/PAPER.md §4.8).
-    return tokens[:start] + [DROP] * (boi - start) + tokens[boi:]
+    dropped = [DROP] * (boi - start)
+    return tokens[:start] + dropped + tokens[boi:]
 
 
 def caption_start(tokens):
@@ -233,7 +236,8 @@ def check_fits(tokens, need, context):
     # BOS, BOI, EOI and patches are not the user's to leave out: count words alone.
     words = sum(token >= len(data.SPECIAL) for token in tokens)
     fit = words - (need - context)                      # so many have room
-    advice = f"shorten {'its words' if PATCH in tokens else 'it'} to {fit} tokens"
+    what = "its words" if PATCH in tokens else "it"
+    advice = f"shorten {what} to {fit} tokens"
     if fit < 0:
         advice = "it has no room for these pictures"
     raise UserError(f"the prompt needs {need} positions, but this model's context is {context}: "
@@ -373,8 +377,9 @@ class Decoder:
         n = len(rows)
 
         # 1. Where the patches go: the P positions after each row's BOI.
-        starts = torch.tensor([len(self.tokens[b]) for b in rows])
-        pos = (starts[:, None] + torch.arange(P)).to(self.device)               # (n, P)
+        starts = torch.tensor([len(self.tokens[b]) for b in rows])              # (n,)
+        pos = starts[:, None] + torch.arange(P)                                 # (n, P)
+        pos = pos.to(self.device)
 
         # 2. What they look at: a copy of the rows. Guidance needs a second one without the caption,
         #    in the same batch. The halves share memory with the whole.
@@ -431,7 +436,8 @@ def repeat_last(rows):
     n = max(len(row) for row in rows)
     filled = []
     for row in rows:
-        filled.append(row + [row[-1]] * (n - len(row)))
+        missing = n - len(row)
+        filled.append(row + [row[-1]] * missing)
     return torch.tensor(filled)
 
 
@@ -461,7 +467,8 @@ class Row:
     def may_draw(self):
         """Whether a picture is allowed after this BOI, and has room with its EOI."""
         need = self.config.patches + 1
-        return self.pictures_left > 0 and len(self.tokens) + need <= self.config.context
+        has_room = len(self.tokens) + need <= self.config.context
+        return self.pictures_left > 0 and has_room
 
 
 @dataclass
@@ -608,7 +615,8 @@ def describe(trained, latents, **options):
     documents = generate(trained, prompts, max_pictures=0, **options)
     captions = []
     for document in documents:
-        captions.append(" ".join(part for part in document if isinstance(part, str)))
+        words = [part for part in document if isinstance(part, str)]
+        captions.append(" ".join(words))
     return captions
 
 
@@ -725,8 +733,11 @@ def main(argv=None, decoder=Decoder):
     # 3. Save first, print after: whatever goes wrong with the words, the picture is there.
     lines = []
     for k, document in enumerate(documents):
-        line = " ".join(part if isinstance(part, str) else "[picture]" for part in document)
-        lines.append(f"{args.image[k]}: {line}" if args.image else line)
+        words = [part if isinstance(part, str) else "[picture]" for part in document]
+        line = " ".join(words)
+        if args.image:
+            line = f"{args.image[k]}: {line}"
+        lines.append(line)
     latents = []
     for document in documents:
         # Of an edit the last picture is shown, otherwise all, those of the prompt included.
@@ -738,7 +749,8 @@ def main(argv=None, decoder=Decoder):
             sheet = figures.grid(pictures, columns=min(8, len(pictures)), gap=1)
         out = args.out or sample_options.free_name()
         figures.save_picture(sheet, out)
-        lines.append(f"wrote {out} ({len(pictures)} pictures, {time.time() - began:.1f} s)")
+        how_many = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+        lines.append(f"wrote {out} ({how_many}, {time.time() - began:.1f} s)")
         if args.film:
             figures.save_film(trained, steps, args.film)
             lines.append(f"wrote {args.film}")

@@ -56,12 +56,10 @@ def train_step(run):
     sharded = run.ranks.mesh is not None                # weights are divided: several processes
     processes = distributed.size() if sharded else 1
 
-    # 1. Draw documents, and noise for their pictures. A step is a fixed set of micro-batches, each
-    #    a pure function of (seed, step, micro): a resumed run sees the same data as one that was
-    #    never stopped, on any number of processes. This process takes its own share of them.
+    # 1. Draw documents. A step is a fixed set of micro-batches, each a pure function of (seed,
+    #    step, micro): a resumed run sees the same data as one that was never stopped, on any number
+    #    of processes. This process takes its own share of them.
     batches = [run.feed.batch(run.config.seed, run.step, micro) for micro in run.micros]
-    for batch in batches:
-        draw_noise(batch)                               # t and eps, one of each per picture
 
     # 2. Count what eq. 4 divides by. Before the batches leave: to ask a GPU is to wait for it.
     # TRAP: counted over the whole step and over all processes, before anything is divided. A mean
@@ -70,16 +68,18 @@ def train_step(run):
     pictures = sum(len(batch.latents) for batch in batches)
     tokens = sum(int((batch.tokens != data.PAD).sum()) for batch in batches)
     all_words, all_pictures = total(run, [words, pictures])
-    batches = [batch.to(run.ranks.device) for batch in batches]
 
-    # 3. Forward, two losses, their sum, backward. One micro-batch at a time: only one set of
-    #    activations is in memory. The gradients add up in the weights.
+    # 3. Noise, forward, two losses, their sum, backward. One micro-batch at a time: only one set of
+    #    activations is in memory. The gradients add up in the weights. A GPU still computes with
+    #    one micro-batch while the noise of the next is drawn.
     lm_sum = 0.0
     diff_each = []
     parts = []
     for k, batch in enumerate(batches, 1):
         if sharded:                                     # gradients travel after the last one only
             distributed.last_of_step(model, k == len(batches))
+        draw_noise(batch)                               # t and eps, one of each per picture
+        batch = batch.to(run.ranks.device)
         # Paper: eq. 1, a sum over words, and eq. 3, one number per picture.
         lm, _, diff = losses(model, batch, run.diffusion, model.config.stable)      # (), _, (M,)
         # Paper: eq. 4. This micro-batch's part of it: the parts add up to L.
@@ -93,9 +93,9 @@ def train_step(run):
         parts.append(part.detach())
 
     # 4. Clip the gradient, see that all is finite, step.
-    norm = clip_gradient(run)
-    lm_sum, norm, *parts = torch.stack([lm_sum, norm, *parts]).tolist()     # one wait for the GPU
-    check_finite(run, batches, norm, parts)
+    L, norm = clip_gradient(run, sum(parts))
+    lm_sum, L, norm, *parts = torch.stack([lm_sum, L, norm, *parts]).tolist()   # one wait for a GPU
+    check_finite(run, batches, L, norm, parts)
     update_weights(run)
     return {
         "lm": lm_sum,
@@ -129,25 +129,31 @@ def total(run, numbers):
     return distributed.total(numbers, run.ranks.device)
 
 
-def clip_gradient(run):
-    """Scale the gradient down to the norm config.clip, if it is longer. Returns the norm that it
-    had, a scalar tensor."""
+def clip_gradient(run, part):
+    """Scale the gradient down to the norm config.clip, if it is longer. Returns (L of eq. 4, the
+    norm that the gradient had), scalar tensors.
+
+    part    a scalar tensor, what this process's micro-batches add to L"""
     # Paper: App. B.1 clips the gradient's norm at 1.
     # TRAP: the norm of the whole gradient, so after all micro-batches and over all processes.
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip)
-    return norm if run.ranks.mesh is None else distributed.gather(norm)
+    weights = [weight for weight in run.model.parameters() if weight.grad is not None]
+    if run.ranks.mesh is None:
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights])
+    else:
+        part, norm = distributed.total_loss_and_norm(part, weights, run.ranks.mesh)
+    torch.nn.utils.clip_grads_with_norm_(weights, run.config.clip, norm)
+    return part, norm
 
 
-def check_finite(run, batches, norm, parts):
+def check_finite(run, batches, L, norm, parts):
     """Raise UserError if the step must not be taken: some process has a number that is not finite.
 
     batches   list of this process's data.Batch
-    norm      float, of the whole gradient
+    L, norm   floats, the whole loss, and the norm of the whole gradient
     parts     list of floats, what each batch adds to L"""
     # TRAP: one step with NaN ruins every weight, and then all that is saved. The losses, too: with
     # --lam 0 a loss can be infinite while the gradient is finite.
-    broken = not all(math.isfinite(number) for number in (norm, *parts))
-    if any(total(run, [broken])):                       # if one process must stop, all must
+    if not (math.isfinite(L) and math.isfinite(norm)):  # sums of all: if one must stop, all do
         raise run.not_finite(norm, batches, parts)
 
 
@@ -167,7 +173,8 @@ def learning_rate(config, step):
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     share = (step - config.warmup) / max(1, config.steps - config.warmup)       # 0 to 1
-    return config.lr * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
+    wave = 0.5 * (1 + math.cos(math.pi * share))                                # 1 to 0
+    return config.lr * (0.05 + 0.95 * wave)
 
 
 @torch.no_grad()                                        # else it would remember every step's graph
@@ -179,8 +186,10 @@ def update_average(run):
         return
     # Early on it must forget quickly, or the random first weights would stay in it for long.
     keep = min(run.config.ema, (1 + run.step) / (10 + run.step))
-    # average += (1 - keep) * (model - average), for all tensors in one call.
-    torch._foreach_lerp_(list(run.average.parameters()), list(run.model.parameters()), 1 - keep)
+    averages = list(run.average.parameters())
+    weights = list(run.model.parameters())
+    # average += (1 - keep) * (weight - average), for all tensors in one call.
+    torch._foreach_lerp_(averages, weights, 1 - keep)
 
 
 # ---------------------------------------------------------------------------------------- the loop
@@ -285,10 +294,13 @@ def train(config, resume, overwrite, command):
     out = Path(config.out)
     view = partial(chameleon.view, config.model)        # how a rival sees a document
     run = prepare(config, out, resume, overwrite, view, command)
-    say(f"{config.data}: {run.feed.pictures:,} pictures, {len(run.feed.tokenizer)} words; model: "
-        f"{count(run.average):,} parameters, {run.feed.shape.patches} patches per picture; "
-        f"{run.end - run.step} steps to go; {distributed.size()} processes on "
-        f"{run.ranks.device.type}; prepared in {time.time() - began:.0f} s")
+    feed = run.feed
+    to_go = run.end - run.step
+    prepared = time.time() - began
+    say(f"{config.data}: {feed.pictures:,} pictures, {len(feed.tokenizer)} words; "
+        f"model: {count(run.average):,} parameters, {feed.shape.patches} patches per picture; "
+        f"{to_go} steps to go; {distributed.size()} processes on {run.ranks.device.type}; "
+        f"prepared in {prepared:.0f} s")
     if config.model == "transfusion" and run.diffusion.kind == "flow":
         say("It trains rectified flow, which the paper leaves to future work")
 

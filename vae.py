@@ -115,11 +115,13 @@ class Attention(nn.Module):
     def forward(self, x):
         M, c, h, w = x.shape
         qkv = self.qkv(self.norm(x))                                        # (M, 3*c, h, w)
-        qkv = qkv.view(M, 3, c, h * w).transpose(2, 3)                      # (M, 3, h*w, c)
+        qkv = qkv.view(M, 3, c, h * w)                                      # (M, 3, c, h*w)
+        qkv = qkv.transpose(2, 3)                                           # (M, 3, h*w, c)
         # The dimension of the one head stays: without it PyTorch takes its slow, unfused path.
         q, k, v = qkv.split(1, dim=1)                                       # each (M, 1, h*w, c)
         out = F.scaled_dot_product_attention(q, k, v)                       # (M, 1, h*w, c)
-        out = out.transpose(2, 3).reshape(M, c, h, w)                       # (M, c, h, w)
+        out = out.transpose(2, 3)                                           # (M, 1, c, h*w)
+        out = out.reshape(M, c, h, w)                                       # (M, c, h, w)
         return x + self.out(out)
 
 
@@ -220,7 +222,8 @@ class Quantiser(nn.Module):
         if self.training:
             self.count(codes)
         straight = straight.view(M, h, w, z)
-        return rearrange(straight, "m h w z -> m z h w"), codes.view(M, h, w), loss
+        straight = rearrange(straight, "m h w z -> m z h w")                # (M, z, h, w)
+        return straight, codes.view(M, h, w), loss
 
     @torch.no_grad()
     def nearest(self, vectors):
@@ -308,7 +311,8 @@ class VAE(nn.Module):
         latents = mean + deviation * noise.to(x.device)                     # (M, z, h/f, w/f)
 
         # Our choice: summed over a picture's latents, averaged over pictures; so it is in nats.
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum() / len(x)
+        each = mean.square() + logvar.exp() - 1 - logvar                    # (M, z, h/f, w/f)
+        kl = 0.5 * each.sum() / len(x)
         return self.decoder(latents), kl
 
     def run_encoder(self, x):
@@ -395,7 +399,8 @@ def batches(vae, pixels, progress=False):
     """Yields pixels (N, h, w, c) uint8, in order, as float (n, c, h, w) on the VAE's device."""
     N, h, w, c = pixels.shape
     # So many fit in memory: 256 of 32 x 32. On a CPU 64, which its caches hold: a fifth faster.
-    most = 2 ** 16 if vae.shift.device.type == "cpu" else 2 ** 18           # pixels at once
+    on_cpu = vae.shift.device.type == "cpu"
+    most = 2 ** 16 if on_cpu else 2 ** 18               # pixels at once
     n = max(1, most // (h * w))
     starts = range(0, N, n)
     for k in tqdm(starts, desc="encoding pictures", disable=not progress, leave=False):
@@ -446,7 +451,8 @@ def describe(config):
 def show_quantising():
     """Quantise three vectors with a codebook of four, and print what happens to them."""
     quantiser = Quantiser(4, 2).eval()
-    quantiser.codebook.data = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    corners = [[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]
+    quantiser.codebook.data = torch.tensor(corners)
     vectors = torch.tensor([[0.1, 0.2], [0.9, 0.8], [0.2, 1.1]])
     e = rearrange(vectors, "w z -> 1 z 1 w").requires_grad_()
     straight, codes, loss = quantiser(e)

@@ -94,13 +94,13 @@ def is_log_line(row):
 def summary(log):
     """What the progress bar shows of a support.run_folder.Log: {name: text}."""
     row = log.rows[-1]
-    texts = {"lm": f"{row['lm']:.3f}", "diff": "-", "mfu": "-", "gap": "-"}
+    texts = {"lm": f"{row['lm']:.3f}", "diff": "-", "gap": "-"}
     if row["diffusion"] is not None:                    # a rival has none
         texts["diff"] = f"{row['diffusion']:.3f}"
-    if row["mfu"] is not None:                          # the peak of this device is not known
-        texts["mfu"] = f"{row['mfu']:.1%}"
     if log.last("gap") is not None:                     # it is not measured at every line
         texts["gap"] = f"{log.last('gap'):.3f}"
+    if row["mfu"] is not None:                          # the peak of a CPU is not known
+        texts["mfu"] = f"{row['mfu']:.1%}"
     return texts
 
 

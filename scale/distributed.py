@@ -58,6 +58,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from model import Transfusion, count
@@ -209,12 +210,18 @@ def wait():
 
 @contextlib.contextmanager
 def rank_0_first():
-    """What is inside happens on rank 0, then on the others: they find the file that it wrote."""
+    """What is inside happens on rank 0, then on the others: they find the file that it wrote. It
+    may take hours, as the training of a VAE does."""
+    if size() == 1:
+        yield
+        return
+    # The group comes first, as in `split_work`.
+    group = long_group()
     if rank() > 0:
-        wait()
+        dist.barrier(group)
     yield
     if rank() == 0:
-        wait()
+        dist.barrier(group)
 
 
 # -------------------------------------------------------------------------------- dividing the work
@@ -245,6 +252,22 @@ def total(numbers, device="cpu"):
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()
+
+
+def total_loss_and_norm(part, weights, mesh):
+    """(L, the norm of the whole gradient), scalar tensors, in one message. It travels between the
+    GPUs, and nobody waits for it. Every rank must call it.
+
+    part      what this rank adds to L, a scalar tensor
+    weights   those that have a gradient; this rank holds a shard of each"""
+    norm = torch.nn.utils.get_total_norm([weight.grad.to_local() for weight in weights])
+    # On a 2-D mesh every copy holds the whole gradient.
+    copies = size() // mesh.shape[-1]
+    # float64, as in `total`; and the square of a float32 may be too large for one.
+    sums = torch.stack([part.double(), norm.double().square() / copies])
+    dist.all_reduce(sums)
+    L, squares = sums.unbind()
+    return L.float(), squares.sqrt().float()
 
 
 def from_rank_0(look):
@@ -313,13 +336,13 @@ def shard_model(make, ranks, checkpointing=False, compiled=False):
     """The model of make(), its weights drawn once and divided among the ranks.
 
     checkpointing   keep only the inputs of blocks, and compute the rest again in the backward pass
-    compiled        torch.compile each block; one is compiled, all use it
+    compiled        torch.compile each block (one is compiled, all use it) and the patch encoder
 
     The order matters: shapes only -> activation checkpointing -> compile -> shard -> memory ->
     weights. "Shapes only" is the device "meta", on which 7B parameters take no memory."""
     if ranks.mesh is None:
         model = make()
-        prepare_blocks(model, checkpointing, compiled)
+        prepare_parts(model, checkpointing, compiled)
         return model
 
     # 1. The weights. TRAP: drawn shard by shard, they depend on the number of shards. Rank 0 draws
@@ -332,7 +355,7 @@ def shard_model(make, ranks, checkpointing=False, compiled=False):
     buffers = [name for name, _ in model.named_buffers()]
     if buffers:
         raise ValueError(f"buffers are not drawn, and would be left empty: {buffers}")
-    prepare_blocks(model, checkpointing, compiled)
+    prepare_parts(model, checkpointing, compiled)
     shard_weights(model, ranks)
 
     # 3. Memory for this rank's part, then its weights from rank 0.
@@ -342,16 +365,39 @@ def shard_model(make, ranks, checkpointing=False, compiled=False):
     return model
 
 
-def prepare_blocks(model, checkpointing, compiled):
-    """Replace the blocks' forward by one that is checkpointed, compiled, or both.
+def prepare_parts(model, checkpointing, compiled):
+    """Replace the blocks' forward by one that is checkpointed, compiled, or both; and, if compiled,
+    the patch encoder's two ways.
 
-    Only `forward`: the parameters keep their names, and FSDP's hooks stay outside. So weights are
-    gathered before, not within, what is computed again."""
+    Only these functions: the parameters keep their names, and FSDP's hooks stay outside. So weights
+    are gathered before, not within, what is computed again."""
     for block in model.blocks:
         if checkpointing:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if compiled:
             block.forward = torch.compile(block.forward)
+    if compiled:
+        encoder = model.patch_encoder
+        encoder.encode = compile_for_pictures(encoder.encode)
+        encoder.decode = compile_for_pictures(encoder.decode)
+
+
+def compile_for_pictures(function):
+    """A patch encoder's `encode` or `decode`, compiled once for any number M of pictures: it
+    changes from micro-batch to micro-batch. With fewer than two it runs as it is, because torch
+    makes graphs of their own for 0 and 1."""
+    compiled = torch.compile(function)
+
+    def call(x, t, *kept):
+        if len(t) < 2:
+            return function(x, t, *kept)
+        # Every tensor among these has M first. Otherwise the first M would have a graph of its own.
+        for tensor in pytree.tree_leaves((x, t, kept)):
+            if isinstance(tensor, torch.Tensor):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(x, t, *kept)
+
+    return call
 
 
 def shard_weights(model, ranks):

@@ -15,7 +15,7 @@ import torch
 
 from scale import distributed
 from scale.mixture import last_from, read_weights
-from scale.shards import Shards
+from scale.shards import Shards, content_as_before
 from sources.feed import noise_limits, shape_of
 from support.common import UserError
 
@@ -79,6 +79,12 @@ class ShardFeed:
         """What config.json says of the data: the settings they were packed with, and the name of
         their content."""
         return {"packed": self.shards.settings | {"content": self.shards.content}}
+
+    def describe_as_before(self):
+        """What an earlier version of this program said otherwise of the same data."""
+        indices = self.shards.find_indices()
+        content = distributed.from_rank_0(lambda: content_as_before(indices))
+        return {"packed": {"content": content}}
 
 
 class Ahead:

@@ -230,7 +230,7 @@ def prepare(config, out, resume, overwrite, view, command=""):
 
     # 3. Go on where the last checkpoint ends, or clear the folder.
     if resume and complete:
-        run_folder.check_same_data(out, feed.describe())
+        run_folder.check_same_data(out, feed.describe(), feed.describe_as_before)
         with run.explain_memory("the checkpoint is read"):
             run.step = distributed.load_newest(out, ranks, run.model, run.average, run.optimizer)
         skipped = [f"(step_{step:06d} was not finished: skipped)" for step in incomplete]

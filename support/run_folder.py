@@ -136,10 +136,13 @@ def read_kept(out):
     raise UserError(f"{out}/config.json cannot be read ({problem}): is {out} the folder of a run?")
 
 
-def check_same_data(out, described):
+def check_same_data(out, described, describe_as_before):
     """Raise UserError if the run in `out` has learned from other data: other captions or pictures,
-    or shards with another tokenizer, VAE, or layout. described: what the feed says of its data
-    (`describe`)."""
+    or shards with another tokenizer, VAE, or layout.
+
+    described           what the feed says of its data (`describe`)
+    describe_as_before  function () -> what earlier versions said otherwise. It may take minutes, so
+                        it is called only if something differs"""
     kept = read_kept(out)
     for part, now in described.items():
         before = kept.get(part)
@@ -148,6 +151,9 @@ def check_same_data(out, described):
                             f"folders into training and test otherwise: start a new run with "
                             f"another --out")
         changed = [name for name, value in (before or {}).items() if now.get(name) != value]
+        if changed:
+            earlier = describe_as_before().get(part, {})
+            changed = [name for name in changed if earlier.get(name) != before[name]]
         if changed:
             first = changed[0]
             example = difference(before[first], now.get(first))

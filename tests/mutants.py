@@ -56,7 +56,7 @@ TESTS = {                                               # module: the tests that
     "metrics/gap": "test_evaluate test_chameleon", "metrics/scenes": "test_evaluate",
     "metrics/digits": "test_evaluate", "metrics/drawing": "test_evaluate test_folder",
     "metrics/progress": "test_train test_trust", "metrics/mixtures": "test_mixtures",
-    "metrics/doctor": "test_doctor", "metrics/likelihood": "test_likelihood",
+    "metrics/doctor": "test_doctor", "metrics/likelihood": "test_likelihood test_errors",
     "metrics/questions": "test_questions", "metrics/coco": "test_coco", "metrics/sweep": "test_sweep",
     "metrics/folder": "test_folder", "metrics/verdicts": "test_verdicts", "metrics/results": "test_experiments",
     "metrics/scaling": "test_scaling",

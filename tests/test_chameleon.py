@@ -343,7 +343,7 @@ def test_each_program_has_its_models(trained, tmp_path, monkeypatch, capsys):
         chameleon.main(["a circle", "--checkpoint", str(ASSETS / "scenes.pt")])
     assert list(tmp_path.iterdir()) == [tmp_path / "chameleon.pt"]
     chameleon.main(["a red circle", "--checkpoint", "chameleon.pt"])
-    assert "wrote sample.png (1 pictures" in capsys.readouterr().out and (tmp_path / "sample.png").exists()
+    assert "wrote sample.png (1 picture," in capsys.readouterr().out and (tmp_path / "sample.png").exists()
     monkeypatch.setattr(chameleon, "demo", lambda: print("the demo"))
     monkeypatch.setattr("sys.argv", ["chameleon.py"])
     chameleon.main()

@@ -5,17 +5,27 @@ One start of two gloo processes (`work`, at the end) trains, is interrupted, res
 process does the same alone and compares. Micro-batches are made as unequal as can be: each has another number of documents, one has no picture.
 """
 import contextlib
+import copy
+import functools
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -35,7 +45,7 @@ from test_train import log, same, small_run, states
 CAPTIONS = ["a red circle", "a circle", "a blue square", "a circle", "a white cross"]
 MODELS = {"linear": [], "unet": ["--encoder", "unet"],                # what is trained
           "chameleon": ["--model", "chameleon", "--stable", "--vae", str(ASSETS / "scenes_vq.pt"), "--seq-len", "160"]}
-MANY = {"unet": ["--shard", "1", "--checkpointing"]}                    # how, by several processes; --shard 1: a 2 x 1 mesh
+MANY = {"unet": ["--shard", "1", "--checkpointing", "--compile"]}       # how, by several processes; --shard 1: a 2 x 1 mesh
 
 
 @contextlib.contextmanager
@@ -55,6 +65,8 @@ def tiny_and_uneven():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.SIZES, "toy", (2, 32, 2))
         patch.setattr(Feed, "batch", uneven)
+        # --compile: with graphs as on a GPU, but without the minutes of a CPU's compiler.
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
         yield patch
 
 
@@ -133,6 +145,41 @@ def test_four_processes_on_a_2d_mesh_take_the_steps_of_one(folder):
     with tiny_and_uneven():
         train.main(command(folder, "one_of_four", "--accumulate", "8"))
     assert close(log(folder / "one_of_four"), log(folder / "four"), 1e-5) and far(folder / "one_of_four", folder / "four") < 1e-3
+
+
+def test_a_step_sends_two_small_messages(folder):
+    """One before the forward, the counts of eq. 4; one after the backward, L and the gradient's norm. Catches one for each number:
+    each is a wait for the slowest of 512 processes."""
+    messages = json.loads((folder / "messages.json").read_text())
+    assert messages == [2] * 6
+
+
+def test_a_compiled_run_has_three_graphs(folder):
+    """A block, and the U-Net's two ways. Catches a graph for every number of pictures, one for 0 and for 1, and one that breaks in
+    two, with FSDP and checkpointing around it. That the numbers are those of plain code is in
+    `test_two_processes_take_the_steps_of_one`: only two processes compile there."""
+    graphs, breaks = json.loads((folder / "graphs.json").read_text())
+    assert graphs == [3] * 6 and breaks == {}
+
+
+@pytest.mark.parametrize("encoder", ["linear", "unet"])
+def test_the_patch_encoder_compiles_once(make_model, monkeypatch, encoder):
+    """--compile: a graph for every number of pictures, a break in the middle, or other outputs or gradients than the plain code's."""
+    torch._dynamo.reset()
+    compiled = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiled, fullgraph=True))     # fullgraph: no break inside
+    plain = make_model(encoder)
+    fast = copy.deepcopy(plain)
+    distributed.prepare_parts(fast, checkpointing=False, compiled=True)
+    for M in (3, 5, 0, 1, 2, 9):
+        xt, t, found = torch.randn(M, 4, 4, 4), torch.randint(1, 1001, (M,)), []
+        for network in (plain.patch_encoder, fast.patch_encoder):
+            vectors, kept = network.encode(xt, t)
+            out = network.decode(vectors, t, kept)
+            loss = (out ** 2).sum() + vectors.sum()
+            found.append([vectors, out, *torch.autograd.grad(loss, list(network.parameters()))])
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*found)) and (M == 0 or found[0][1].abs().sum() > 1)
+    assert compiled.frame_count == 2, "one for encode, one for decode"
 
 
 @pytest.mark.parametrize("encoder", MODELS)
@@ -327,6 +374,17 @@ def test_out_of_memory(folder, tmp_path, monkeypatch, memory_error):
 
 
 # ------------------------------------------------------------------------------------------ what the two processes do
+class Messages(TorchDispatchMode):
+    """n: how many all-reduces were sent inside, ours and those of DTensor."""
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if DTensor in types:                            # what it sends comes here again, as a plain tensor
+            return NotImplemented
+        self.n += function.name().split("::")[1].replace("_", "").startswith("allreduce")
+        return function(*args, **(kwargs or {}))
+
+
 def work(folder):
     """Run by torchrun, in each of two processes; of four, one run on a mesh of 2 copies x 2 shards."""
     torch.set_num_threads(1)
@@ -339,10 +397,27 @@ def work(folder):
             np.save(folder / "asked.npy", np.array(asked))
         return
     with tiny_and_uneven() as patch:
+        real, messages, graphs = train.train_step, [], []
+
+        def count_messages(run):
+            with Messages() as sent:
+                taken = real(run)
+            messages.append(sent.n)
+            return taken
+
+        def count_graphs(run):
+            taken = real(run)
+            graphs.append(counters["stats"]["unique_graphs"])
+            return taken
+        watched = {"linear": count_messages, "unet": count_graphs}
         for encoder, options in MODELS.items():
-            train.main(command(folder, f"two_{encoder}", *options, *MANY.get(encoder, [])))
+            with patch.context() as watch:
+                watch.setattr(train, "train_step", watched.get(encoder, real))
+                train.main(command(folder, f"two_{encoder}", *options, *MANY.get(encoder, [])))
+        if distributed.rank() == 0:
+            (folder / "messages.json").write_text(json.dumps(messages))
+            (folder / "graphs.json").write_text(json.dumps([graphs, counters["graph_break"]]))
         train.main(command(folder, "two_without", "--ema", "0"))
-        real = train.train_step
 
         def step(run):
             if run.step == 3 and distributed.rank() == 1:     # Ctrl-C that reaches one of them only
@@ -370,6 +445,10 @@ def work(folder):
         raise UserError("seen by rank 0 alone")
     with pytest.raises(UserError, match="seen by rank 0 alone"):
         distributed.from_rank_0(refuse)
+    distributed.wait()                                  # the default group: its patience ends here
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5), dist.group.WORLD)
+    with distributed.rank_0_first():                    # a VAE is trained meanwhile, for longer than that
+        time.sleep(1.5 * (distributed.rank() == 0))
     distributed.split_work(lambda part, first: part, [0] * distributed.size())     # a message just before the end: see distributed.stop
 
 

@@ -223,3 +223,12 @@ def test_texts_of_files(tmp_path):
     for limit, scenes_first in ((5, 5), (None, 1000)):
         texts = list(likelihood.read_texts(["scenes", a], limit))
         assert len(texts) == scenes_first + 2 and texts[-2:] == ["a b", "c"]
+
+
+def test_a_suite_without_names_is_the_papers(monkeypatch, capsys):
+    """Catches tasks that were named and not asked, and a suite of none."""
+    asked = []
+    monkeypatch.setattr(likelihood, "suite", lambda trained, tasks, **_: asked.append(tasks) or {"acc": 0.5})
+    likelihood.main(["suite"])
+    likelihood.main(["suite", "my_task"])
+    assert asked == [likelihood.SUITE, ["my_task"]] and "my_task: acc 0.5" in capsys.readouterr().out

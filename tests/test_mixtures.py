@@ -45,6 +45,7 @@ def test_mixtures(monkeypatch, trained, forgets, always):
     caption beside theirs."""
     rng, tokenizer = np.random.default_rng(2), data.Words(scenes.vocabulary())
     follow = mixtures.next_words(scenes.all_claims())
+    pictures = {}                                       # caption: latents that were drawn for it
 
     def answer(tokens, image_id, doc_id, has_loss, xt, t):
         assert (t == 0).all() and len(xt) == len(t)     # finished pictures stand between the words
@@ -61,9 +62,16 @@ def test_mixtures(monkeypatch, trained, forgets, always):
             bad = 2 if options["temperature"] else 4    # who begins by chance errs twice as often
             assert all(bool(prompt) == (bad == 4) for prompt in prompts)
             return [["a circle", 0] if k % bad else ["a circle is", 0] for k in range(len(prompts))]
+        if len(prompts[0]) == 3:                        # the caption before, and what was drawn for it
+            last = [prompt[2] for prompt in prompts]
+            assert [prompt[0] for prompt in prompts] == [last[-1], *last[:-1]]
+            assert all(any(torch.equal(picture, x) for x in pictures[first]) for first, picture, _ in prompts)
         texts = [prompt[0 if forgets else -1] for prompt in prompts]
         drawn = [scenes.render(scenes.draw_scene(scenes.read_caption(text), rng)) for text in texts]
-        return [[*prompt, x] for prompt, x in zip(prompts, mixtures.encode_pixels(trained, np.stack(drawn)))]
+        latents = list(mixtures.encode_pixels(trained, np.stack(drawn)))
+        for text, x in zip(texts, latents):
+            pictures.setdefault(text, []).append(x)
+        return [[*prompt, x] for prompt, x in zip(prompts, latents)]
     answer.config = SimpleNamespace(patches=P, context=128)
     monkeypatch.setattr(mixtures, "generate", generate)
     found = mixtures.mixing(SimpleNamespace(vae=trained.vae, model=answer, tokenizer=tokenizer), n=40)
@@ -73,6 +81,20 @@ def test_mixtures(monkeypatch, trained, forgets, always):
 
 
 # ----------------------------------------------------------------------------------------------------------------- editing
+def test_a_hundred_at_a_time(monkeypatch):
+    """Catches a picture that gets another's instruction, or the noise of one before it, where there are more than fit together."""
+    def edit(trained, before, texts, seed):
+        assert before.flatten().tolist() == [float(text) for text in texts] and len(texts) <= 100
+        seeds.append(seed)
+        return before + 0.5
+
+    seeds = []
+    monkeypatch.setattr(mixtures, "edit", edit)
+    numbers = torch.arange(205.0).view(-1, 1, 1, 1)
+    edited = mixtures.change(None, numbers, [str(k) for k in range(205)], 7, {})
+    assert torch.equal(edited, numbers + 0.5) and len(set(seeds)) == 3
+
+
 @pytest.fixture
 def editors(monkeypatch, trained):
     """A function (change, answer): put stand-ins for the model that know the true scenes. change(before, text, after), all
