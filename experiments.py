@@ -269,11 +269,14 @@ def values_of(reports):
 
 
 def markdown(title, rows):
-    """The table as lines of markdown. rows: {name: {heading: numbers per seed}}."""
-    lines = [f"| {title} | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    """The table as lines of markdown, without columns of which no row has a number.
+    rows: {name: {heading: numbers per seed}}."""
+    headings = [name for name in COLUMNS if any(name in values for values in rows.values())]
+    lines = [f"| {title} | " + " | ".join(headings) + " |", "|---" * (len(headings) + 1) + "|"]
     for name, values in rows.items():
         texts = []
-        for heading, (_, _, form, _) in COLUMNS.items():
+        for heading in headings:
+            _, _, form, _ = COLUMNS[heading]
             texts.append(cell_text(values.get(heading), form))
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return lines
