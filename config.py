@@ -151,7 +151,7 @@ MAY_CHANGE_ON_RESUME = {
 # Paper: DDPM, cosine schedule, eps loss and lambda 5, which are Config's defaults.
 # Our choice: --noise-skip; a rate of 4e-3; a patch as large as an object, so that a step has twice
 # the pictures at the same price. docs/RESULTS.md "The paper's own objective" measures each.
-TOY_DEFAULTS = dict(
+EPS_DEFAULTS = dict(
     noise_skip=True,
     patch=4,
     lr=4e-3,
@@ -193,7 +193,7 @@ SIX_DEFAULTS = dict(
 PRESETS = {
     # The first run: one object, minutes on two CPU cores.
     "scenes": dict(
-        TOY_DEFAULTS,
+        EPS_DEFAULTS,
         steps=4500,
         text_share=0.05,                                # 1 : 1 would leave no text alone
         guidance=2.0,
@@ -206,7 +206,7 @@ PRESETS = {
     ),
     # Handwritten digits.
     "mnist": dict(
-        TOY_DEFAULTS,
+        EPS_DEFAULTS,
         data="mnist",
         steps=4200,
     ),
@@ -242,7 +242,7 @@ PRESETS = {
     ),
     # The same with the paper's objective.
     "six-paper": dict(
-        TOY_DEFAULTS | SIX_DEFAULTS,
+        EPS_DEFAULTS | SIX_DEFAULTS,
         steps=12000,
         documents=96,
         text_share=0.15,
