@@ -6,6 +6,7 @@ folder. Whoever stops a run, or fills the disk, loses nothing.
 """
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import sys
 import zipfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -608,6 +610,41 @@ def test_a_checkpoint_of_odd_content(whole, tmp_path, change):
     torch.save(content, tmp_path / "model.pt")
     with pytest.raises(UserError, match="model.pt"):
         load_trained(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("name, tensor", [("norm.weight", torch.ones(31)), ("nor.weight", torch.ones(32))])
+def test_a_tensor_without_a_place_is_named(whole, tmp_path, name, tensor):
+    """Catches a library's list of everything that is missing in place of the one tensor that is wrong."""
+    content = torch.load(whole / "model.pt", weights_only=True)
+    content["weights"][name] = tensor
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=rf"{name} of the shape \({len(tensor)},\) has no place"):
+        load_trained(tmp_path / "model.pt")
+
+
+def test_names_of_older_files():
+    """Catches a tensor of the shipped models that loses the rest of its name."""
+    assert [checkpoint.new_name(name) for name in ("words.weight", "pictures.time.mlp.0.bias", "reach", "norm.weight")] == \
+        ["embedding.weight", "patch_encoder.time.mlp.0.bias", "x0_max", "norm.weight"]
+
+
+@pytest.mark.parametrize("options", [{"channels": True}, {"channels": 8.0}, {"multipliers": (1, 2.0)}, {"multipliers": 1}], ids=str)
+def test_settings_of_a_file_have_types(options):
+    """Catches True, which counts as 1, and a size that ends in a library's words; what a file does not say has its default."""
+    assert checkpoint.typed(vae_module.VAEConfig, {"channels": 8, "multipliers": [1, 2]}).channels == 8
+    with pytest.raises(TypeError, match=f"{next(iter(options))} cannot be"):
+        checkpoint.typed(vae_module.VAEConfig, options)
+
+
+@pytest.mark.parametrize("codes, vocabulary, right", [(0, 20, True), (0, 21, False), (8, 20, True), (8, 28, True), (8, 12, False), (8, 29, False)])
+def test_a_network_knows_its_words_and_codes(whole, codes, vocabulary, right):
+    """Catches a Chameleon that is refused, and a network whose ids mean another tokenizer's words."""
+    trained = copy.copy(load_trained(whole / "model.pt"))
+    trained.tokenizer = range(20)
+    trained.vae = SimpleNamespace(config=dataclasses.replace(trained.vae.config, codes=codes), f=trained.vae.f)
+    trained.model = SimpleNamespace(config=dataclasses.replace(trained.model.config, vocabulary=vocabulary))
+    with contextlib.nullcontext() if right else pytest.raises(ValueError, match=f"knows {vocabulary} tokens"):
+        checkpoint.check_together(trained)
 
 
 # ----------------------------------------------------------------------------------------------------- one run, one folder
