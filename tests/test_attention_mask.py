@@ -1,4 +1,4 @@
-"""test_attention_mask.py: who may look at whom, on random rows. Each test names the bug it is for (docs/PAPER.md §4)."""
+"""test_attention_mask.py: who may look at whom, on random rows. Each test names the bug it is for (docs/PAPER.md §4, here "PAPER §4")."""
 import random
 
 import pytest
@@ -57,7 +57,7 @@ def brute_force(labels, bidirectional=True):
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_mask_is_the_rule(bidirectional):
-    """Any wrong mask (§4.1): "both are patches", adjacent pictures merged, spans one off, documents seeing each other."""
+    """Any wrong mask (PAPER §4.1): "both are patches", adjacent pictures merged, spans one off, documents seeing each other."""
     for labels, image_id, doc_id in rows():
         truth = brute_force(labels, bidirectional)
         assert torch.equal(or_mask(image_id, doc_id, bidirectional)[0], truth), labels
@@ -80,7 +80,7 @@ def test_mask_as_drawn_in_the_docstring():
 
 
 def test_no_row_is_empty():
-    """A position that may look at nothing: softmax over nothing is NaN, and one NaN spoils the whole batch (§4.1)."""
+    """A position that may look at nothing: softmax over nothing is NaN, and one NaN spoils the whole batch (PAPER §4.1)."""
     for _, image_id, doc_id in rows():
         lo, hi = intervals(image_id, doc_id)
         pos = torch.arange(lo.shape[1])
@@ -89,7 +89,7 @@ def test_no_row_is_empty():
 
 
 def test_padding_of_a_packed_batch_looks_at_something():
-    """Padding without a document of its own: empty rows, or padding that reads the last document (§4.1)."""
+    """Padding without a document of its own: empty rows, or padding that reads the last document (PAPER §4.1)."""
     words = data.Words(["red"])
     documents = [["red red", ("image", 0, 1000)], ["red"]]
     batch = data.pack([data.lay_out(document, words, 4) for document in documents], T=20)
@@ -99,14 +99,14 @@ def test_padding_of_a_packed_batch_looks_at_something():
 
 
 def test_text_alone_is_causal():
-    """-1 == -1: all words of a row belong to "the same picture", and text becomes bidirectional (§4.1)."""
+    """-1 == -1: all words of a row belong to "the same picture", and text becomes bidirectional (PAPER §4.1)."""
     image_id = torch.full((1, 6), -1)
     for mask in (or_mask(image_id, image_id + 1), dense_mask(*intervals(image_id, image_id + 1))):
         assert torch.equal(mask[0], torch.ones(6, 6).tril().bool())
 
 
 def test_adjacent_pictures_stay_apart():
-    """Two pictures without a word between them become one, and picture 1 is painted knowing picture 2 (§4.1)."""
+    """Two pictures without a word between them become one, and picture 1 is painted knowing picture 2 (PAPER §4.1)."""
     image_id = torch.tensor([[0, 0, 1, 1]])
     mask = dense_mask(*intervals(image_id, torch.zeros_like(image_id)))[0]
     assert mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
@@ -251,7 +251,7 @@ def test_tile_mask_is_flex_attentions_own():
 
 @pytest.mark.parametrize("T", [1, 96, 127, 129, 192, 4000])
 def test_lengths_that_tiles_do_not_divide_raise(T):
-    """§4.13: FlexAttention on a length that is not a multiple of 128. The dense mask takes any."""
+    """PAPER §4.13: FlexAttention on a length that is not a multiple of 128. The dense mask takes any."""
     lo, hi = intervals(torch.full((1, T), -1), torch.zeros(1, T, dtype=torch.long))
     assert dense_mask(lo, hi).shape == (1, T, T)
     with pytest.raises(ValueError, match=f"rows of {T} positions .* multiple of 128, for example --seq-len {-(-T // 128) * 128}"):

@@ -1,4 +1,4 @@
-"""test_diffusion.py: the schedule, the samplers, and `diffusers` as a second opinion. Bugs: docs/PAPER.md §4.3, §4.6."""
+"""test_diffusion.py: the schedule, the samplers, and `diffusers` as a second opinion. Bugs: docs/PAPER.md §4.3, §4.6, here "PAPER §4"."""
 import itertools
 import math
 
@@ -49,7 +49,7 @@ def total(d):
 
 # --------------------------------------------------------------------------------------------------------------- schedule
 def test_closed_form_is_the_iterated_chain():
-    """A schedule one step off, or clipped betas without the product that follows from them (§4.6)."""
+    """A schedule one step off, or clipped betas without the product that follows from them (PAPER §4.6)."""
     def f(t):
         return math.cos((t / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
 
@@ -64,7 +64,7 @@ def test_closed_form_is_the_iterated_chain():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_schedule_runs_from_picture_to_noise(kind):
-    """t counted from 1 in one place and from 0 in another: t = 0 must be the clean picture, T the noise (§4.6)."""
+    """t counted from 1 in one place and from 0 in another: t = 0 must be the clean picture, T the noise (PAPER §4.6)."""
     d = Diffusion(kind)
     assert len(d.a) == len(d.s) == 1001
     assert d.a[0] == 1 and d.s[0] == 0 and d.s[1000] > 0.999
@@ -88,7 +88,7 @@ def test_every_row_of_the_tables_is_used():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_picture_has_its_own_t(kind):
-    """One t for the whole batch (§4.3)."""
+    """One t for the whole batch (PAPER §4.3)."""
     d, (x0, eps), t = Diffusion(kind), pictures(), torch.tensor([1, 500, 1000])
     together = d.add_noise(x0, eps, t)
     for k in range(3):
@@ -200,7 +200,7 @@ def test_same_noise_is_the_papers_noise(kind, shift, T):
 
 # -------------------------------------------------------------------------------------------------------------- respacing
 def test_respaced_steps_are_a_subset():
-    """250 of 1000 steps that begin below T, end above 0, or repeat one (§4.6)."""
+    """250 of 1000 steps that begin below T, end above 0, or repeat one (PAPER §4.6)."""
     assert respace(1000, 250) == list(range(1000, -1, -4))
     assert respace(1000, 3) == [1000, 667, 333, 0] and respace(10, 4) == [10, 8, 5, 2, 0]       # to the nearest: 666.7, 7.5, 2.5
     for steps in (1, 2, 3, 7, 25, 333, 667, 999, 1000):
@@ -212,7 +212,7 @@ def test_respaced_steps_are_a_subset():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("t, u", [(1000, 996), (1000, 500), (500, 499), (500, 496), (500, 4), (4, 0)])
 def test_ancestral_step_keeps_the_marginals(kind, t, u):
-    """Betas of the 1000-step chain used in a 250-step one (§4.6): if x_t ~ q(x_t | x0), then x_u must be ~ q(x_u | x0)."""
+    """Betas of the 1000-step chain used in a 250-step one (PAPER §4.6): if x_t ~ q(x_t | x0), then x_u must be ~ q(x_u | x0)."""
     d, one, none = Diffusion(kind), torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
 
     def step(xt, x0, noise):
@@ -227,7 +227,7 @@ def test_ancestral_step_keeps_the_marginals(kind, t, u):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_last_step_adds_no_noise(kind):
-    """Noise on the last step: every picture comes out grainy (§4.6)."""
+    """Noise on the last step: every picture comes out grainy (PAPER §4.6)."""
     d, (xt, x0) = Diffusion(kind), pictures()
     assert torch.allclose(ancestral_step(d, xt, x0, 4, 0, torch.full_like(xt, 1e4)), x0, atol=1e-5)
     for sampler in SAMPLERS:
@@ -271,7 +271,7 @@ def test_second_order_beats_first_order():
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_network_is_told_the_t_of_its_input(sampler):
-    """The network told u or an index instead of t (§4.3), or called twice a step."""
+    """The network told u or an index instead of t (PAPER §4.3), or called twice a step."""
     d, told = Diffusion("ddpm"), []
     xT, _ = pictures()
 
@@ -307,7 +307,7 @@ def test_same_seed_same_picture_and_input_left_alone(sampler):
 
 
 def test_guidance_ends():
-    """Guidance with its branches swapped or its scale off by one: 1 is the plain model, 0 ignores the caption (§4.8)."""
+    """Guidance with its branches swapped or its scale off by one: 1 is the plain model, 0 ignores the caption (PAPER §4.8)."""
     conditional, unconditional = pictures()
     assert torch.allclose(guide(conditional, unconditional, 1.0), conditional, atol=1e-6)
     assert torch.equal(guide(conditional, unconditional, 0.0), unconditional)
@@ -338,7 +338,7 @@ def diffusers_scheduler(name, **options):
 
 
 def test_schedule_equals_diffusers():
-    """A schedule one step off, in their eyes (§4.6)."""
+    """A schedule one step off, in their eyes (PAPER §4.6)."""
     theirs = diffusers_scheduler("DDPMScheduler").alphas_cumprod
     assert torch.allclose(cosine_alpha_bar()[1:].float(), theirs, rtol=1e-3, atol=1e-7)
 
@@ -352,7 +352,7 @@ def test_add_noise_equals_diffusers():
 
 @pytest.mark.parametrize("steps", [250, 1000])
 def test_ddpm_step_equals_diffusers(steps):
-    """Posterior mean or deviation wrong, on the full chain and on the respaced one (§4.6)."""
+    """Posterior mean or deviation wrong, on the full chain and on the respaced one (PAPER §4.6)."""
     d, scheduler = Diffusion("ddpm"), diffusers_scheduler("DDPMScheduler", clip_sample=False)
     scheduler.set_timesteps(steps)
     times = respace(1000, steps)

@@ -266,7 +266,7 @@ def test_documents_of_edits():
 
 
 def test_what_is_learned_of_an_edit():
-    """§4.5, both losses: the instruction is learned, the answer to "what changed ?" is, what was dropped is not (§4.8)."""
+    """§4.5, both losses: the instruction is learned, the answer to "what changed ?" is, what was dropped is not (PAPER §4.8)."""
     def spell(document):
         s = data.lay_out(document, WORDS, 4)
         return " ".join(WORDS.vocabulary[following] for following, has_loss in zip(s.tokens[1:], s.has_loss) if has_loss)

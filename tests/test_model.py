@@ -1,5 +1,5 @@
 """test_model.py: the whole network: who is heard by whom, both losses by hand, and Llama as a second opinion.
-Bugs: docs/PAPER.md §4.1, §4.3, §4.4, §4.5, §4.10."""
+Bugs: docs/PAPER.md §4.1, §4.3, §4.4, §4.5, §4.10, here "PAPER §4"."""
 import math
 
 import pytest
@@ -63,7 +63,7 @@ def differs(a, b):
 
 # ------------------------------------------------------------------------------------------------ leaks, by perturbation
 def test_a_word_changes_nothing_before_it(model):
-    """The mask is built and never passed on, or is a column off: the model reads the word it should predict (§4.1)."""
+    """The mask is built and never passed on, or is a column off: the model reads the word it should predict (PAPER §4.1)."""
     batch = make_batch([LONG, SHORT])
     assert len(batch.tokens) == 1                       # both documents share a row
     before, pictures = run(model, batch, batch.latents)
@@ -81,7 +81,7 @@ def test_a_word_changes_nothing_before_it(model):
 
 
 def test_a_picture_changes_nothing_before_it(model):
-    """"Both are patches" instead of "same picture": picture 2 leaks into picture 1; or BOI sees the picture (§4.1)."""
+    """"Both are patches" instead of "same picture": picture 2 leaks into picture 1; or BOI sees the picture (PAPER §4.1)."""
     batch = make_batch([LONG, SHORT])
     before, pictures = run(model, batch, batch.latents)
     for m in range(3):
@@ -97,7 +97,7 @@ def test_a_picture_changes_nothing_before_it(model):
 
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_one_patch_is_heard_by_all_patches_of_its_picture(make_model, bidirectional):
-    """Causal attention inside a picture although bidirectional was asked for, and the other way round (§4.1, Table 3)."""
+    """Causal attention inside a picture although bidirectional was asked for, and the other way round (PAPER §4.1, Table 3)."""
     model, batch = make_model(bidirectional=bidirectional), make_batch([SHORT])
     _, before = run(model, batch, batch.latents)
     corners = [(0, 0), (0, 2), (2, 0), (2, 2)]          # of the four 2x2 patches, in raster order
@@ -110,7 +110,7 @@ def test_one_patch_is_heard_by_all_patches_of_its_picture(make_model, bidirectio
 
 
 def test_patches_know_their_place(make_model):
-    """All patches of a picture share one position: the model cannot tell left from right (§4.5)."""
+    """All patches of a picture share one position: the model cannot tell left from right (PAPER §4.5)."""
     model, batch = make_model(), make_batch([SHORT])
     turned = torch.cat([batch.latents[..., 2:], batch.latents[..., :2]], -1)            # the left half and the right half
     out, out_turned = (run(model, batch, xt)[1] for xt in (batch.latents, turned))
@@ -185,7 +185,7 @@ def test_pictures_go_to_their_own_places(model):
 # ------------------------------------------------------------------------------------------------------------- the losses
 @pytest.mark.parametrize("kind", ["ddpm", "flow"])
 def test_network_is_told_the_t_that_noised_the_picture(model, kind, monkeypatch):
-    """The t that noises is not the t that is told; or one t per batch; or noise comes after patchification (§4.3, §4.4)."""
+    """The t that noises is not the t that is told; or one t per batch; or noise comes after patchification (PAPER §4.3, §4.4)."""
     batch, d, told = make_batch([LONG, SHORT]), Diffusion(kind), {}
 
     def spy(name, real):
@@ -217,7 +217,7 @@ def test_noise_skip_adds_the_noisy_picture_before_eq_3(model):
 
 @pytest.mark.parametrize("kind", ["ddpm", "flow"])
 def test_losses_by_hand(model, kind):
-    """A target one place off, loss where the input is BOI or a patch, EOI as a target, loss on dropped captions (§4.8),
+    """A target one place off, loss where the input is BOI or a patch, EOI as a target, loss on dropped captions (PAPER §4.8),
     a sum where a mean is meant: everything once more in plain loops, from the paper's words (§3, eq. 1-4)."""
     documents, d = [LONG, SHORT, DROPPED], Diffusion(kind)
     batch = make_batch(documents, T=64)
@@ -243,7 +243,7 @@ def test_losses_by_hand(model, kind):
 
 
 def test_what_is_learned():
-    """LM loss where the input is BOI or a patch, EOI predicted, BOI or a word never predicted (§3; §4.8)."""
+    """LM loss where the input is BOI or a patch, EOI predicted, BOI or a word never predicted (§3; PAPER §4.8)."""
     batch = make_batch([LONG, SHORT, DROPPED], T=64)
     tokens, has_loss = batch.tokens[0].tolist(), batch.has_loss[0].tolist()
     inputs = [tokens[k] for k in range(64) if has_loss[k]]
@@ -256,7 +256,7 @@ def test_what_is_learned():
 
 
 def test_micro_batches_add_up(model):
-    """A mean of means: words in short batches weigh more, pictures in small ones too (§4.10)."""
+    """A mean of means: words in short batches weigh more, pictures in small ones too (PAPER §4.10)."""
     d = Diffusion()
     lm, words, per_picture = losses(model, make_batch([LONG, SHORT, DROPPED, TEXT], T=80), d)
     parts = [losses(model, make_batch(documents, T), d) for documents, T in (([LONG], 30), ([SHORT], 10), ([DROPPED, TEXT], 22))]
@@ -275,7 +275,7 @@ def test_transfusion_loss_by_hand():
 
 
 def test_transfusion_loss_adds_up_over_micro_batches(model):
-    """A mean of micro-batch means (§4.10): gradients of two micro-batches, divided by the step's counts, are those of one."""
+    """A mean of micro-batch means (PAPER §4.10): gradients of two micro-batches, divided by the step's counts, are those of one."""
     d, gradients = Diffusion(), []
     step = [LONG, SHORT, DROPPED, TEXT]
     for micro_batches in ([(step, 80)], [([LONG], 30), ([SHORT], 10), ([DROPPED, TEXT], 22)]):
@@ -298,7 +298,7 @@ def test_denominator_loss_by_hand():
 
 @pytest.mark.parametrize("encoder", ["linear", "unet"])
 def test_losses_at_the_start(encoder):
-    """"Is this loss normal?" (§4.14): ln V before any learning, and the size of the noise itself."""
+    """"Is this loss normal?" (PAPER §4.14): ln V before any learning, and the size of the noise itself."""
     model = Transfusion(ModelConfig(vocabulary=len(WORDS), latent=(4, 4, 4), layers=2, width=64, heads=2, encoder=encoder))
     batch = make_batch([LONG, SHORT, DROPPED])
     lm, words, per_picture = losses(model, batch, Diffusion())
@@ -353,7 +353,7 @@ def test_wrong_number_of_pictures_raises(model, how_many):
 
 @pytest.mark.parametrize("shape, t", [((2, 4, 8, 8), (2,)), ((2, 3, 4, 4), (2,)), ((2, 4, 4, 4), (1,)), ((2, 4, 4, 4), ())])
 def test_wrong_picture_shapes_raise(model, shape, t):
-    """One t that broadcasts over all pictures (§4.3), or latents of another size."""
+    """One t that broadcasts over all pictures (PAPER §4.3), or latents of another size."""
     with pytest.raises(ValueError, match=r"pictures must be \(M, 4, 4, 4\) with one t each"):
         model.encode_pictures(torch.zeros(shape), torch.ones(t, dtype=torch.long))
 

@@ -1,4 +1,4 @@
-"""test_patchify.py: pictures to vectors and back, with both encoders. Bugs: docs/PAPER.md §4.3, §4.4."""
+"""test_patchify.py: pictures to vectors and back, with both encoders. Bugs: docs/PAPER.md §4.3, §4.4, here "PAPER §4"."""
 import pytest
 import torch
 
@@ -90,7 +90,7 @@ def test_no_picture_is_no_error(encoder):
 
 @pytest.mark.parametrize("encoder", BOTH)
 def test_time_matters_and_is_each_pictures_own(encoder):
-    """t never passed on, or one t for the whole batch (§4.3)."""
+    """t never passed on, or one t for the whole batch (PAPER §4.3)."""
     net, xt, t = make(encoder), torch.randn(1, 4, 8, 8).repeat(2, 1, 1, 1), torch.tensor([100, 600])
     vectors, kept = net.encode(xt, t)
     assert (vectors[0] - vectors[1]).abs().max() > 0.1                  # the same picture, another t
@@ -110,7 +110,7 @@ def test_unet_decoder_is_told_the_time():
 
 
 def test_time_is_added_before_the_linear_layer():
-    """Time added after the projection instead of before it (§4.4; Transfusion §3, footnote)."""
+    """Time added after the projection instead of before it (PAPER §4.4; Transfusion §3, footnote)."""
     net, xt, t = make("linear"), torch.randn(2, 4, 4, 4), torch.tensor([7, 700])
     vectors, _ = net.encode(xt, t)
     for m in range(2):

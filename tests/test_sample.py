@@ -1,5 +1,5 @@
 """test_sample.py: decoding with a cache must say what one training forward of the finished sequence says.
-Bugs: docs/PAPER.md §4.2, §4.7, §4.8."""
+Bugs: docs/PAPER.md §4.2, §4.7, §4.8, here "PAPER §4"."""
 import contextlib
 import ctypes
 import io
@@ -105,8 +105,8 @@ def hold_to_write(trained, prompts, seeds, tolerance, **options):
 @BOTH
 @pytest.mark.parametrize("kind, guidance, sampler", [("ddpm", 1, "ddpm"), ("ddpm", 3.0, "ddpm"), ("flow", 3.0, "dpm++")])
 def test_generate_is_what_the_paper_says(make_trained, eager, encoder, kind, guidance, sampler):
-    """The cache keeps the last *noisy* step (§4.7), a step is read at another t, guidance's unconditional branch has lost its BOI
-    (§4.8), EOI is not read, a limit is one off, or noise and words are drawn in another order."""
+    """The cache keeps the last *noisy* step (PAPER §4.7), a step is read at another t, guidance's unconditional branch has lost its BOI
+    (PAPER §4.8), EOI is not read, a limit is one off, or noise and words are drawn in another order."""
     prompts = [["a red circle"], ["a", noise(seed=5)[0], "the square"], [], ["the", noise(seed=6)[0]]] * 2
     # With other seeds now and then one number of a DDPM's x0 at t = T is not clipped, and a[T] = 5e-5 makes much of an error of 1e-6.
     slow = hold_to_write(make_trained(encoder, kind), prompts, [*range(32, 40)], 5e-5, max_words=9, max_pictures=2, temperature=1.0, top_p=0.9,
@@ -152,7 +152,7 @@ def test_the_shipped_model_writes_what_the_paper_says(guidance):
 @pytest.mark.parametrize("guidance", [1, 3.0])
 @pytest.mark.parametrize("sampler, kind", [("ddpm", "ddpm"), ("ddim", "flow")])
 def test_cached_is_uncached_after_generated_pictures(make_trained, encoder, guidance, sampler, kind):
-    """The cache keeps the last *noisy* step, or loses what came before; a finished picture is given another t than 0 (§4.7)."""
+    """The cache keeps the last *noisy* step, or loses what came before; a finished picture is given another t than 0 (PAPER §4.7)."""
     trained = make_trained(encoder, kind)
     decoder = Decoder(trained, [["a red circle"]])
     check_against_uncached(trained, decoder, 0)
@@ -177,8 +177,8 @@ def test_a_different_picture_is_noticed(make_trained, encoder):
 
 @BOTH
 def test_each_denoising_step_is_a_training_forward(make_trained, encoder, monkeypatch):
-    """A context picture with a random t (§4.7); guidance whose blind branch is shorter, shifted, or has lost its BOI (§4.8);
-    patches at other positions than in training (§4.2)."""
+    """A context picture with a random t (PAPER §4.7); guidance whose blind branch is shorter, shifted, or has lost its BOI (PAPER §4.8);
+    patches at other positions than in training (PAPER §4.2)."""
     trained, seen = make_trained(encoder), []
     decoder = Decoder(trained, [["a red circle"]])
     go_on(decoder, 0, "<boi>")
@@ -205,7 +205,7 @@ def test_each_denoising_step_is_a_training_forward(make_trained, encoder, monkey
 
 
 def test_guidance_mixes_the_two_branches(make_trained):
-    """Guidance with told and blind swapped: 1 must be the plain model, 0 must not read the caption at all (§4.8)."""
+    """Guidance with told and blind swapped: 1 must be the plain model, 0 must not read the caption at all (PAPER §4.8)."""
     trained = make_trained()
 
     def picture(caption, guidance):
@@ -221,7 +221,7 @@ def test_guidance_mixes_the_two_branches(make_trained):
 
 @BOTH
 def test_guidance_leaves_the_sequence_alone(make_trained, encoder):
-    """The blind branch forgets the caption in the real cache too, and the words that follow never heard of it (§4.8)."""
+    """The blind branch forgets the caption in the real cache too, and the words that follow never heard of it (PAPER §4.8)."""
     trained = make_trained(encoder)
     decoder = Decoder(trained, [["a red circle"]], draw_now=True)
     finish(decoder.diffusion_steps([0], noise(), 5.0, steps=3, sampler="ddim"))
@@ -306,7 +306,7 @@ def script(monkeypatch, *rows):
 
 
 def test_the_model_switches_modes_itself(make_trained, monkeypatch):
-    """BOI or EOI put in twice when sampling (§4.2), the text before or after a picture lost, rows waiting for each other."""
+    """BOI or EOI put in twice when sampling (PAPER §4.2), the text before or after a picture lost, rows waiting for each other."""
     trained = make_trained()
     script(monkeypatch, "red circle <boi> and a square <boi> the", "blue", "<boi> the")
     decoders, real = [], Decoder.__init__
@@ -319,7 +319,7 @@ def test_the_model_switches_modes_itself(make_trained, monkeypatch):
 
 
 def test_decoded_document_lays_out_as_it_was_sampled(make_trained):
-    """Sampled layout is not the training layout (§4.2): one BOI, P patches, one EOI, nothing more."""
+    """Sampled layout is not the training layout (PAPER §4.2): one BOI, P patches, one EOI, nothing more."""
     decoder = Decoder(make_trained(), [["a red circle"]], draw_now=True)
     finish(decoder.diffusion_steps([0], noise(), 1, steps=2))
     assert decoder.tokens[0][-7:] == [WORDS.ids["circle"], BOI, PATCH, PATCH, PATCH, PATCH, EOI]
@@ -350,7 +350,7 @@ def test_a_full_context_ends_the_document(make_trained):
 
 
 def test_prompt_pictures_are_read_clean(make_trained, monkeypatch):
-    """A picture in the prompt is given a random t, or noise (§4.7)."""
+    """A picture in the prompt is given a random t, or noise (PAPER §4.7)."""
     trained, told = make_trained(), []
     real = trained.model.patch_encoder.encode
     monkeypatch.setattr(trained.model.patch_encoder, "encode", lambda x, t: told.append((x.clone(), t.tolist())) or real(x, t))
@@ -391,7 +391,7 @@ def test_choose():
 
 
 def test_special_tokens_are_never_chosen():
-    """EOI or PATCH as a word: only BOI and EOS may be predicted (§4.2)."""
+    """EOI or PATCH as a word: only BOI and EOS may be predicted (PAPER §4.2)."""
     logits = torch.zeros(1, len(WORDS))
     logits[0, :len(data.SPECIAL)] = 50.0
     g, allowed = torch.Generator().manual_seed(0), {BOI, EOS}
@@ -461,7 +461,7 @@ def seen_by_denoise(trained, monkeypatch):
 @pytest.mark.parametrize("over", sample.GUIDE_OVER)
 def test_the_blind_branch_is_a_training_forward(make_trained, encoder, over, monkeypatch):
     """The unconditional branch of an edit: words that are still read, a picture that still is, one that is noise at another
-    t than training had (t = T), a branch at other positions, an earlier picture or caption forgotten with the last (§4.8)."""
+    t than training had (t = T), a branch at other positions, an earlier picture or caption forgotten with the last (PAPER §4.8)."""
     trained = make_trained(encoder)
     decoder, seen, start = Decoder(trained, BEFORE, draw_now=True), seen_by_denoise(trained, monkeypatch), noise(2, seed=1)
     told, real = [], trained.model.read
@@ -631,7 +631,7 @@ def test_the_cache_holds_what_may_come(make_trained, monkeypatch, draw_now, max_
 
 @BOTH
 def test_the_second_picture_reads_the_first_one_clean(make_trained, encoder, monkeypatch):
-    """§4.7 in one document that the model writes itself: while the second picture is denoised, the cache must hold the
+    """PAPER §4.7 in one document that the model writes itself: while the second picture is denoised, the cache must hold the
     finished first one (t = 0), not its last noisy step, in the told and in the blind branch."""
     trained = make_trained(encoder)
     seen = seen_by_denoise(trained, monkeypatch)
