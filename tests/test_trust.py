@@ -568,6 +568,16 @@ def test_a_damaged_log_does_not_block_a_resume(command, copied, whole):
     assert [row["step"] for row in log(copied)] == [5, 6]
 
 
+def test_a_log_of_the_steps_that_were_taken(tmp_path):
+    """Catches a resume that is refused because somebody has deleted its log, rows of another run in a new one, and rows of steps that are
+    taken again."""
+    assert run_folder.Log(tmp_path, 5).rows == []       # there is none
+    (tmp_path / "log.jsonl").write_text('{"step": 0}\n{"step": 2}\n{"step": 4, "lm": 1.0}\n{"step": "4"}\n[4]\n')
+    assert run_folder.Log(tmp_path, 0).rows == []
+    assert run_folder.Log(tmp_path, 3).rows == [{"step": 0}, {"step": 2}]
+    assert run_folder.Log(tmp_path, 4, lambda row: "lm" in row).rows == [{"step": 4, "lm": 1.0}]
+
+
 def test_a_killed_run_keeps_no_checkpoint_too_many(command, copied):
     """Killed after the last checkpoint was written, before the old ones were deleted. Catches a third one that stays for ever."""
     shutil.copytree(copied / "checkpoints/step_000004", copied / "checkpoints/step_000002")
