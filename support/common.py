@@ -13,6 +13,7 @@ import ctypes
 import difflib
 import io
 import json
+import math
 import os
 import signal
 import stat
@@ -29,7 +30,10 @@ from PIL import Image, ImageOps
 ASSETS = Path(__file__).resolve().parents[1] / "assets"                 # what the repository ships
 MOST_PIXELS = 64_000_000                                # of a picture file: 192 MB when decoded
 MOST_BYTES = 2 ** 27                                    # of a text file that is read as a whole
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3             # glibc's malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3             # glibc's malloc.h
+MADV_HUGEPAGE = 14                                      # Linux's mman.h
+LARGE_PAGE = 2 ** 21                                    # bytes
+KEPT = 2 ** 28                                          # bytes of the heap
 
 
 class UserError(ValueError):
@@ -90,15 +94,33 @@ def end_with_the_reader():
 
 
 def keep_memory():
-    """Let the C library keep what it frees, up to 256 MiB, for what comes next."""
+    """Let the C library keep what it frees, up to 256 MiB, for what comes next, and have it in
+    large pages. No number changes."""
     # Otherwise glibc gives arrays of a megabyte back to the system, and fetches them again page by
-    # page: 36,000 times while 1,024 digits are encoded, a fifth of the time. It changes no number.
+    # page: 36,000 times while 1,024 digits are encoded, a fifth of the time.
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2 ** 25)         # smaller arrays share the heap; its most
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT)            # so much may lie idle at the heap's end
     except (AttributeError, OSError, TypeError):
         return                                          # macOS, musl, Windows: another allocator
-    mallopt(M_MMAP_THRESHOLD, 2 ** 25)                  # smaller arrays share the heap; its most
-    mallopt(M_TRIM_THRESHOLD, 2 ** 28)                  # so much may lie idle at the heap's end
+    ask_for_large_pages(libc)
+
+
+def ask_for_large_pages(libc):
+    """Let Linux give the heap pages of 2 MiB where it has some, in place of 4 KiB: a processor
+    remembers where a few thousand pages lie, and looks up the others. libc: a ctypes.CDLL."""
+    # The heap grows at once by what it will keep. Until it is used, that is no memory.
+    libc.mallopt(M_TOP_PAD, KEPT)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.sbrk.restype = ctypes.c_void_p
+    first = libc.malloc(LARGE_PAGE)
+    if first:
+        libc.free(ctypes.c_void_p(first))
+        begin = math.ceil(first / LARGE_PAGE) * LARGE_PAGE
+        length = libc.sbrk(0) - begin                   # below 0: this heap lies elsewhere
+        if length > 0:
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), MADV_HUGEPAGE)
 
 
 class Parser(argparse.ArgumentParser):

@@ -947,3 +947,24 @@ def test_freed_memory_is_kept():
         done = subprocess.run([sys.executable, "-c", REPEAT, how], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
         pages[how] = int(done.stdout)
     assert pages["kept"] < 4096 and pages["as it is"] > 10 * 4096
+
+
+HEAP = """
+from support.common import keep_memory
+keep_memory()
+advised = 0
+for line in open("/proc/self/smaps"):
+    if "-" in line.split()[0]:                          # the first line of a piece of memory
+        begin, end = (int(place, 16) for place in line.split()[0].split("-"))
+        heap = "[heap]" in line
+    if heap and line.startswith("VmFlags") and " hg" in line:
+        advised += end - begin
+print(advised)
+"""
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a Linux with large pages")
+def test_the_heap_may_have_large_pages():
+    """Catches advice that is given for another part of memory, or for none."""
+    done = subprocess.run([sys.executable, "-c", HEAP], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 2 ** 27 < int(done.stdout) <= 2 ** 28 + 2 ** 24
