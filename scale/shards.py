@@ -125,10 +125,12 @@ class StoredArray:
         n, *item = self.shape
         if not 0 <= span.start <= span.stop <= n:
             raise ValueError(f"{self.file} has no items {span.start} to {span.stop}")
-        size = math.prod(item)                          # numbers of one item
-        numbers = np.fromfile(self.file, self.dtype, (span.stop - span.start) * size,
-                              offset=self.begin + int(span.start) * size * self.dtype.itemsize)
-        return numbers.reshape(span.stop - span.start, *item)
+        size = math.prod(item) * self.dtype.itemsize    # bytes of one item
+        # Without a buffer, which would be made, and filled, for a few numbers.
+        with open(self.file, "rb", buffering=0) as stream:
+            stream.seek(self.begin + int(span.start) * size)
+            piece = stream.read(int(span.stop - span.start) * size)
+        return np.frombuffer(piece, self.dtype).reshape(span.stop - span.start, *item)
 
 
 def open_arrays(path):
