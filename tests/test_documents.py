@@ -112,6 +112,12 @@ def drawn(document, n=4000, **options):
     return counts
 
 
+def test_a_split_of_words_alone_has_pictures_of_the_right_shape():
+    """Catches a test split without a picture whose pixels no VAE reads."""
+    found = documents.number_pictures([[("words", "a"), ("picture", "0.png")], [("words", "b")]], [1], {"0.png": None}, ["one", "two"], 8)
+    assert found.pixels.shape == (0, 8, 8, 3) and found.documents == [["b"]] and found.lines == ["two"]
+
+
 def test_a_pair_stands_in_either_order():
     """§4.1, App. B.2: catches a pair that is never captioned, a limit on the wrong picture, and a caption that is never dropped."""
     for document in (["a cat", 1], [1, "a cat"]):

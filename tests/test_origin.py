@@ -85,6 +85,13 @@ def test_the_processor_is_named():
     assert not names or origin.name_of(torch.device("cpu")).removeprefix("cpu ") in names
 
 
+def test_it_is_the_commit_of_this_code(monkeypatch):
+    """Catches the commit of the folder in which the repository lies."""
+    monkeypatch.setattr(origin, "commit_of", str)
+    found = origin.begin("python train.py", torch.device("cpu"))
+    assert found.commit == str(ROOT) and found.device.startswith("1 x cpu") and found.seconds == 0
+
+
 def test_older_files_say_nothing(capsys):
     """Catches a file of yesterday that is refused."""
     found = checkpoint.load_trained(ASSETS / "scenes.pt").origin
