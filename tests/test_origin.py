@@ -3,6 +3,7 @@ test_origin.py: does a model.pt say where it comes from?                        
 """
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -90,6 +91,25 @@ def test_it_is_the_commit_of_this_code(monkeypatch):
     monkeypatch.setattr(origin, "commit_of", str)
     found = origin.begin("python train.py", torch.device("cpu"))
     assert found.commit == str(ROOT) and found.device.startswith("1 x cpu") and found.seconds == 0
+
+
+def test_the_command_is_what_was_typed(monkeypatch):
+    """Catches a first option that is lost, of the real command line."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", "my run"])
+    assert origin.command_line("train.py", None) == "python train.py --out 'my run'"
+    assert origin.command_line("train.py", ["--steps", "3"]) == "python train.py --steps 3"
+
+
+@pytest.mark.parametrize("processor, name", [("arm", "cpu arm"), ("", "cpu a machine")])
+def test_a_processor_of_another_system(monkeypatch, processor, name):
+    """macOS and Windows have no /proc/cpuinfo. Catches an error there, and a name that is left out."""
+    def no_such_file(*_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", no_such_file)
+    monkeypatch.setattr(origin.platform, "processor", lambda: processor)
+    monkeypatch.setattr(origin.platform, "machine", lambda: "a machine")
+    assert origin.name_of(torch.device("cpu")) == name
 
 
 def test_older_files_say_nothing(capsys):
