@@ -561,9 +561,13 @@ def test_nothing_to_resume(command, tmp_path):
     assert not (tmp_path / "absent").exists()
 
 
-def test_what_a_run_leaves_behind(command, tmp_path, capsys):
-    """Catches a run without its files, with a log that lacks a number, or with a model that sample.py cannot load."""
+def test_what_a_run_leaves_behind(command, tmp_path, capsys, monkeypatch):
+    """Catches a run without its files, with a log that lacks a number, or with a model that sample.py cannot load; and one of the paper's
+    objective that is called another's, or that a second Ctrl-C does not end at once."""
+    real, alone = train.finish_step_first, []
+    monkeypatch.setattr(train, "finish_step_first", lambda **how: alone.append(how) or real(**how))
     train.main(command(log_every=2))
+    assert alone == [{"alone": True}]
     out = tmp_path / "run"
     assert {p.name for p in out.iterdir()} == {"config.json", "log.jsonl", "curves.png", "model.pt", "parts.pt", "checkpoints"}
     config = json.loads((out / "config.json").read_text())
@@ -580,7 +584,8 @@ def test_what_a_run_leaves_behind(command, tmp_path, capsys):
     for k, v in trained.model.state_dict().items():         # the averaged weights, in 16 bits
         assert torch.allclose(v, average[f"average.{k}"], rtol=1e-3, atol=1e-6), k
     assert trained.tokenizer.vocabulary[:7] == list(data.SPECIAL) and trained.diffusion.kind == "ddpm"
-    assert "model.pt" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "model.pt" in said and "rectified flow" not in said
 
 
 def test_the_log_tells_the_truth(prepared):
