@@ -648,6 +648,20 @@ def test_the_second_picture_reads_the_first_one_clean(make_trained, encoder, mon
             assert not torch.allclose(out[k], noisy[1], atol=1e-3)
 
 
+def test_draw_draws_and_writes_nothing(monkeypatch):
+    """Catches words after the picture: the last part of the document would be no picture."""
+    asked = []
+
+    def generate(trained, prompts, **options):
+        asked.append((prompts, options))
+        return [[*prompt, torch.tensor([float(len(prompt[0]))])] for prompt in prompts]
+
+    monkeypatch.setattr(sample, "generate", generate)
+    monkeypatch.setattr(sample, "decode_latents", lambda trained, latents: latents)
+    assert sample.draw(None, ["a", "abc"], steps=3).tolist() == [[1], [3]]
+    assert asked == [([["a"], ["abc"]], dict(draw_now=True, max_words=0, steps=3))]
+
+
 def test_edit_is_the_picture_after_the_words(make_trained):
     """An edit that gives back the picture before, or mixes up the rows of a batch."""
     trained, before, said = make_trained(), noise(2, seed=3), ["the blue square", "a red circle"]
