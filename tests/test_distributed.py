@@ -16,6 +16,7 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -348,6 +349,17 @@ def test_auto_takes_what_the_dry_run_shows(tmp_path, monkeypatch, capsys):
     seven = parse_arguments(["--preset", "7b", "--auto"])[0]
     with pytest.raises(UserError, match="nothing fits in the 85 GB of a NVIDIA H100"):
         divide_step(seven, tmp_path, ranks, resume=False)
+
+
+@pytest.mark.parametrize("ema, state", [(0.99, "weights, AdamW and average"), (0.0, "weights, AdamW")])
+def test_memory_beside_training_counts_what_there_is(ema, state):
+    """Catches an average that is held and not named when memory ran out, or one that is not there."""
+    shape = model.sized("mini", vocabulary=20, latent=(4, 8, 8), patch=2)
+    config = SimpleNamespace(ema=ema, shard=1)
+    at_rest, now = distributed.needs_beside_training(shape, config, "the checkpoint is read", 4)
+    n = model.count(model.Transfusion(shape))
+    assert at_rest[0] == state and now == ("what happens now (the checkpoint is read)", 4 * n)
+    assert at_rest[1] == n * (16 if ema else 12)        # float32: weight, two moments, average
 
 
 @pytest.mark.parametrize("memory_error", [lambda: torch.empty(10 ** 15), lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA"))])
