@@ -58,7 +58,7 @@ from data import Pieces
 from scale.mixture import Order, Source, check_folders
 from sources.feed import digest
 from support import checkpoint
-from support.common import UserError, read_json, run_command
+from support.common import UserError, check_ordinary, read_json, run_command
 
 KINDS = ("text", "pairs")
 
@@ -115,6 +115,7 @@ class StoredArray:
 
     def __init__(self, file):
         self.file = file
+        check_ordinary(file)                            # a pipe would wait for ever
         with open(file, "rb") as stream:
             np.lib.format.read_magic(stream)
             self.shape, _, self.dtype = np.lib.format.read_array_header_1_0(stream)

@@ -145,7 +145,8 @@ class Parser(argparse.ArgumentParser):
 def check_words(words):
     """Raise UserError for words of a command line with which argparse does not cope."""
     for word in map(str, words):
-        if word.startswith("--") and word.endswith("=--"):              # it makes an empty list
+        option = word.startswith("-") and " " not in word and word.strip("-")
+        if option and word.endswith("--"):              # --out=-- and -o--: it makes an empty list
             raise UserError(f"{word} gives no value: two dashes end the options")
         if word.startswith("-") and not word.isprintable():             # it repeats them raw
             raise UserError(f"{word} is no option: it has letters that cannot be printed")

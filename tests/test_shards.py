@@ -437,10 +437,11 @@ HEADERS = {
     (lambda p: (p / "header.json").unlink(), ["is missing"]),
     (lambda p: (p / "latents.npy").unlink(), ["is broken", "latents.npy"]),
     (lambda p: (p / "words.npy").write_bytes((p / "words.npy").read_bytes()[:-3]), ["is broken", "words.npy"]),
+    (lambda p: ((p / "parts.npy").unlink(), os.mkfifo(p / "parts.npy")), ["is broken", "parts.npy"]),
     (lambda p: (p / "header.json").write_text("[1, 2]"), ["is broken", "header.json"]),
     (lambda p: (p / "header.json").write_text("[" * 100_000), ["is broken", "header.json"]),
     *[(lambda p, changes=changes: edit_header(p, **changes), ["is broken", "header.json"]) for changes in HEADERS.values()],
-], ids=["no folder", "header cut", "no header", "no array", "truncated", "header a list", "header nested", *HEADERS])
+], ids=["no folder", "header cut", "no header", "no array", "truncated", "a pipe", "header a list", "header nested", *HEADERS])
 def test_broken_shards_are_named_and_mended(own, packed, vae_path, harm, words):
     """A missing shard at opening, before a day of training; a broken one by `python -m scale.shards packed`, or when its row is
     read; and the packing command makes the same bytes again."""

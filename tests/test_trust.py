@@ -340,12 +340,12 @@ def test_a_sentence_is_one_line():
 
 def test_the_words_of_the_command_line_are_checked(monkeypatch, capsys):
     """Catches words with which argparse does not cope, on the real command line, from its first word on."""
-    for word in ("--out=--", "--o\x1b", "9" * 301):
+    for word in ("--out=--", "-o=--", "-o--", "--o\x1b", "9" * 301):
         monkeypatch.setattr(sys, "argv", ["train.py", word])
         with pytest.raises(SystemExit):
             run_command(lambda _: pytest.fail("began"))
-    assert capsys.readouterr().err.count("error: ") == 3
-    monkeypatch.setattr(sys, "argv", ["train.py", "--a=b", "c=--", "-1", "--", "9" * 300])
+    assert capsys.readouterr().err.count("error: ") == 5
+    monkeypatch.setattr(sys, "argv", ["train.py", "--a=b", "c=--", "- a circle --", "---", "-1", "--", "9" * 300])
     run_command(lambda _: None)
 
 
