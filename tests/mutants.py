@@ -52,7 +52,7 @@ TESTS = {                                               # module: the tests that
     "sources/scenes": "test_scenes", "sources/edits": "test_edits", "sources/mnist": "test_sources",
     "sources/folder": "test_sources", "sources/pairs": "test_sources test_data",
     "sources/on_disk": "test_on_disk", "sources/documents": "test_documents",
-    "sources/choose": "test_sources test_trust", "sources/feed": "test_sources test_train test_chameleon",
+    "sources/choose": "test_sources test_trust test_errors", "sources/feed": "test_sources test_train test_chameleon",
     "metrics/gap": "test_evaluate test_chameleon", "metrics/scenes": "test_evaluate",
     "metrics/digits": "test_evaluate", "metrics/drawing": "test_evaluate test_folder",
     "metrics/progress": "test_train test_trust", "metrics/mixtures": "test_mixtures",
