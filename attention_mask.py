@@ -271,6 +271,7 @@ if __name__ == "__main__":
     causal = or_mask(image_id, doc_id, bidirectional=False)[0]
 
     names = " ".join(f"{word:3s}" for word in row)
+    print("row: who looks; column: at whom; O: only because both are patches of one picture\n")
     print(f"            {names}     lo  hi")
     for q, word in enumerate(row):
         cells = []

@@ -460,6 +460,7 @@ def check_together(config, given):
 
 def main():
     """Print every preset as the options that it stands for."""
+    print("python train.py --preset NAME is NAME's options below, and yours after them\n")
     for name, options in PRESETS.items():
         words = []
         for option, value in options.items():

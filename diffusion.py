@@ -362,6 +362,7 @@ def fresh_noise(x, generator):
 
 
 if __name__ == "__main__":
+    print("eq. 2: xt = a x0 + s eps")
     for kind in KINDS:
         d = Diffusion(kind)
         print(f"{kind}, t:     a      s")
@@ -370,6 +371,7 @@ if __name__ == "__main__":
 
     # A world where the best network is known: x0 ~ N(2, 0.5^2). There E[x0 | xt] is a formula, and
     # sampling must give back the mean 2 and the deviation 0.5.
+    print("\nthe best network for x0 ~ N(2, 0.5^2), sampled: process, sampler, steps")
     mean = 2.0
     variance = 0.5 ** 2
 

@@ -44,6 +44,7 @@ from support.common import (
     Parser,
     UserError,
     check_seed,
+    check_steps,
     check_writable,
     pick_device,
     run_command,
@@ -312,8 +313,7 @@ def check_arguments(args):
     """Raise UserError for options that do not make sense, before any work is done."""
     if args.n < 1:
         raise UserError(f"--n must be at least 1, got {args.n}")
-    if not 1 <= args.steps <= 1000:
-        raise UserError(f"--steps must be between 1 and 1000, got {args.steps}")
+    check_steps(args.steps)
     sweep.check_weights(args.guidance)
     check_seed(args.seed)
     if args.guide_over != "both" and args.data != "edits":

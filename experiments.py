@@ -43,6 +43,7 @@ from metrics.results import Results, check_options, read_report
 from metrics.verdicts import Claim
 from support.common import (
     Children,
+    Parser,
     Stopped,
     UserError,
     read_json,
@@ -354,7 +355,7 @@ def write_lines(path, lines):
 def parse_command(argv):
     """The command line's arguments, checked, and `base`. Raises UserError for a table that there is
     not."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="The paper's tables in miniature. Without a table: what there is.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -402,8 +403,8 @@ def list_tables(base):
     for number, (title, rows, _) in TABLES.items():
         print(f"python experiments.py {number:3s} {title}")
         for name, options in rows.items():
-            print(f"    {name:36s} train.py BASE {options}")
-    print("python experiments.py scaling (Fig. 5)")
+            print(f"    {name:36s} train.py BASE {options}".rstrip())
+    print("python experiments.py scaling  sizes (Fig. 5); QUARTER, HALF: of BASE's steps")
     for model, options in scaling_runs():
         print(f"    {model:36s} train.py BASE {options}")
 

@@ -299,7 +299,7 @@ def train(config, resume, overwrite, command):
     prepared = time.time() - began
     say(f"{config.data}: {feed.pictures:,} pictures, {len(feed.tokenizer)} words; "
         f"model: {count(run.average):,} parameters, {feed.shape.patches} patches per picture; "
-        f"{to_go} steps to go; {distributed.size()} processes on {run.ranks.device.type}; "
+        f"{to_go} steps to go on {distributed.size()} x {run.ranks.device.type}; "
         f"prepared in {prepared:.0f} s")
     if config.model == "transfusion" and run.diffusion.kind == "flow":
         say("It trains rectified flow, which the paper leaves to future work")

@@ -566,8 +566,8 @@ def train_and_show(args, config, out, processes):
     terms = vae_loss.describe() if vae_loss else "L1 + L2"
     prior = "codebook" if args.codes else f"{args.kl_weight:g} KL"
     if not silent:
-        print(f"loss: {terms} + {prior}  ({networks}); {len(pairs.pixels):,} pictures, "
-              f"{processes.size} processes")
+        print(f"loss: {terms} + {prior}  ({networks}); {len(pairs.pixels):,} pictures "
+              f"on {processes.size} x {pick_device().type}")
 
     # 2. The training. Ctrl-C finishes a step and saves; a second one stops at once.
     began = time.time()

@@ -65,6 +65,7 @@ from support.common import (
     UserError,
     check_ordinary,
     check_seed,
+    check_steps,
     check_writable,
     load_json,
     open_picture,
@@ -578,8 +579,7 @@ def check_arguments(args):
     """Raise UserError for options that do not make sense, before any work is done."""
     if args.limit < 4:
         raise UserError(f"--limit must be at least 4, got {args.limit}")
-    if not 1 <= args.steps <= 1000:
-        raise UserError(f"--steps must be between 1 and 1000, got {args.steps}")
+    check_steps(args.steps)
     sweep.check_weights(args.guidance)
     check_seed(args.seed)
     if args.json is not None:

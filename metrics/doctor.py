@@ -289,7 +289,7 @@ def describe(found):
     add("deviation of its latents (1)", [f"{found['deviation']:.2f}"])
     add("of the picture left at the last t", [f"{found['left']:.3f}"])
     add("drawn without the cache, differs by", [f"{found['uncached']:.0e}"])
-    add("drawn without guidance", [f"{found['unguided']:.0e}"])
+    add("drawn without guidance, differs by", [f"{found['unguided']:.0e}"])
     add("at t =", [str(t) for t in found["t"]])
     for name, text in (("right", "  loss with its caption"), ("dropped", "  loss without it"),
                        ("wrong", "  loss with another's"), ("no_network", "  loss, no network")):

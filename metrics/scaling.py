@@ -23,7 +23,6 @@ TRY IT      python -m metrics.scaling runs.json       runs.json: a list of {"mod
             the files are what --json of evaluate, metrics.likelihood and metrics.coco wrote
 TEST        tests/test_scaling.py
 """
-import argparse
 import itertools
 import math
 from pathlib import Path
@@ -32,7 +31,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from support.common import UserError, check_writable, read_json, run_command
+from support.common import Parser, UserError, check_writable, read_json, run_command
 from support.figures import save_figure
 
 RIVALS = ("transfusion", "chameleon")
@@ -234,7 +233,7 @@ def demo():
 
 def main(argv=None):
     """Print the table of some runs of any size, and draw the figure. Without a file: the demo."""
-    parser = argparse.ArgumentParser(description="Scaling laws of runs of any size (Fig. 5).")
+    parser = Parser(description="Scaling laws of runs of any size (Fig. 5).")
     parser.add_argument("runs", nargs="?", help="a JSON file of runs: see the top of this file")
     parser.add_argument("-o", "--out", default="scaling.png", help="the figure")
     args = parser.parse_args(argv)

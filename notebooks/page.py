@@ -1,7 +1,6 @@
 """
 page.py: a page to click. A document grows while you look       (§3 "Inference"; tests/test_page.py)
 """
-import argparse
 import base64
 import io
 import json
@@ -11,7 +10,7 @@ from PIL import Image
 
 import sample
 from support.checkpoint import decode_latents, load_trained
-from support.common import ASSETS, UserError, pick_device, run_command
+from support.common import ASSETS, Parser, UserError, pick_device, run_command
 
 PAGE = """<!doctype html><meta charset=utf-8><title>Transfusion</title><style>
  body {font: 17px/1.7 system-ui, sans-serif; max-width: 46em; margin: 2em auto} * {font: inherit}
@@ -103,7 +102,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def main(argv=None):
     """Serve the page until Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m notebooks.page")
+    parser = Parser(prog="python -m notebooks.page")
     parser.add_argument("--checkpoint", default=ASSETS / "scenes.pt", help="it draws and writes")
     parser.add_argument("--edit", default=ASSETS / "scenes_edit.pt", help="it edits")
     args = parser.parse_args(argv)

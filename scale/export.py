@@ -18,7 +18,6 @@ READ NEXT   distributed.py
 TRY IT      python -m scale.export out/scenes/checkpoints/step_004500
 TEST        tests/test_train.py, tests/test_distributed.py
 """
-import argparse
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ import torch.distributed.checkpoint as dcp
 from model import ModelConfig, Transfusion
 from scale import distributed
 from support import checkpoint
-from support.common import UserError, check_writable, run_command
+from support.common import Parser, UserError, check_writable, run_command
 
 
 def read_weights(folder, config):
@@ -89,7 +88,7 @@ def export(folder, path):
 
 def main(argv=None):
     """Export the checkpoint that the command line names."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m scale.export",
         description="Make a model.pt of a checkpoint of a run, which may still be training.")
     parser.add_argument("checkpoint", help="out/<name>/checkpoints/step_...")

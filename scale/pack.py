@@ -256,7 +256,8 @@ def pack_kind(kind, sources, tokenizer, vae, settings, args):
     position = (0, 0)
     stream = None                           # opened when a shard is missing
     in_all = sum(sources.values())
-    with tqdm(total=in_all, unit="B", unit_scale=True, desc=f"packing {kind}") as bar:
+    unit = " documents" if set(sources) == {"scenes"} else "B"             # what the sizes count
+    with tqdm(total=in_all, unit=unit, unit_scale=True, desc=f"packing {kind}") as bar:
         while True:
             # 1. This shard may be there.
             path = Path(args.out) / f"{kind}-{len(headers):06d}"

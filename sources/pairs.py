@@ -158,8 +158,9 @@ def split_items(folder, names, split, what):
     what        the items are, in the plural, for the sentence"""
     different = set(names)
     if len(names) < 10 or len(different) < 2:
-        raise UserError(f"{folder} has {len(names)} usable {what} of {len(different)} different "
-                        f"pictures: it needs at least ten, and one picture for the test split")
+        raise UserError(f"{folder} has {len(names)} usable {what}, or {len(different)} where those "
+                        f"that share a picture count once: it needs at least ten, and two that "
+                        f"share none, one of them for the test split")
     in_test = choose_test(different)
     chosen = [k for k, name in enumerate(names) if (name in in_test) == (split == "test")]
     # Whoever takes the first few takes a sample: the conditioning gap does, and the VAE's scale.

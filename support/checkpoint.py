@@ -44,6 +44,11 @@ from support.origin import Origin
 from vae import VAE, VAEConfig
 
 ANY_VAE = ("vae", "vqvae")                              # for `load_vae`: either kind
+WHO_WRITES = {                                          # for the user who named another file
+    "model": ": a model.pt of train.py",
+    "vae": ": a vae.pt of python -m autoencoder.train",
+    "vqvae": ": a vae.pt of python -m autoencoder.train --codes 512",
+}
 
 KINDS = ("transfusion", "chameleon", "llama")           # of models: ours, and the rivals
 MOST = 2 ** 20                                          # diffusion steps, or positions, of a file
@@ -82,7 +87,8 @@ def load(path, kind):
     found = content.get("kind") if isinstance(content, dict) else type(content).__name__
     if not isinstance(content, dict) or found not in kinds:
         wanted = " or ".join(repr(name) for name in kinds)
-        raise UserError(f"{path} holds {found!r}, but a checkpoint of kind {wanted} is needed here")
+        raise UserError(f"{path} holds {found!r}, but a checkpoint of kind {wanted} is needed "
+                        f"here{WHO_WRITES.get(kinds[0], '')}")
     broken = name_not_finite(content)
     if broken:
         raise UserError(f"{path} cannot be used, because {broken} is not finite in it: its "

@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -124,7 +125,23 @@ def ask_for_large_pages(libc):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but a mistyped choice gets a sentence of ours, with the nearest of many names."""
+    """argparse's, but a mistake gets one sentence of ours, with the nearest of many names."""
+
+    def error(self, message):
+        """Raises UserError. argparse's own would print the usage first, which hides the mistake."""
+        message = message.removeprefix("argument ")
+        wrong_type = re.fullmatch(r"(.*): invalid (int|float) value: (.*)", message, re.DOTALL)
+        unknown = re.fullmatch(r"unrecognized arguments: (--[^ =]*).*", message, re.DOTALL)
+        if wrong_type:
+            option, kind, value = wrong_type.groups()
+            number = "a whole number" if kind == "int" else "a number"
+            raise UserError(f"{option} must be {number}, got {value}")
+        if unknown:
+            option = unknown[1]
+            near = difflib.get_close_matches(option, self._option_string_actions, n=1)
+            advice = f"did you mean {near[0]}?" if near else "--help names all options"
+            raise UserError(f"there is no option {option}: {advice}")
+        raise UserError(f"{message}; --help names all options")
 
     def _check_value(self, action, value):
         # argparse has no open door for this. The name is the same in Python 3.11 to 3.14.
@@ -303,6 +320,12 @@ def check_seed(seed):
         raise UserError(f"--seed must be between 0 and {2 ** 32 - 1}, got {seed}")
 
 
+def check_steps(steps):
+    """Raise UserError for a number of diffusion steps that no sampler takes."""
+    if not 1 <= steps <= 1000:                          # T of every process here
+        raise UserError(f"--steps must be between 1 and 1000, got {steps}")
+
+
 def check_writable(path, ending=""):
     """Raise UserError if no file can be written at this path, or its name has another ending than
     this one. Called before the work whose result goes there: found out afterwards, the result would
@@ -335,7 +358,7 @@ def pick_device():
 def open_picture(path, size, say=False):
     """(size, size, 3) uint8 of an image file, or of an open binary file.
 
-    say     print a line if the file holds something else than that
+    say     print a line if the file holds something else than that, or than the same enlarged
     Raises UserError, naming the file, if it cannot be read as a picture."""
     try:
         check_ordinary(path, " as a picture")
@@ -345,6 +368,7 @@ def open_picture(path, size, say=False):
             width, height = image.size
             mode = image.mode
             pixels = crop_and_resize(image, size)
+            kept = mode == "RGB" and not turned and is_enlarged(image, pixels)
     except UserError:
         raise
     except FileNotFoundError:
@@ -355,7 +379,7 @@ def open_picture(path, size, say=False):
         reason = str(problem) or type(problem).__name__
         raise UserError(f"{path} cannot be read as a picture ({reason}): is it truncated or of "
                         f"another type?") from None
-    if say and (turned or (width, height, mode) != (size, size, "RGB")):
+    if say and not kept:
         print(f"{path}: {width}x{height} {mode}, converted to {size}x{size} RGB")
     return pixels
 
@@ -387,9 +411,27 @@ def crop_and_resize(image, size):
     image = image.convert("RGBA")
     black = Image.new("RGBA", image.size, "black")
     image = Image.alpha_composite(black, image).convert("RGB")
+    # `figures.save_picture` enlarges what a model draws, for the eye. Read again, it must be what
+    # was drawn: LANCZOS would blur it.
+    drawn = np.array(image.resize((size, size), Image.Resampling.NEAREST))
+    if is_enlarged(image, drawn):
+        return drawn
     # Paper: §4.1. Pictures are cropped at the centre, then resized.
     square = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     return np.array(square)                             # a copy: torch warns of read-only arrays
+
+
+def is_enlarged(image, pixels):
+    """Whether a PIL image in RGB is pixels (size, size, 3) uint8, each of them k x k times; k = 1
+    counts."""
+    size = len(pixels)
+    k = image.width // size
+    if k < 1 or image.size != (k * size, k * size):
+        return False
+    # One row of each k first: photographs stop here.
+    rows = np.asarray(image)
+    wide = pixels.repeat(k, axis=1)
+    return all(np.array_equal(rows[first::k], wide) for first in range(k))
 
 
 # ------------------------------------------------------------------------------ text and JSON lines

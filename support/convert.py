@@ -19,7 +19,6 @@ READ NEXT   checkpoint.py
 TRY IT      python -m support.convert assets/scenes.pt scenes.safetensors
 TEST        tests/test_convert.py
 """
-import argparse
 import base64
 import json
 from pathlib import Path
@@ -27,6 +26,7 @@ from pathlib import Path
 from data import BOS, EOS, PAD, SPECIAL, Words
 from support import checkpoint
 from support.common import (
+    Parser,
     UserError,
     check_ordinary,
     check_writable,
@@ -185,7 +185,7 @@ def words_as_tokenizer(words):
 # ------------------------------------------------------------------------------------ command line
 def main(argv=None):
     """Convert as the names of the two files say."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m support.convert",
         description="model.pt to .safetensors and back; or its Llama to a folder for transformers.")
     parser.add_argument("source", help="a model.pt, or a .safetensors that was made of one")

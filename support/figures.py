@@ -131,6 +131,8 @@ def plot_samples(samples, path, columns=6, rows=4):
         color = "black" if right else "red"
         # Captions from the web have dollar signs, which matplotlib would read as formulas.
         axis.set_title(two_lines(prompt), fontsize=9, color=color, parse_math=False)
+    if not all(right for _, _, right in chosen):
+        figure.supxlabel("red: not as asked", fontsize=8, color="red")
     save_figure(figure, path)
 
 

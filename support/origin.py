@@ -52,7 +52,8 @@ class Origin:
     def lines(self):
         """Two lines of text, or one where nothing is known."""
         if not self.command:
-            return ["this checkpoint does not say where it comes from"]
+            return ["this file does not say how it was trained; of those in assets/ "
+                    "docs/RESULTS.md does"]
         day = time.strftime("%Y-%m-%d", time.gmtime(self.began))
         commit = f"commit {self.commit}" if self.commit else "no commit is known"
         lines = [f"trained by: {self.command}",

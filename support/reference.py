@@ -11,7 +11,6 @@ READ NEXT   figures.py
 TRY IT      python -m support.reference out/scenes      keeps that run's log as a reference
 TEST        tests/test_reference.py
 """
-import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 from support import checkpoint
 from support.common import (
     ASSETS,
+    Parser,
     UserError,
     load_json,
     read_json,
@@ -103,7 +103,7 @@ def short(row):
 
 def main(argv=None):
     """Keep the log of the run that the command line names."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m support.reference",
         description="Keep the log of a finished run as the reference that curves.png shows.")
     parser.add_argument("out", help="the run's folder, e.g. out/scenes")

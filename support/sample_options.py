@@ -7,12 +7,13 @@ READ NEXT   ../sample.py        TRY IT  python sample.py --help        TEST  tes
 """
 import argparse
 import math
+import re
 from pathlib import Path
 
 from PIL import Image
 
 from diffusion import SAMPLERS
-from support.common import Parser, UserError, check_seed, check_writable
+from support.common import Parser, UserError, check_seed, check_steps, check_writable
 
 
 def parse_arguments(argv, guide_over):
@@ -78,25 +79,37 @@ def check_arguments(args):
          f"--temperature must be 0 or more, got {args.temperature}"),
         (not 0 < args.top_p <= 1,
          f"--top-p must be above 0 and at most 1, got {args.top_p}"),
-        (not 1 <= args.steps <= 1000,
-         f"--steps must be between 1 and 1000, got {args.steps}"),
         (args.pictures < 1,
          f"--pictures must be at least 1, got {args.pictures}"),
     ]
     for wrong, sentence in mistakes:
         if wrong:
             raise UserError(sentence)
+    check_steps(args.steps)
     check_seed(args.seed)
-    for path in (args.out, args.film):
+    for text in (*args.prompts, *args.edit):
+        check_brackets(text)
+    for path, ending in ((args.out, ".png"), (args.film, ".gif, .png")):
         if path is not None:
-            check_picture_name(path)
+            check_picture_name(path, ending)
 
 
-def check_picture_name(path):
-    """Raise UserError if no picture can be written there, before one is drawn."""
+def check_brackets(text):
+    """Raise UserError for words that name a picture: the model would not know such a word."""
+    outside = re.sub(r"\[.*?\]", " ", text)
+    for word in outside.split():
+        if Path(word).suffix.lower() in Image.registered_extensions():
+            raise UserError(f"{word} stands among the words: --image {word} describes a picture, "
+                            f"and in brackets, [{word}], it is part of a prompt")
+
+
+def check_picture_name(path, ending):
+    """Raise UserError if no picture can be written there, before one is drawn. ending: the usual
+    one, for the sentence."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:                          # Pillow can only read some
-        raise UserError(f"cannot write {path}: its name must end in .png or another picture type")
+        raise UserError(f"cannot write {path}: its name must end in {ending} or another picture "
+                        "type")
     check_writable(path)
 
 

@@ -141,7 +141,7 @@ def test_the_command_streams(folder, tmp_path, capsys):
     """autoencoder.train --stream, with a kind of folder that --data folder could not read; and --resume."""
     line = ["--stream", "--data-dir", str(folder), "--image-size", "16", "--steps", "2", "--batch", "4", "--out", str(tmp_path / "vae")]
     vae_training.main(line)
-    assert "27 pictures, 1 processes" in capsys.readouterr().out and load_vae(tmp_path / "vae/vae.pt").config.image_channels == 3
+    assert "27 pictures on 1 x cpu" in capsys.readouterr().out and load_vae(tmp_path / "vae/vae.pt").config.image_channels == 3
     assert (tmp_path / "vae/reconstructions.png").stat().st_size > 100
     with pytest.raises(UserError, match="begun with pictures .27, 16"):
         picture(41).save(folder / "41.png")

@@ -116,7 +116,7 @@ def test_older_files_say_nothing(capsys):
     """Catches a file of yesterday that is refused."""
     found = checkpoint.load_trained(ASSETS / "scenes.pt").origin
     assert found == origin.Origin() == found.until_now()
-    assert found.lines() == ["this checkpoint does not say where it comes from"]
+    assert found.lines() == ["this file does not say how it was trained; of those in assets/ docs/RESULTS.md does"]
 
 
 def test_a_command_cannot_speak_to_the_terminal():

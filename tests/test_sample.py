@@ -19,7 +19,7 @@ from data import BOI, EOI, EOS, PATCH
 from diffusion import SAMPLERS, Diffusion
 from model import Transfusion, count, sized
 from sample import Decoder, choose, generate
-from support import checkpoint, sample_options
+from support import checkpoint, figures, sample_options
 from support.checkpoint import Trained
 from support.common import ASSETS, UserError, run_command
 from vae import VAE, VAEConfig
@@ -715,6 +715,13 @@ def test_prompts_with_pictures(here, capsys):
     assert parts_of(read("[wide.png][clear.png]")) == ["[picture]"] * 2 and read("a circle") == ["a circle"] and read(" ") == []
     said = capsys.readouterr().out
     assert "wide.png: 20x12 RGB, converted to 8x8 RGB" in said and "clear.png: 8x8 RGBA, converted" in said
+    figures.save_picture(pixels, "drawn.png")                                       # enlarged, for the eye: read as it was drawn
+    assert torch.equal(read("[drawn.png]")[0], parts[1]) and capsys.readouterr().out == ""
+    touched = np.array(Image.open("drawn.png"))
+    touched[-1, -1] ^= 255                                                          # one pixel, in a last row and column
+    Image.fromarray(touched).save("touched.png")
+    read("[touched.png]")
+    assert "converted to 8x8 RGB" in capsys.readouterr().out
     Path("photo[1].png").write_bytes(Path("plain.png").read_bytes())               # as a browser names a second download
     assert torch.equal(read("[photo[1].png] and [plain.png]")[0], parts[1]) and len(read("[photo[1].png] and [plain.png]")) == 3
     with pytest.raises(UserError, match="absent.png"):

@@ -557,10 +557,10 @@ def test_folders_that_cannot_be_used(tmp_path):
         choose.load_pairs("folder")
     write_folder(tmp_path, 9)
     for split in ("train", "test"):
-        with pytest.raises(UserError, match="9 usable pictures with captions of 9 different pictures: it needs at least ten"):
+        with pytest.raises(UserError, match="9 usable pictures with captions, or 9 where those that share a picture count once: it needs at least ten"):
             folder.load_folder(tmp_path, 16, split)
     write_named(tmp_path / "one", ["only.png"], each=20)
-    with pytest.raises(UserError, match="20 usable .* of 1 different"):
+    with pytest.raises(UserError, match="20 usable .* or 1 where .* two that share none"):
         folder.load_folder(tmp_path / "one", 16)
 
 
@@ -660,8 +660,8 @@ def test_captions_that_all_say_the_same_have_no_gap(tmp_path, tiny, capsys):
     assert "cannot be measured: all unseen captions say the same" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("names, words", [("a" * 9, "9 usable things of 1 different"), ("a" * 10, "10 usable things of 1 different"),
-                                          ("ab" * 4 + "a", "9 usable things of 2 different")])
+@pytest.mark.parametrize("names, words", [("a" * 9, "9 usable things, or 1 where"), ("a" * 10, "10 usable things, or 1 where"),
+                                          ("ab" * 4 + "a", "9 usable things, or 2 where")])
 def test_how_few_are_enough(names, words):
     """Catches ten that are refused, and nine that are not: ten of two pictures are the least."""
     with pytest.raises(UserError, match=words):
