@@ -42,7 +42,7 @@ TESTS = {                                               # module: the tests that
     "train": "test_train", "sample": "test_sample", "evaluate": "test_evaluate",
     "chameleon": "test_chameleon", "experiments": "test_experiments",
     "config": "test_errors test_train test_trust test_plan",
-    "scale/run": "test_train test_trust", "scale/distributed": "test_distributed test_trust",
+    "scale/run": "test_train test_trust test_distributed test_errors", "scale/distributed": "test_distributed test_trust",
     "scale/plan": "test_plan", "scale/shards": "test_shards", "scale/pack": "test_shards",
     "scale/streams": "test_shards", "scale/feed": "test_shards test_train", "scale/export": "test_train test_distributed",
     "scale/mixture": "test_mixture",

@@ -35,7 +35,7 @@ import train
 import vae as vae_module
 from config import parse_arguments
 from metrics import drawing
-from scale import distributed, export
+from scale import distributed, export, plan
 from scale.run import divide_step
 from sources.feed import Feed
 from support import checkpoint, run_folder
@@ -349,6 +349,11 @@ def test_auto_takes_what_the_dry_run_shows(tmp_path, monkeypatch, capsys):
     seven = parse_arguments(["--preset", "7b", "--auto"])[0]
     with pytest.raises(UserError, match="nothing fits in the 85 GB of a NVIDIA H100"):
         divide_step(seven, tmp_path, ranks, resume=False)
+    asked = []                                          # is there an average, which takes memory?
+    monkeypatch.setattr(plan, "choose", lambda *numbers: asked.append(numbers[6]) or (1, False, 1e9))
+    for ema in ("0", "0.99"):
+        divide_step(parse_arguments(["--preset", "0.16b", "--auto", "--ema", ema])[0], tmp_path, ranks, resume=False)
+    assert asked == [False, True]
 
 
 @pytest.mark.parametrize("ema, state", [(0.99, "weights, AdamW and average"), (0.0, "weights, AdamW")])

@@ -34,7 +34,7 @@ from config import parse_arguments
 from conftest import make_run
 from metrics import progress
 from scale import distributed, pack, shards
-from scale.run import words_of_culprit
+from scale.run import last_good, words_of_culprit
 from sources import choose, scenes
 from support import checkpoint, common, figures, run_folder
 from support.checkpoint import load_trained, load_vae
@@ -576,6 +576,18 @@ def test_a_log_of_the_steps_that_were_taken(tmp_path):
     assert run_folder.Log(tmp_path, 0).rows == []
     assert run_folder.Log(tmp_path, 3).rows == [{"step": 0}, {"step": 2}]
     assert run_folder.Log(tmp_path, 4, lambda row: "lm" in row).rows == [{"step": 4, "lm": 1.0}]
+
+
+@pytest.mark.parametrize("kept, written, step, words", [([2, 4], [], 5, "step_000004 is still good"), ([2], [4], 4, "step_000004 is still good"),
+                                                        ([2, 8], [], 5, "step_000002 is still good"), ([], [], 5, "no checkpoint yet")])
+def test_the_last_good_checkpoint_is_named(tmp_path, kept, written, step, words):
+    """Catches a sentence that forgets the checkpoint which is being written, or names one of later steps."""
+    for number in kept + written:
+        folder = distributed.folder_of(tmp_path, number)
+        folder.mkdir(parents=True)
+        if number in kept:
+            (folder / ".metadata").touch()
+    assert words in last_good(tmp_path, step)
 
 
 def test_a_killed_run_keeps_no_checkpoint_too_many(command, copied):
