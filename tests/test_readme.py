@@ -32,7 +32,7 @@ RUN = {
     'python sample.py "a red circle left of a blue square" --film film.gif': ("--steps 10", ["sample.png", "film.gif"]),
     'python sample.py "a red circle" "three squares" --steps 25 --sampler dpm++': ("--steps 2", ["sample_2.png"]),
     "python sample.py --image sample.png": ("", []),
-    'python sample.py --image sample.png --edit "make the circle blue" -o edited.png': ("--steps 2", ["edited.png"]),
+    'python sample.py --image sample.png --edit "turn the circle into a cross" -o edited.png': ("--steps 2", ["edited.png"]),
     'python sample.py --open "" "" --temperature 1 --pictures 3 --trace': ("--steps 2", []),
     'python sample.py --open "[sample.png] [edited.png] what changed ?" --checkpoint assets/scenes_edit.pt': ("--steps 2", []),
     "python train.py": (FEW, ["out/scenes/model.pt", "out/scenes/samples.png", "out/scenes/report.json"]),
