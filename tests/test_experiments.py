@@ -153,7 +153,7 @@ def test_a_table_from_nothing(tiny, tmp_path, capsys):
     assert not list(tmp_path.glob("again/*/")) and (tmp_path / "again/table_9.md").read_text() == (tmp_path / "runs/table_9.md").read_text()
 
 
-def test_the_grid_makes_a_figure(tmp_path, capsys):
+def test_the_grid_makes_a_figure(tmp_path, capsys, monkeypatch):
     """`scaling` takes N from the report, D from the row's steps. Planted: a loss of (6 N D)^-0.3, ours with half the compute."""
     base, results = experiments.BASES["paper"], Results(tmp_path / "results.json")
     for model, options in experiments.scaling_runs():
@@ -164,7 +164,12 @@ def test_the_grid_makes_a_figure(tmp_path, capsys):
         text = (flops * (2 if model == "transfusion" else 1)) ** -0.3
         for seed in range(2):
             results.add(line, seed, {"alone": text, "captions": 0.0, "diffusion_loss": 0.1, "parameters": parameters})
+    real, drawn = experiments.scaling.plot, []
+    monkeypatch.setattr(experiments.scaling, "plot", lambda points, path: drawn.extend(points) or real(points, path))
     experiments.main(["scaling", "--no-train", "--seeds", "2", "--out", str(tmp_path)])
+    for point in drawn:                                 # 6 N D itself, not only up to a factor
+        assert point["text"] == pytest.approx((point["flops"] * (2 if point["model"] == "transfusion" else 1)) ** -0.3)
+    assert len(drawn) == 36
     said = capsys.readouterr().out
     assert "| text | -0.300 | -0.300 | 0.5 | 0.5 to 0.5 (2 seeds) |" in said and (tmp_path / "scaling.png").stat().st_size > 5000
     assert "| loss |" not in said and "| captions |" not in said         # of Transfusion only; zero has no logarithm
