@@ -447,6 +447,8 @@ def check_together(config, given):
             if name in given:
                 raise UserError(f"{option_name(name)} is for a new VAE, but "
                                 f"{config.init or config.vae} brings its own: leave it out")
+    if not config.out:                                  # a dozen files among the user's own
+        raise UserError("--out must name a folder, but it is empty")
     if config.data != "shards" and (config.mixture or config.mixture_end):
         raise UserError(f"--mixture is for --data shards, not for {config.data}")
     if config.keep_every % config.save_every:

@@ -372,7 +372,7 @@ def open_picture(path, size, say=False):
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
+        raise UserError(f"there is no file {path or repr(path)}") from None
     except Exception as problem:
         # Pillow's decoders have no common error. A damaged file ends in whatever they stumble over:
         # OSError, SyntaxError, struct.error (EXIF), RuntimeError (AVIF), NotImplementedError (DDS).

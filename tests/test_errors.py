@@ -97,6 +97,7 @@ def mistake(capsys, monkeypatch, folder, program, arguments, *words):
     (["a circle", "--steps", "many"], ["--steps must be a whole number, got 'many'"]),
     (["a circle", "--stepz=3"], ["there is no option --stepz: did you mean --steps?"]),
     (["a circle", "--film", "film.mp4"], ["film.mp4", ".gif"]),
+    (["a circle []"], ["there is no file ''"]),
     (["a circle and bad.png"], ["--image bad.png", "[bad.png]"]),
     (["a circle", "--guidance", "-1"], ["--guidance"]),
     (["a circle", "--temperature", "-1"], ["--temperature"]),
@@ -160,6 +161,7 @@ SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", 
 
 
 @pytest.mark.parametrize("arguments, words", [
+    (["--out", ""], ["--out must name a folder"]),
     (["--preset", "six-papr"], ["--preset", "six-papr", "did you mean six-paper?"]),
     (["--preset", "xyzzy"], ["--preset", "xyzzy", "--help"]),                         # no list of 30 names
     (["--size", "70b"], ["70b", "toy"]),
