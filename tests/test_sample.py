@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -646,6 +647,29 @@ def test_the_second_picture_reads_the_first_one_clean(make_trained, encoder, mon
             assert torch.allclose(out[k], wanted[1], atol=1e-4)
             _, noisy = uncached(trained, ["a red circle", ("image", 0, 0), words, ("image", 1, 0)], [seen[1][0][0], x[k]], [500, t[k]])
             assert not torch.allclose(out[k], noisy[1], atol=1e-3)
+
+
+def test_a_film_ends_with_its_picture(tmp_path, monkeypatch):
+    """Catches a film that stands still on another moment than the last, and a strip of other moments, or of another size."""
+    monkeypatch.setattr(figures, "decode_latents", lambda trained, x: x.expand(-1, 8, 8, 3).to(torch.uint8).numpy())
+    frames = [SimpleNamespace(t=t, x=torch.full((1, 1, 1, 1), 10.0 * t), x0=torch.zeros(1, 1, 1, 1)) for t in range(18, -1, -1)]
+    figures.save_film(None, frames, tmp_path / "film.gif")
+    with Image.open(tmp_path / "film.gif") as film:
+        film.seek(film.n_frames - 1)
+        assert film.convert("L").getextrema() == (0, 0) and film.info["duration"] == 6 * 200      # Pillow keeps equal frames as one
+        film.seek(0)
+        assert film.convert("L").getextrema() == (180, 180)
+    figures.save_film(None, frames, tmp_path / "strip.png")
+    with Image.open(tmp_path / "strip.png") as strip:
+        assert strip.size == (4 * (10 * 10 + 2), 4 * (2 * 10 + 2))
+        greys = [strip.convert("L").getpixel((4 * (10 * k + 6), 4 * 6)) for k in range(10)]
+    assert greys == list(range(180, -1, -20))
+
+
+def test_a_title_has_two_lines_if_it_is_long():
+    """Catches a short caption that is cut in two, and a single long word after an empty line."""
+    assert figures.two_lines("a red circle") == "a red circle" and figures.two_lines("x" * 40) == "x" * 40
+    assert figures.two_lines("a red circle above a blue square") == "a red circle\nabove a blue square"
 
 
 def test_draw_draws_and_writes_nothing(monkeypatch):

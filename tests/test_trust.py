@@ -154,6 +154,13 @@ def test_options_out_of_range(name, value):
         parse_arguments([f"--{name}={value}"])
 
 
+def test_the_least_is_enough():
+    """Catches a limit that refuses 1, where 1 is a number of steps or of documents."""
+    names = ("steps", "log_every", "gap_every", "save_every", "documents", "accumulate")
+    config = parse_arguments([f"--{name.replace('_', '-')}=1" for name in names])[0]
+    assert all(getattr(config, name) == 1 for name in names)
+
+
 @pytest.fixture
 def run(command, tmp_path):
     """A Run at step 0."""
