@@ -657,6 +657,7 @@ def test_a_film_ends_with_its_picture(tmp_path, monkeypatch):
     with Image.open(tmp_path / "film.gif") as film:
         film.seek(film.n_frames - 1)
         assert film.convert("L").getextrema() == (0, 0) and film.info["duration"] == 6 * 200      # Pillow keeps equal frames as one
+        assert film.info["loop"] == 0                   # for ever
         film.seek(0)
         assert film.convert("L").getextrema() == (180, 180)
     figures.save_film(None, frames, tmp_path / "strip.png")
