@@ -108,13 +108,14 @@ class Pieces:
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             n = self.processor.get_piece_size()
-        except RuntimeError:
-            n = 0
-        if n == 0:                                      # of no bytes at all the library makes this
+            pieces = [self.processor.id_to_piece(k) for k in range(n)]
+        except (RuntimeError, UnicodeDecodeError):
+            pieces = []
+        if not pieces:                                  # of no bytes at all the library makes this
             raise UserError("the tokenizer's file is not a SentencePiece model: "
                             "truncated, or of another kind?")
         self.model = model
-        self.vocabulary = list(SPECIAL) + [self.processor.id_to_piece(k) for k in range(n)]
+        self.vocabulary = [*SPECIAL, *pieces]
 
     def __len__(self):
         return len(self.vocabulary)

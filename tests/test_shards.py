@@ -882,7 +882,8 @@ def test_pieces(pieces):
     assert [words.vocabulary[k] for k in words.encode("a circle")][0].startswith("▁")
     again = checkpoint.load_tokenizer(checkpoint.dump_tokenizer(words))
     assert again.encode("a red circle") == words.encode("a red circle") and shards.fingerprint(again) == shards.fingerprint(words)
-    for bad in (b"", b"garbage" * 9):
+    not_text = pieces.read_bytes().replace("▁".encode(), b"\xe2\x28\xa1")              # as long as before
+    for bad in (b"", b"garbage" * 9, not_text):
         with pytest.raises(UserError, match="not a SentencePiece model"):
             checkpoint.load_tokenizer(bad)
 
