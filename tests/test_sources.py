@@ -3,6 +3,7 @@ test_sources.py: captioned pictures, from a seed, from idx files, from a folder 
 
 The files that users have, good and bad: each mistake is named, and what can be used is used.
 """
+import contextlib
 import gzip
 import hashlib
 import http.client
@@ -11,6 +12,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from PIL import Image, ImageFile
 import model
 import train
 import vae as vae_module
-from config import Config
+from config import Config, parse_arguments
 from sources import choose, feed, folder, mnist, scenes
 from sources.pairs import Pairs, check_room, choose_test, hash_name, print_skipped, split_items
 from support import checkpoint, common
@@ -725,3 +727,20 @@ def test_a_source_gets_what_the_run_says(monkeypatch):
     assert choose.load_source(Config(), progress=False)["progress"] is False and choose.load_source(Config())["folder"] is None
     plain, run = choose.load_pairs("scenes"), Config()
     assert (plain["size"], plain["n"], plain["seed"]) == (run.image_size, run.pairs, run.seed)
+
+
+@pytest.mark.parametrize("side, channels, fits", [(32, 3, True), (32, 1, False), (30, 3, False), (30, 1, False)])
+def test_a_vae_reads_pictures_of_its_channels_and_sides(side, channels, fits):
+    """Catches grey pictures for a VAE of colours, found out in the first step, and sides that it cannot halve."""
+    source = SimpleNamespace(pixels=np.zeros((1, side, side, channels), np.uint8))
+    config = SimpleNamespace(data="folder", codes=0)
+    with contextlib.nullcontext() if fits else pytest.raises(UserError, match=f"has {channels} channels and {side} pixels"):
+        feed.check_vae(config, vae_module.VAEConfig(), source)
+
+
+@pytest.mark.parametrize("name, patch", [("transfusion", 2), ("chameleon", 1)])
+def test_a_chameleon_has_a_code_for_every_place(name, patch):
+    """Catches patches of codes, and pictures that are not cut into patches."""
+    config = parse_arguments([])[0]
+    config.model, config.patch = name, 2
+    assert feed.shape_of(config, 30, (4, 8, 8), None).patch == patch
