@@ -114,7 +114,7 @@ class Config:
 
     # How the processes share the work. None of these changes what is learned.
     checkpointing: bool = option(False, "recompute activations in the backward pass")
-    compile: bool = option(False, "torch.compile each block and the patch encoder")
+    compile: bool = option(False, "torch.compile each block, the U-Net's too")
     # Our choice: in bfloat16 a run rounds otherwise, so it is not the same to the last digit.
     bfloat16: bool = option(False, "on a CPU: multiply the blocks' matrices in bfloat16, as a GPU "
                             "does; a third faster if the processor has avx512_bf16 or amx")

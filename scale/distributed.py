@@ -59,10 +59,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from model import Transfusion, count
+from patchify import UNetBlock
 from scale import plan
 from support.checkpoint import name_not_finite
 from support.common import UserError, pick_device, read_json, run_command, write_json
@@ -337,7 +337,7 @@ def shard_model(make, ranks, checkpointing=False, compiled=False, bfloat16=False
     """The model of make(), its weights drawn once and divided among the ranks.
 
     checkpointing   keep only the inputs of blocks, and compute the rest again in the backward pass
-    compiled        torch.compile each block (one is compiled, all use it) and the patch encoder
+    compiled        torch.compile each block (one is compiled, all use it) and those of the U-Net
     bfloat16        multiply the blocks' matrices in bfloat16; a GPU computes all in bfloat16
 
     The order matters: shapes only -> activation checkpointing -> compile -> shard -> memory ->
@@ -368,10 +368,10 @@ def shard_model(make, ranks, checkpointing=False, compiled=False, bfloat16=False
 
 
 def prepare_parts(model, checkpointing=False, compiled=False, bfloat16=False):
-    """Replace the blocks' forward by one that is checkpointed, compiled, or both; and, if compiled,
-    the patch encoder's two ways. The arguments are those of `shard_model`.
+    """Replace the blocks' forward by one that is checkpointed, compiled, or both; and compile the
+    U-Net's blocks, if there are any. The arguments are those of `shard_model`.
 
-    Only these functions: the parameters keep their names, and FSDP's hooks stay outside. So weights
+    Only `forward`: the parameters keep their names, and FSDP's hooks stay outside. So weights
     are gathered before, not within, what is computed again."""
     for block in model.blocks:
         if bfloat16:
@@ -381,10 +381,10 @@ def prepare_parts(model, checkpointing=False, compiled=False, bfloat16=False):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if compiled:
             block.forward = torch.compile(block.forward)
-    if compiled:
-        encoder = model.patch_encoder
-        encoder.encode = compile_for_pictures(encoder.encode)
-        encoder.decode = compile_for_pictures(encoder.decode)
+    # One by one, too: a graph of a whole way of the U-Net keeps the compiler busy for many minutes.
+    for block in model.patch_encoder.modules():
+        if compiled and isinstance(block, UNetBlock):
+            block.forward = compile_for_pictures(block.forward)
 
 
 def multiply_in_bfloat16(layer, x):
@@ -394,20 +394,19 @@ def multiply_in_bfloat16(layer, x):
     return product.to(x)
 
 
-def compile_for_pictures(function):
-    """A patch encoder's `encode` or `decode`, compiled once for any number M of pictures: it
-    changes from micro-batch to micro-batch. With fewer than two it runs as it is, because torch
-    makes graphs of their own for 0 and 1."""
-    compiled = torch.compile(function)
+def compile_for_pictures(forward):
+    """A U-Net block's forward, compiled for any number M of pictures: it changes from micro-batch
+    to micro-batch. With fewer than two it runs as it is: torch makes graphs of their own for 0 and
+    1. Blocks of the same shape share a graph."""
+    compiled = torch.compile(forward)
 
-    def call(x, t, *kept):
-        if len(t) < 2:
-            return function(x, t, *kept)
-        # Every tensor among these has M first. Otherwise the first M would have a graph of its own.
-        for tensor in pytree.tree_leaves((x, t, kept)):
-            if isinstance(tensor, torch.Tensor):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return compiled(x, t, *kept)
+    def call(x, time):
+        if len(x) < 2:
+            return forward(x, time)
+        # Otherwise the first M would have a graph of its own.
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        torch._dynamo.maybe_mark_dynamic(time, 0)
+        return compiled(x, time)
 
     return call
 
