@@ -744,3 +744,10 @@ def test_a_chameleon_has_a_code_for_every_place(name, patch):
     config = parse_arguments([])[0]
     config.model, config.patch = name, 2
     assert feed.shape_of(config, 30, (4, 8, 8), None).patch == patch
+
+
+def test_half_of_the_pictures_to_look_at_are_unseen():
+    """Catches more pictures than were asked for: each costs seconds of every save."""
+    source = SimpleNamespace(to_draw=lambda: [(["a", "circle"], 0)] * 9, pixels=None)
+    found = feed.Feed.prompts(SimpleNamespace(source=source, test=source, vae=None), 4)
+    assert found == [("a circle", ["a", "circle"])] * 2 + [("unseen: a circle", ["a", "circle"])] * 2
