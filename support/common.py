@@ -55,9 +55,9 @@ class Stopped(KeyboardInterrupt):
 
 
 def run_command(main, argv=None, if_stopped=""):
-    """Run a command line's main(argv). A user's mistake (ValueError, OSError) becomes one sentence
-    on stderr and exit status 2. Ctrl-C becomes one, too, with status 130, and SIGTERM with 143.
-    If nobody reads on, as in `... | head`, it ends in silence, with 141.
+    """Run a command line's main(argv). A user's mistake (ValueError, OSError), or memory that runs
+    out, becomes one sentence on stderr and exit status 2. Ctrl-C becomes one, too, with status 130,
+    and SIGTERM with 143. If nobody reads on, as in `... | head`, it ends in silence, with 141.
     Anything else is a bug of ours and keeps its traceback.
 
     if_stopped      how to go on after Ctrl-C, where the program has not said it"""
@@ -80,6 +80,10 @@ def run_command(main, argv=None, if_stopped=""):
         sys.exit(141)                                   # as a shell counts: 128 + SIGPIPE
     except (ValueError, OSError) as mistake:
         print(f"error: {one_sentence(mistake)}", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError:                                 # `explain_memory` says more where it can
+        print("error: out of memory: end other programs, or ask for less at a time",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         sentence = str(stop) or if_stopped or "nothing is left half written"

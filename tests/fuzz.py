@@ -150,6 +150,8 @@ class Running:
         # A 7B does take gigabytes. Where they are not there, our sentence counts them.
         counted = self.outcome.text.startswith("out of memory: a process needs")
         counted = counted or any(size in self.outcome.input for size in model.PAPER_SIZES)
+        if counted and self.outcome.verdict == "memory":
+            self.outcome.verdict = "refused"
         if self.outcome.megabytes * 2 ** 20 > MEMORY and not counted:
             self.outcome.verdict = "memory"
         if not self.keep:
@@ -191,7 +193,7 @@ def with_limits():
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     # Address space, above what is mapped already: most of that is libraries and is never touched.
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * MEMORY, mapped + 4 * MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + 4 * MEMORY, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -218,6 +220,8 @@ def judge(kind, number, shelf, place):
     os.dup2(said.fileno(), 2)
     sys.stdout = sys.stderr = said
     outcome.verdict, outcome.text, outcome.traceback = verdict_of(case.action, case.words)
+    # A 7B was refused for want of memory: there must be some to look what became of the files.
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     after = contents(given)
     for path in [path for path in after if path not in before]:
         # What it was told to write, or lies in a folder in which it was told to.
@@ -262,8 +266,7 @@ def verdict_of(action, words):
         return "accepted", "", ""
     except BaseException:
         text = traceback.format_exc()
-        verdict = "memory" if isinstance(raised[0], MemoryError) else "traceback"
-        return verdict, text.strip().splitlines()[-1][:300], text
+        return "traceback", text.strip().splitlines()[-1][:300], text
     if status in (0, None):
         return "accepted", "", ""
 
@@ -272,6 +275,8 @@ def verdict_of(action, words):
     lines = Path(sys.stderr.name).read_text().replace("\r", "\n").strip().split("\n")
     _, found, sentence = lines[-1].partition("error: ")
     trace = "".join(traceback.format_exception(raised[0]))
+    if isinstance(raised[0], MemoryError):              # `run_command` has a sentence for it
+        return "memory", sentence[:300], trace
     if status != 2 or not found:
         return "traceback", f"exit status {status}: {lines[-1]}"[:300], trace
     long = len(sentence) > 1000 and not isinstance(raised[0], SystemExit)       # argparse repeats what was typed

@@ -368,6 +368,13 @@ def test_bugs_keep_their_traceback():
         run_command(broken)
 
 
+def test_memory_that_runs_out_anywhere_has_a_sentence(capsys):
+    """Catches one that ends in a traceback, as AdamW's did where no `explain_memory` was around it."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda argv: bytearray(2 ** 60))
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory: ")
+
+
 def test_the_models_answer_when_nothing_is_wrong(monkeypatch, tmp_path, shelf, capsys):
     """Catches checks so strict that nothing passes: the same commands, without the mistakes."""
     monkeypatch.chdir(tmp_path)
