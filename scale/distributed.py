@@ -65,7 +65,14 @@ from model import Transfusion, count
 from patchify import UNetBlock
 from scale import plan
 from support.checkpoint import name_not_finite
-from support.common import UserError, pick_device, read_json, run_command, write_json
+from support.common import (
+    UserError,
+    is_out_of_memory,
+    pick_device,
+    read_json,
+    run_command,
+    write_json,
+)
 
 # One process saves in the same format, which torch finds worth a warning.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -703,7 +710,7 @@ def explain_memory(shape, config, ranks, activity="", bytes_per_parameter=0):
     bytes_per_parameter     what that takes beside weights, AdamW and average"""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as problem:
+    except (MemoryError, RuntimeError) as problem:
         if not is_out_of_memory(problem):
             raise
         if activity:
@@ -713,14 +720,6 @@ def explain_memory(shape, config, ranks, activity="", bytes_per_parameter=0):
         needed = ", ".join(f"{gigabytes(size)} for {what}" for what, size in needs)
         advice = " or ".join(memory_advice(shape, config, ranks, training=not activity))
         raise UserError(f"out of memory: a process needs about {needed}; try {advice}") from None
-
-
-def is_out_of_memory(problem):
-    """Whether an exception says that memory is short."""
-    # On a CPU, torch raises a plain RuntimeError.
-    if isinstance(problem, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return "can't allocate memory" in str(problem)
 
 
 def needs_of_step(shape, config, ranks, checkpointing):

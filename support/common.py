@@ -81,7 +81,10 @@ def run_command(main, argv=None, if_stopped=""):
     except (ValueError, OSError) as mistake:
         print(f"error: {one_sentence(mistake)}", file=sys.stderr)
         sys.exit(2)
-    except MemoryError:                                 # `explain_memory` says more where it can
+    except (MemoryError, RuntimeError) as problem:
+        if not is_out_of_memory(problem):
+            raise
+        # Where memory is likely to run out, `scale.distributed.explain_memory` says more.
         print("error: out of memory: end other programs, or ask for less at a time",
               file=sys.stderr)
         sys.exit(2)
@@ -89,6 +92,14 @@ def run_command(main, argv=None, if_stopped=""):
         sentence = str(stop) or if_stopped or "nothing is left half written"
         print(f"\nstopped: {sentence}", file=sys.stderr)
         sys.exit(128 + signal_of(stop))                 # as a shell counts: 130 or 143
+
+
+def is_out_of_memory(problem):
+    """Whether an exception says that memory is short."""
+    # On a CPU, torch raises a plain RuntimeError.
+    if isinstance(problem, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return "can't allocate memory" in str(problem)
 
 
 def end_with_the_reader():

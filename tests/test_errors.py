@@ -368,10 +368,11 @@ def test_bugs_keep_their_traceback():
         run_command(broken)
 
 
-def test_memory_that_runs_out_anywhere_has_a_sentence(capsys):
+@pytest.mark.parametrize("fill", [lambda argv: bytearray(2 ** 60), lambda argv: torch.empty(2 ** 60)])
+def test_memory_that_runs_out_anywhere_has_a_sentence(capsys, fill):
     """Catches one that ends in a traceback, as AdamW's did where no `explain_memory` was around it."""
     with pytest.raises(SystemExit) as stop:
-        run_command(lambda argv: bytearray(2 ** 60))
+        run_command(fill)
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory: ")
 
 
