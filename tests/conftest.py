@@ -1,4 +1,5 @@
 """conftest.py: what all tests share: the path, one seed, and a tiny model that has something to say."""
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from torch import nn
 from model import ModelConfig, Transfusion
 
 torch.set_num_threads(1)                                # models this small only wait for a second thread
+# A shell that starts the tests in the background has them ignore Ctrl-C; some tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def make_run(config, out):
