@@ -115,9 +115,6 @@ class Config:
     # How the processes share the work. None of these changes what is learned.
     checkpointing: bool = option(False, "recompute activations in the backward pass")
     compile: bool = option(False, "torch.compile each block, the U-Net's too")
-    # Our choice: in bfloat16 a run rounds otherwise, so it is not the same to the last digit.
-    bfloat16: bool = option(False, "on a CPU: multiply the blocks' matrices in bfloat16, as a GPU "
-                            "does; a third faster if the processor has avx512_bf16 or amx")
     shard: int = option(0, "among how many processes the weights are divided; 0: those of one "
                         "machine")
     auto: bool = option(False, "choose the rows of a micro-batch, and --checkpointing, for the "
@@ -145,7 +142,7 @@ class Config:
 MAY_CHANGE_ON_RESUME = {
     "out", "data_dir", "log_every", "gap_every", "save_every", "keep_every",
     "samples", "sample_steps", "guidance", "sampler",
-    "checkpointing", "compile", "bfloat16", "shard", "auto",
+    "checkpointing", "compile", "shard", "auto",
 }
 
 

@@ -49,7 +49,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -99,7 +98,7 @@ class Ranks:
     @property
     def dtype(self):
         """What the network computes in: bfloat16 on a GPU, where it is twice as fast; float32 on a
-        CPU, where attention in bfloat16 is seven times as slow. (--bfloat16 is for products.)"""
+        CPU, where attention in bfloat16 is seven times as slow."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
 
@@ -340,18 +339,17 @@ def describe(problem):
 
 
 # ------------------------------------------------------------------------------- dividing the model
-def shard_model(make, ranks, checkpointing=False, compiled=False, bfloat16=False):
+def shard_model(make, ranks, checkpointing=False, compiled=False):
     """The model of make(), its weights drawn once and divided among the ranks.
 
     checkpointing   keep only the inputs of blocks, and compute the rest again in the backward pass
     compiled        torch.compile each block (one is compiled, all use it) and those of the U-Net
-    bfloat16        multiply the blocks' matrices in bfloat16; a GPU computes all in bfloat16
 
     The order matters: shapes only -> activation checkpointing -> compile -> shard -> memory ->
     weights. "Shapes only" is the device "meta", on which 7B parameters take no memory."""
     if ranks.mesh is None:
         model = make()
-        prepare_parts(model, checkpointing, compiled, bfloat16)
+        prepare_parts(model, checkpointing, compiled)
         return model
 
     # 1. The weights. TRAP: drawn shard by shard, they depend on the number of shards. Rank 0 draws
@@ -364,7 +362,7 @@ def shard_model(make, ranks, checkpointing=False, compiled=False, bfloat16=False
     buffers = [name for name, _ in model.named_buffers()]
     if buffers:
         raise ValueError(f"buffers are not drawn, and would be left empty: {buffers}")
-    prepare_parts(model, checkpointing, compiled, bfloat16)
+    prepare_parts(model, checkpointing, compiled)
     shard_weights(model, ranks)
 
     # 3. Memory for this rank's part, then its weights from rank 0.
@@ -374,16 +372,13 @@ def shard_model(make, ranks, checkpointing=False, compiled=False, bfloat16=False
     return model
 
 
-def prepare_parts(model, checkpointing=False, compiled=False, bfloat16=False):
+def prepare_parts(model, checkpointing=False, compiled=False):
     """Replace the blocks' forward by one that is checkpointed, compiled, or both; and compile the
     U-Net's blocks, if there are any. The arguments are those of `shard_model`.
 
     Only `forward`: the parameters keep their names, and FSDP's hooks stay outside. So weights
     are gathered before, not within, what is computed again."""
     for block in model.blocks:
-        if bfloat16:
-            for layer in (block.qkv, block.out, block.gate_up, block.down):
-                layer.forward = functools.partial(multiply_in_bfloat16, layer)
         if checkpointing:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if compiled:
@@ -392,13 +387,6 @@ def prepare_parts(model, checkpointing=False, compiled=False, bfloat16=False):
     for block in model.patch_encoder.modules():
         if compiled and isinstance(block, UNetBlock):
             block.forward = compile_for_pictures(block.forward)
-
-
-def multiply_in_bfloat16(layer, x):
-    """What a Linear without a bias gives, in x's own precision. Only the product is bfloat16: a
-    processor that has it (avx512_bf16, amx) multiplies twice as fast. x: (..., in)."""
-    product = F.linear(x.bfloat16(), layer.weight.bfloat16())               # (..., out)
-    return product.to(x)
 
 
 def compile_for_pictures(forward):

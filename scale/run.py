@@ -385,8 +385,7 @@ def build_run(config, ranks, feed, diffusion, start):
     # 1. The model, and the average of its weights.
     activity = "process 0 draws the first weights in main memory"
     with distributed.explain_memory(feed.shape, config, ranks, activity, bytes_per_parameter=4):
-        model = distributed.shard_model(make_first, ranks, config.checkpointing, config.compile,
-                                        config.bfloat16 and ranks.device.type == "cpu")
+        model = distributed.shard_model(make_first, ranks, config.checkpointing, config.compile)
         average = model                     # --ema 0 keeps no second copy: at 7B that is 27 GB
         if config.ema:
             weights = {name: w.detach().clone() for name, w in model.state_dict().items()}

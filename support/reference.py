@@ -33,7 +33,7 @@ KEPT = ("step", "lm", "diffusion", "by_t", "gap")       # of a line of log.jsonl
 # Runs that differ in these alone can be compared. With other steps, the rate falls otherwise.
 MAY_DIFFER = {
     "seed", "steps", "out", "data_dir", "log_every", "gap_every", "save_every", "samples",
-    "sample_steps", "guidance", "sampler", "checkpointing", "compile", "bfloat16", "shard",
+    "sample_steps", "guidance", "sampler", "checkpointing", "compile", "shard",
     "keep_every",
 }
 # Those of a new VAE do not matter where assets/ has one.

@@ -11,8 +11,7 @@ PEER        If `transfusion-pytorch` is installed (it is not a requirement of ou
 TRY IT      python -m tests.benchmark                  about three minutes on two quiet cores
             python -m tests.benchmark --busy           one thread, and its CPU seconds instead of
                                                        time: for a machine that has other work
-            python -m tests.benchmark --bfloat16       training steps as with train.py --bfloat16
-           python -m tests.benchmark --quick          to see that it runs
+            python -m tests.benchmark --quick          to see that it runs
 TEST        tests/test_benchmark.py
 """
 import argparse
@@ -101,11 +100,9 @@ def run_command(words, folder):
 
 
 # ------------------------------------------------------------------------------------ training steps
-def make_run(width, folder, *options):
-    """scale.run.Run of the toy of --preset flow, with another width; heads of 32, as the toy's.
-    options: more of train.py's."""
-    config, *_ = parse_arguments(
-        ["--preset", "flow", "--pairs", "400", "--out", str(folder), *options])
+def make_run(width, folder):
+    """scale.run.Run of the toy of --preset flow, with another width; heads of 32, as the toy's."""
+    config, *_ = parse_arguments(["--preset", "flow", "--pairs", "400", "--out", str(folder)])
     diffusion = Diffusion(config.diffusion, shift=config.shift)
     feed = build_feed(config, folder, diffusion, None, False, lambda first_code: None)
     feed.shape = dataclasses.replace(feed.shape, width=width, heads=width // 32)
@@ -135,10 +132,10 @@ def where_time_goes(run, steps):
     return {kind: spent / total for kind, spent in seconds.items()}
 
 
-def measure_step(width, clock, repeats, peak, folder, *options):
+def measure_step(width, clock, repeats, peak, folder):
     """A dict: tokens per second and share of the peak of a step, where the time goes, and, if the
-    peer is installed, how many times faster we are. options: of train.py."""
-    run = make_run(width, folder, *options)
+    peer is installed, how many times faster we are."""
+    run = make_run(width, folder)
     speeds = []                                         # tokens per second
     shares = []
     train.train_step(run)
@@ -186,7 +183,7 @@ def times_faster(run, peer, clock, repeats):
 
 def peer_step(run):
     """A function that takes one training step of transfusion-pytorch, of our size, on documents as
-    `peer_documents` makes them, in bfloat16 if ours is; None if it is not installed."""
+    `peer_documents` makes them; None if it is not installed."""
     try:
         from transfusion_pytorch import Transfusion
     except ImportError:
@@ -210,9 +207,7 @@ def peer_step(run):
     optimizer = torch.optim.AdamW(peer.parameters_without_encoder_decoder(), lr=1e-3, fused=True)
 
     def step(documents):
-        with torch.autocast("cpu", torch.bfloat16, enabled=run.config.bfloat16):
-            loss = peer(documents)
-        loss.backward()
+        peer(documents).backward()
         torch.nn.utils.clip_grad_norm_(peer.parameters(), run.config.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -296,9 +291,6 @@ def parse(argv):
                                      description="Measure how fast it is on this machine.")
     parser.add_argument("--busy", action="store_true",
                         help="one thread, CPU seconds: where other programs run, too")
-    parser.add_argument("--bfloat16", action="store_true",
-                        help="training steps multiply in bfloat16, the peer's too; the peak stays "
-                             "float32's")
     parser.add_argument("--quick", action="store_true", help="as little of each as there can be")
     parser.add_argument("--out", help="a .json for the numbers")
     return parser.parse_args(argv)
@@ -328,8 +320,7 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for width in (128, 256):
-            options = ["--bfloat16"] if args.bfloat16 else []
-            step = measure_step(width, clock, repeats, peak, folder, *options)
+            step = measure_step(width, clock, repeats, peak, folder)
             for kind, share in step.pop("where").items():
                 say(f"step, width {width}: time in {kind}", share)
             for name, value in step.items():

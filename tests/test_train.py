@@ -383,29 +383,6 @@ def test_resume_equals_uninterrupted(command, tmp_path, whole, monkeypatch):
     assert same(one, two) == []
 
 
-def test_products_in_bfloat16(command, tmp_path, whole, make_model):
-    """--bfloat16. Catches an option that does nothing, one that rounds weights, averages or what runs along the layers, and one
-    that decides whether a run may go on."""
-    model, x, pos = make_model(), torch.randn(1, 20, 32), torch.arange(20)[None]
-    fast = copy.deepcopy(model)
-    distributed.prepare_parts(fast, bfloat16=True)
-    outs = [network.trunk(x, pos, torch.ones(1, 20, 20, dtype=torch.bool).tril()) for network in (model, fast)]
-    apart = ((outs[1] - outs[0]).norm() / outs[0].norm()).item()
-    assert 5e-4 < apart < 2e-2 and {out.dtype for out in outs} == {torch.float32}           # bfloat16 rounds by up to 4e-3
-    for weight, other in zip(model.blocks.parameters(), fast.blocks.parameters()):
-        one, two = (torch.autograd.grad((out ** 2).sum(), w, retain_graph=True)[0] for out, w in zip(outs, (weight, other)))
-        assert two.dtype == torch.float32 and (two - one).norm() < 0.05 * one.norm()
-
-    train.main([*command(save_every=3), "--bfloat16"])
-    now, before = log(tmp_path / "run"), log(whole)
-    for name in ("lm", "diffusion", "grad_norm"):
-        assert now[-1][name] == pytest.approx(before[-1][name], rel=0.02) and now[-1][name] != before[-1][name]
-    assert all(value.dtype == torch.float32 for name, value in states(tmp_path / "run").items() if name.startswith(("model", "average")))
-    distributed.remove(distributed.folder_of(tmp_path / "run", 6))
-    train.main([*command(save_every=3), "--resume"])
-    assert log(tmp_path / "run")[-1]["lm"] not in (now[-1]["lm"], before[-1]["lm"])
-
-
 def test_resume_after_a_crash(command, tmp_path, whole, monkeypatch):
     """Catches a crash (no Ctrl-C, nothing saved) after the last checkpoint: the log must not hold two lines of one step, and
     a line of which only half was written must not stop the resumed run."""
