@@ -19,7 +19,8 @@ PAPER/HERE  same: AdamW (0.9, 0.95), decay 0.1, clip 1, warm-up, cosine to a twe
             4e-3, where billions of parameters take 3e-4.
 READ NEXT   sample.py, evaluate.py          TRY IT  python train.py
 NOTEBOOK    notebooks/5_train_one.ipynb
-TEST        tests/test_train.py   (resumed = uninterrupted, accumulated = joint, 2 processes = 1)
+TEST        tests/test_train.py (one step: accumulated = joint), tests/test_train_runs.py (resumed =
+            uninterrupted), tests/test_distributed.py (2 processes = 1)
 """
 import math
 import time

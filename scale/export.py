@@ -16,7 +16,7 @@ PAPER/HERE  our choice: the averaged weights, if the run has an average. The las
             your own.
 READ NEXT   distributed.py
 TRY IT      python -m scale.export out/scenes/checkpoints/step_004500
-TEST        tests/test_train.py, tests/test_distributed.py
+TEST        tests/test_train_runs.py, tests/test_distributed.py
 """
 from pathlib import Path
 

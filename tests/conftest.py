@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import ModelConfig, Transfusion
+from model import SIZES, ModelConfig, Transfusion
 
 torch.set_num_threads(1)                                # models this small only wait for a second thread
 # A shell that starts the tests in the background has them ignore Ctrl-C; some tests press it.
@@ -59,3 +59,46 @@ def make_model():
 def model(request, make_model):
     """The tiny model, once with either patch encoder."""
     return make_model(request.param)
+
+
+# -------------------------------------------------------- small runs of train.py: see small_runs.py
+@pytest.fixture(scope="module")
+def tiny_size():
+    """While a file that uses this is tested, "toy" has 2 layers of width 32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "toy", (2, 32, 2))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny_vae(tmp_path_factory):
+    """Path of an untrained VAE: (3, 32, 32) -> (2, 8, 8). It stands in for a trained one."""
+    from small_runs import save_tiny_vae
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vae") / "vae.pt"
+    save_tiny_vae(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pretrained(tiny_size, tiny_vae, tmp_path_factory):
+    """Path of a tiny model.pt, what --init starts from: 32x32 pixels, flow, context 128."""
+    from small_runs import save_tiny_model
+
+    torch.manual_seed(1)
+    path = tmp_path_factory.mktemp("pretrained") / "model.pt"
+    save_tiny_model(path, tiny_vae)
+    return path
+
+
+@pytest.fixture
+def command(tiny_size, tiny_vae, tmp_path):
+    """A function: the argument list of a small run, in this test's own folder, with the untrained
+    VAE. Options, as keywords, are those of train.py."""
+    from small_runs import small_run
+
+    def arguments(out="run", **options):
+        return small_run(**{"vae": tiny_vae, "out": tmp_path / out, **options})
+
+    return arguments

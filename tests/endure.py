@@ -32,10 +32,10 @@ import train
 import vae as vae_module
 from autoencoder import train as vae_training
 from scale import distributed, pack
+from small_runs import log, same, states
 from sources import choose
 from support import checkpoint
 from support.common import run_command
-from test_train import log, same, states
 
 KEPT_ASIDE = {"seconds", "train_seconds"}               # of a report: what depends on the clock
 

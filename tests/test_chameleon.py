@@ -22,10 +22,10 @@ from chameleon import Decoder, view
 from data import BOI, BOS, DROP, EOI, EOS
 from diffusion import Diffusion
 from metrics.gap import conditioning_gap
+from small_runs import log, small_run, write_files
 from support import checkpoint
 from support.checkpoint import Trained, decode_latents, encode_pixels, load_trained, save_trained
 from support.common import ASSETS, Stopped, UserError
-from test_train import log, small_run, write_files
 from vae import VAE, VAEConfig
 
 WORDS, CODES = data.Words("a and blue circle red square the".split()), 11

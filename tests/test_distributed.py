@@ -37,11 +37,11 @@ from config import parse_arguments
 from metrics import drawing
 from scale import distributed, export, plan
 from scale.run import divide_step
+from small_runs import log, same, small_run, states
 from sources.feed import Feed
 from support import checkpoint, run_folder
 from support.checkpoint import load_trained
 from support.common import ASSETS, Stopped, UserError
-from test_train import log, same, small_run, states
 
 CAPTIONS = ["a red circle", "a circle", "a blue square", "a circle", "a white cross"]
 MODELS = {"linear": [], "unet": ["--encoder", "unet"],                # what is trained

@@ -17,10 +17,12 @@ from config import parse_arguments
 from conftest import make_run
 from data import BOI, BOS, EOS, SPECIAL, Words
 from diffusion import Diffusion
+from small_runs import folder_of_edits, same, states, tuning
 from support import start
 from support.checkpoint import Trained, load_trained
 from support.common import ASSETS, UserError
-from test_train import folder_of_edits, pretrained, same, states, tiny_size, tiny_vae, tuning  # noqa: F401  fixtures
+
+pytestmark = pytest.mark.usefixtures("tiny_size")
 
 OLD = ["a", "cat", "mat", "on"]
 NEW = ["Black", "cat", "make", "zebra"]                 # before, between and behind the old ones
@@ -119,7 +121,7 @@ def small(*words):
     return [str(word) for word in [*words, "--steps", 2, "--documents", 4, "--warmup", 1, "--samples", 0, "--gap-every", 2]]
 
 
-def test_a_folder_of_captions_then_edits_of_it(tiny_vae, tmp_path, capsys):  # noqa: F811
+def test_a_folder_of_captions_then_edits_of_it(tiny_vae, tmp_path, capsys):
     """Case 6, README's two lines with their presets. Catches instructions whose words the caption model does not know, and a
     fine-tuned model that cannot be loaded, resumed, or asked in its new words."""
     folder_of_captions(tmp_path / "pictures")
@@ -142,7 +144,7 @@ def test_a_folder_of_captions_then_edits_of_it(tiny_vae, tmp_path, capsys):  # n
     assert same(saved, states(tmp_path / "two")) == []
 
 
-def test_a_misspelt_word_is_named(pretrained, tmp_path, capsys):  # noqa: F811
+def test_a_misspelt_word_is_named(pretrained, tmp_path, capsys):
     """Catches a typo that becomes a new word without anybody reading of it; also in the test split."""
     folder_of_edits(tmp_path / "mine", "remove the circel", at=9)
     train.main(tuning(pretrained, tmp_path / "run", data_dir=tmp_path / "mine", steps=1, gap_every=1))
@@ -153,7 +155,7 @@ def test_a_misspelt_word_is_named(pretrained, tmp_path, capsys):  # noqa: F811
 @pytest.mark.parametrize("option", [
     ["--diffusion", "ddpm"], ["--shift", "1"], ["--size", "small"], ["--encoder", "unet"], ["--patch", "2"], ["--no-patch-position"],
     ["--no-bidirectional"], ["--stable"], ["--vae", str(ASSETS / "scenes_vae.pt")]], ids=" ".join)
-def test_what_the_checkpoint_decides_cannot_be_asked_for(pretrained, tmp_path, option):  # noqa: F811
+def test_what_the_checkpoint_decides_cannot_be_asked_for(pretrained, tmp_path, option):
     """Case 49. Catches an option that is ignored while config.json records it."""
     name = option[0].replace("--no-", "--")
     with pytest.raises(UserError, match=f"{name}.* leave {name} out|VAE than .* leave --vae out"):
@@ -161,7 +163,7 @@ def test_what_the_checkpoint_decides_cannot_be_asked_for(pretrained, tmp_path, o
     assert not (tmp_path / "run").exists()
 
 
-def test_what_the_checkpoint_decides_is_recorded(pretrained, tiny_vae, tmp_path):  # noqa: F811
+def test_what_the_checkpoint_decides_is_recorded(pretrained, tiny_vae, tmp_path):
     """Catches a config.json of a run that never was: the preset's shift in place of the checkpoint's. The same value may be
     named, and the run resumes."""
     options = [*tuning(pretrained, tmp_path / "run", steps=2, save_every=1), "--shift", "3", "--patch", "4", "--vae", str(tiny_vae)]

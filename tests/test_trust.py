@@ -35,11 +35,11 @@ from conftest import make_run
 from metrics import progress
 from scale import distributed, pack, shards
 from scale.run import last_good, words_of_culprit
+from small_runs import log, same, small_run, states
 from sources import choose, scenes
 from support import checkpoint, common, figures, run_folder
 from support.checkpoint import load_trained, load_vae
 from support.common import UserError, run_command, whole_file
-from test_train import log, same, small_run, states
 
 ROOT = Path(__file__).resolve().parents[1]
 
