@@ -9,7 +9,8 @@ A PICTURE   out/<name>/  config.json   log.jsonl   curves.png   samples.png   re
                          parts.pt      what model.pt has beside its weights
                          vae.pt, vae/  if the run trains its own VAE
                          .lock         while it trains
-READ NEXT   train.py        TEST  tests/test_train_runs.py, tests/test_errors.py, tests/test_trust.py
+READ NEXT   train.py
+TEST        tests/test_train_runs.py, tests/test_errors.py, tests/test_trust.py
 """
 import contextlib
 import json
