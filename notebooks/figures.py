@@ -11,9 +11,12 @@ A PICTURE   cell    lo, hi = intervals(image_id, doc_id)
 SHAPES      as in the modules: tokens, image_id, doc_id (1, T); a mask (T, T) bool;
             pictures (M, h, w, 3) uint8; latents (M, c, h, w)
 HERE        Every `draw_...` calls plt.show() once. tests/test_notebooks.py counts on it: a cell
-            has as many pictures below it as it has calls of `draw_...`.
+            has as many pictures below it as it has calls of `draw_...`. Where a call fills two
+            lines, the first says what is drawn, the second how it looks.
 TEST        tests/test_notebooks.py
 """
+import math
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -23,7 +26,7 @@ import data
 from attention_mask import or_mask
 from sources import scenes
 
-# One meaning per colour, in all notebooks.
+# One meaning per colour, in all notebooks: who has read one picture can read the next.
 DARK = "#34495e"                            # words; what is plain, or known
 ORANGE = "#e67e22"                          # patches; what the page is about
 RED = "#e74c3c"                             # wrong
@@ -34,8 +37,8 @@ WIDTH = 12                                  # inches, of a picture as wide as th
 
 # Large enough to be read from the last row of a lecture hall.
 STYLE = {
-    "figure.dpi": 80,
-    "figure.constrained_layout.use": True,
+    "figure.dpi": 80,                       # ten pages of PNGs: none may weigh a megabyte
+    "figure.constrained_layout.use": True,  # makes room for labels: none is cut off
     "font.size": 14,
     "axes.titlesize": 14,
     "axes.spines.top": False,
@@ -43,7 +46,7 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 12,
     "lines.linewidth": 2,
-    "image.interpolation": "nearest",
+    "image.interpolation": "nearest",       # a pixel is a square: nothing is smoothed
 }
 
 
@@ -53,6 +56,8 @@ def start(*modules):
     about. modules: those that the notebook explains."""
     plt.rcParams.update(STYLE)
     torch.set_num_threads(1)                # models this small only wait for a second thread
+
+    # The headline of a module docstring ends at the first empty line. It may fill two lines.
     for module in modules:
         headline, _, _ = module.__doc__.strip().partition("\n\n")
         print(" ".join(headline.split()))
@@ -65,14 +70,18 @@ def expect(what, expected, seen, within=0):
     expected    int or float, derived
     seen        int, float or a tensor with one element, measured
     within      how far apart they may be"""
+    # The cell may hand over a sum or a mean as it is, without .item().
     if isinstance(seen, torch.Tensor):
         seen = seen.item()
     close = abs(expected - seen) <= within
+
+    # tests/test_notebooks.py looks for this sentence, and for "match: False".
     print(f"{what}: we expect {digits(expected)}, we see {digits(seen)}, match: {close}")
 
 
 def digits(number):
-    """A number as text: 16,384 or 0.976."""
+    """A number as text: 16,384 or 0.976. number: int or float."""
+    # What was counted is exact. What was measured is not: three digits are enough.
     if isinstance(number, int):
         return f"{number:,}"
     return f"{number:.3f}"
@@ -83,8 +92,10 @@ def as_asked(captions, pictures):
     scenes. captions: n str; pictures: n of (h, w, 3) uint8."""
     right = []
     for caption, picture in zip(captions, pictures):
+        # What the words claim, and what is seen: two readings that know nothing of each other.
         claim = scenes.read_caption(caption)
-        right.append(scenes.holds(claim, scenes.parse(picture)))
+        seen = scenes.parse(picture)
+        right.append(scenes.holds(claim, seen))
     return right
 
 
@@ -98,10 +109,13 @@ def name_positions(tokens, image_id, tokenizer):
     so_far = {}                             # how many patches each picture has until here
     for token, picture in zip(tokens, image_id):
         word = tokenizer.vocabulary[token]
+        # A patch has no word of its own: a letter for its picture, a number within it.
         if picture >= 0:
             k = so_far.get(picture, 0)
             so_far[picture] = k + 1
-            labels.append("pqrs"[picture] + str(k))
+            letter = "pqrs"[picture]
+            labels.append(f"{letter}{k}")
+        # A mark stands out in capitals: BOI, not <boi>.
         elif token < len(data.SPECIAL):
             labels.append(word.strip("<>").upper())
         else:
@@ -112,6 +126,7 @@ def name_positions(tokens, image_id, tokenizer):
 # ---------------------------------------------------------------------------- parts of a picture
 def panels(n, height, **options):
     """A list of n axes side by side, as wide as the page. height: in inches."""
+    # squeeze=False: a row of axes also when n is 1.
     _, axes = plt.subplots(1, n, figsize=(WIDTH, height), squeeze=False, **options)
     return list(axes[0])
 
@@ -129,31 +144,42 @@ def bare(axis):
 
 
 def write(axis, x, y, text, **look):
-    """A text whose middle is at (x, y)."""
-    axis.text(x, y, text, **{"ha": "center", "va": "center", **look})
+    """A text whose middle is at (x, y). look: options of axis.text; ha and va may move it."""
+    middle = {"ha": "center", "va": "center"}
+    axis.text(x, y, text, **{**middle, **look})
 
 
 def fill(axis, x, y, width, height, colour):
     """A filled box whose middle is at (x, y)."""
+    # matplotlib wants the lower left corner.
     corner = (x - width / 2, y - height / 2)
-    axis.add_patch(plt.Rectangle(corner, width, height, color=colour))
+    box = plt.Rectangle(corner, width, height, color=colour)
+    axis.add_patch(box)
 
 
 def frame(axis, good):
-    """A green frame around a picture that is what was asked for, a red one around another."""
+    """A green frame around a picture that is what was asked for, a red one around another.
+    good: bool."""
+    # bare() has hidden these lines. So: after bare().
     colour = GREEN if good else RED
     axis.spines[:].set(visible=True, linewidth=5, color=colour)
 
 
 def plot_curves(axis, x, curves, colours, **look):
-    """A line for each name, and a legend. curves: {name: as many numbers as x}."""
+    """A line for each name, and a legend.
+
+    x         n numbers
+    curves    {name: n numbers}
+    colours   one per name, or more
+    look      options of axis.plot, for all lines"""
     for (name, values), colour in zip(curves.items(), colours):
         axis.plot(x, values, color=colour, label=name, **look)
     axis.legend()
 
 
 def cut_lines(axis, positions, **look):
-    """Horizontal and vertical lines, the cuts between patches."""
+    """Horizontal and vertical lines at the same places, the cuts between patches.
+    positions: numbers, in the units of the axes."""
     for k in positions:
         axis.axhline(k, color=GREY, **look)
         axis.axvline(k, color=GREY, **look)
@@ -161,27 +187,35 @@ def cut_lines(axis, positions, **look):
 
 def tile_channels(x):
     """The channels of a latent picture side by side in two rows, (2 h, c/2 w). x: (c, h, w)."""
-    top, bottom = x.chunk(2)
-    rows = [torch.cat(list(half), dim=1) for half in (top, bottom)]
-    return torch.cat(rows, dim=0)
+    top, bottom = x.chunk(2)                                # each (c/2, h, w)
+
+    # Side by side in one picture: all channels then share one scale of colours.
+    above = torch.cat(list(top), dim=1)                     # (h, c/2 w)
+    below = torch.cat(list(bottom), dim=1)
+    return torch.cat([above, below], dim=0)                 # (2 h, c/2 w)
 
 
 def show_numbers(axis, numbers, most=3, **look):
     """Numbers as colours, from red (-most) over white (0) to blue (most). Returns the image.
     numbers: (rows, columns)."""
+    # Both ends are fixed, so that one colour is one number in every picture of a page.
     return axis.imshow(numbers, cmap="RdBu", vmin=-most, vmax=most, **look)
 
 
 def show_changes(axis, change, least=-2.5, **look):
     """Relative changes as colours, from white (10^least or less) to blue (1). Returns the image.
     change: (rows, columns)."""
-    return axis.imshow(log_change(change), cmap="Blues", vmin=least, vmax=0, **look)
+    # Logarithms: a change of a thousandth is small, and still a leak that must be seen.
+    shade = log_change(change)
+    return axis.imshow(shade, cmap="Blues", vmin=least, vmax=0, **look)
 
 
 def show_latents(axis, x):
     """The four channels of latents x (4, h, w), with lines between."""
     _, h, w = x.shape
     show_numbers(axis, tile_channels(x))
+
+    # A pixel's middle is at a whole number, so the edge between two is at a half.
     axis.axhline(h - 0.5, color="black", linewidth=1.5)
     axis.axvline(w - 0.5, color="black", linewidth=1.5)
 
@@ -189,9 +223,13 @@ def show_latents(axis, x):
 def show_mask(axis, image_id, doc_id, labels, fontsize=12):
     """Who may look at whom, for one row: dark = in order, orange = only as patches of the same
     picture. image_id, doc_id: (1, T); labels: T str."""
+    # Two masks, so that the picture shows what the second half of the OR adds: the orange.
     causal = or_mask(image_id, doc_id, bidirectional=False)[0]
     mask = or_mask(image_id, doc_id)[0]
-    show_kinds(axis, kinds_of(mask, causal))
+    kinds = kinds_of(mask, causal)                          # (T, T)
+    show_kinds(axis, kinds)
+
+    # A row reads as a sentence: this position looks at those.
     cell_lines(axis, len(labels))
     label_square(axis, labels, fontsize)
     axis.set_xlabel("... at whom")
@@ -200,7 +238,8 @@ def show_mask(axis, image_id, doc_id, labels, fontsize=12):
 
 def kinds_of(mask, causal):
     """(T, T) int: 0 = may not look, 1 = in order, 2 = only by "same picture". Both: (T, T) bool."""
-    return mask.int() + (mask & ~causal).int()
+    only_same_picture = mask & ~causal
+    return mask.int() + only_same_picture.int()
 
 
 def show_kinds(axis, kinds):
@@ -211,6 +250,7 @@ def show_kinds(axis, kinds):
 
 def cell_lines(axis, n, linewidth=0.5):
     """Light lines between n x n cells, not through them."""
+    # The grid hangs on the minor ticks. The major ones, at the middles, carry the labels.
     edges = np.arange(n + 1) - 0.5
     axis.set_xticks(edges, minor=True)
     axis.set_yticks(edges, minor=True)
@@ -226,13 +266,15 @@ def label_square(axis, labels, fontsize=12):
 
 
 def bell(y, mean=0.0, variance=1.0):
-    """The density of N(mean, variance) at points y (n,)."""
+    """The density of N(mean, variance) at points y, (n,)."""
     height = 1 / (2 * torch.pi * variance) ** 0.5
-    return height * torch.exp(-(y - mean) ** 2 / (2 * variance))
+    distance = (y - mean) ** 2 / (2 * variance)
+    return height * torch.exp(-distance)
 
 
 def log_change(change):
-    """log10 of relative changes, for a colour scale."""
+    """log10 of relative changes, for a colour scale. change: a tensor; the result has its shape."""
+    # No change at all would be -infinity. Below 1e-4 every scale of ours is white.
     return change.clamp(min=1e-4).log10()
 
 
@@ -244,14 +286,18 @@ def draw_pictures(pictures, titles=None, row_names=None, columns=None):
     row_names   one str per row, or None
     columns     how many in a row; None: all"""
     columns = columns or len(pictures)
-    rows = -(-len(pictures) // columns)     # rounded up
-    side = min(2.6, 11 / columns)
+    rows = math.ceil(len(pictures) / columns)
+    side = min(2.6, 11 / columns)           # inches, of one picture
     size = (side * columns + 0.3, side * rows + 0.4)
     _, axes = plt.subplots(rows, columns, squeeze=False, figsize=size)
+
+    # All places are made bare: in the last row some may stay empty.
     for axis in axes.flat:
         bare(axis)
     for axis, picture in zip(axes.flat, pictures):
         axis.imshow(picture)
+
+    # Captions above, names of the rows at the left.
     for axis, title in zip(axes.flat, titles or []):
         axis.set_title(title, fontsize=13)
     for axis, name in zip(axes[:, 0], row_names or []):
@@ -261,12 +307,15 @@ def draw_pictures(pictures, titles=None, row_names=None, columns=None):
 
 def draw_film(states, estimates, moments):
     """One picture on its way: x_t above, the estimate of x0 below.
-    states, estimates: (n, h, w, 3) uint8; moments: n numbers."""
+    states, estimates: (n, h, w, 3) uint8; moments: n numbers, the t of each column."""
     _, axes = plt.subplots(2, len(moments), figsize=(WIDTH, 2.9))
+
+    # Above: xt while the noise goes. Below: the network's guess at the same moment. The guess
+    # is decided long before xt looks like a picture.
     for k, t in enumerate(moments):
         axes[0, k].imshow(states[k])
         axes[1, k].imshow(estimates[k])
-        axes[0, k].set_title(f"{t}", fontsize=13)
+        axes[0, k].set_title(f"t = {t}", fontsize=12)
     for axis in axes.flat:
         bare(axis)
     axes[0, 0].set_ylabel("xt")
@@ -277,16 +326,22 @@ def draw_film(states, estimates, moments):
 def draw_codes(picture, codes, drawn):
     """A picture, the numbers of its codes, and the picture that they give.
     picture, drawn: (h, w, 3) uint8; codes: (h/f, w/f) int."""
-    axes = panels(3, 4.4, width_ratios=[1, 1.2, 1])
-    axes[0].imshow(picture)
-    # The colour says only which codes are equal.
-    shuffled = torch.randperm(int(codes.max()) + 1, generator=torch.Generator().manual_seed(0))
-    axes[1].imshow(shuffled[codes], cmap="Pastel1")
+    before, words, after = panels(3, 4.4, width_ratios=[1, 1.2, 1])
+    before.imshow(picture)
+    after.imshow(drawn)
+
+    # Equal codes have equal colours, so that one sees where a word is used again. Which colour
+    # means nothing: codes have no order. (There are nine colours: different codes may share one.)
+    fixed = torch.Generator().manual_seed(0)
+    shuffled = torch.randperm(int(codes.max()) + 1, generator=fixed)
+    words.imshow(shuffled[codes], cmap="Pastel1")
     for y, row in enumerate(codes.tolist()):
         for x, code in enumerate(row):
-            write(axes[1], x, y, code, fontsize=12)
-    axes[2].imshow(drawn)
-    for axis, title in zip(axes, ("a picture", "its 64 words", "drawn from the words")):
-        axis.set_title(title)
+            write(words, x, y, code, fontsize=12)
+
+    before.set_title("a picture")
+    words.set_title(f"its {codes.numel()} words")
+    after.set_title("drawn from the words")
+    for axis in (before, words, after):
         bare(axis)
     plt.show()
