@@ -21,7 +21,7 @@ PAPER/HERE  same: GenEval's include / exclude / position rule, ranked classifica
             captions.
             our choice: beside GenEval's rule the stricter `exact`: nothing unnamed may be there.
 READ NEXT   metrics/scenes.py, metrics/gap.py        TRY IT  python evaluate.py --n 60 --steps 25
-TEST        tests/test_evaluate.py
+TEST        tests/test_evaluate.py, tests/test_gap.py, tests/test_digits.py
 """
 import argparse
 import math

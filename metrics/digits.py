@@ -10,7 +10,7 @@ THE RULE    "guided" with guidance w, "unguided" with w = 1: guidance buys obedi
 SHAPES      pixels (N, 32, 32, 1 or 3) uint8; the classifier reads (N, 1, 32, 32) in [-1, 1]
 PAPER/HERE  not in the paper. It is the idea of FID and CLIP score, at a toy's size: another
             network judges. Its own accuracy on test digits is reported beside the numbers.
-TRY IT      python evaluate.py --data mnist --train-classifier        TEST  tests/test_evaluate.py
+TRY IT      python evaluate.py --data mnist --train-classifier        TEST  tests/test_digits.py
 """
 import numpy as np
 import torch

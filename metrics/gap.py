@@ -13,7 +13,7 @@ SHAPES      N pictures: latents (N, c, h, w) float32, or a Chameleon's codes (N,
 PAPER/HERE  not in the paper. Our choice: t is spread evenly over 1..T, so that few pictures do.
             0 means that captions are ignored. Its size depends on the data: compare models on the
             same pictures only.
-READ NEXT   likelihood.py, which a Chameleon's gap uses        TEST  tests/test_evaluate.py
+READ NEXT   likelihood.py, which a Chameleon's gap uses        TEST  tests/test_gap.py
 """
 import torch
 
