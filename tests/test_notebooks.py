@@ -1,5 +1,13 @@
-"""The notebooks run from top to bottom, what is committed is what a run gives, and a page keeps the house's rules: short
-cells, each with its own result or picture, numbers that were derived first, formulas that can be read offline."""
+"""
+test_notebooks.py: do the notebooks run, and is each of them a page to learn from?
+(notebooks/)
+
+THE IDEA    A notebook is checked as a program and as a page. As a program it runs from top to
+            bottom, and what is committed is what a run gives. As a page it keeps the house's rules:
+            short cells, each with its own result or picture; numbers that were derived before they
+            are seen; formulas that can be read offline.
+RUN IT      pytest -n 0 tests/test_notebooks.py -k "not runs"       seconds; the rest takes minutes
+"""
 import ast
 import importlib
 import re
@@ -15,15 +23,26 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 FIGURES = sorted(FOLDER.glob("figures*.py"))
 ROOMS = ("", "sources/", "autoencoder/", "scale/", "metrics/", "support/")
-MODULES = [f"{room}{path.stem}".replace("/", ".") for room in ROOMS
-           for path in sorted((FOLDER.parent / room).glob("*.py")) if path.stem != "__init__"]
 
 
+def all_modules():
+    """The names of our modules, such as "data" and "scale.plan"."""
+    names = []
+    for room in ROOMS:
+        for path in sorted((FOLDER.parent / room).glob("*.py")):
+            if path.stem != "__init__":
+                names.append(f"{room}{path.stem}".replace("/", "."))
+    return names
+
+
+# --------------------------------------------------------------------------------- parts of a page
 def name_of(path):
+    """A notebook's or module's name, as the name of its test."""
     return path.stem
 
 
 def read(path):
+    """The notebook in a file."""
     return nbformat.read(path, as_version=4)
 
 
@@ -48,7 +67,9 @@ def printed(notebook):
     for cell in code_cells(notebook):
         for output in cell.outputs:
             texts.append(output.get("text", ""))
-            texts += [text for kind, text in output.get("data", {}).items() if kind.startswith("text/")]
+            for kind, text in output.get("data", {}).items():
+                if kind.startswith("text/"):
+                    texts.append(text)
     return "\n".join(texts)
 
 
@@ -57,15 +78,22 @@ def plain(cell):
     return "\n".join(line for line in cell.source.splitlines() if not line.startswith("%"))
 
 
-# ------------------------------------------------------------------------------------------------------------ which there are
+# --------------------------------------------------------------------------------- which there are
 def test_there_are_these():
-    """Catches a page that was lost, or two with one number."""
-    assert [path.stem for path in NOTEBOOKS][:5] == ["0_one_sequence_one_forward", "1_who_may_look_at_whom", "2_noise_in_noise_out",
-                                                 "3_a_picture_becomes_a_few_vectors", "4_a_small_space"]
-    assert [int(path.stem.split("_")[0]) for path in NOTEBOOKS] == list(range(len(NOTEBOOKS)))
+    """Catches a page that was lost, and two with one number."""
+    names = [path.stem for path in NOTEBOOKS]
+    assert names[:5] == [
+        "0_one_sequence_one_forward",
+        "1_who_may_look_at_whom",
+        "2_noise_in_noise_out",
+        "3_a_picture_becomes_a_few_vectors",
+        "4_a_small_space",
+    ]
+    numbers = [int(name.split("_")[0]) for name in names]
+    assert numbers == list(range(len(names)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- they run
+# ---------------------------------------------------------------------------------------- they run
 def cpu_of_children():
     """Seconds of CPU that the processes started here and ended since have taken."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -76,30 +104,51 @@ def cpu_of_children():
 def test_runs(path):
     """Every cell runs, every number is the one that was derived, and nobody waits long."""
     notebook = read(path)
+    committed = read(path)
+    place = {"metadata": {"path": str(FOLDER)}}
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place)
+
     before = cpu_of_children()
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}}).execute()
-    assert 1 < cpu_of_children() - before < 90          # not wall time: the other half of the tests runs beside
-    assert "match: True" in printed(notebook) and "match: False" not in printed(notebook)
-    assert printed(notebook).count("match: True") == printed(read(path)).count("match: True")
-    assert [pictures(cell) for cell in code_cells(notebook)] == [pictures(cell) for cell in code_cells(read(path))]
+    client.execute()                                    # fills in the outputs of `notebook`
+    seconds = cpu_of_children() - before
+
+    assert 1 < seconds < 90             # not wall time: the other half of the tests runs beside it
+    said = printed(notebook)
+    assert "match: True" in said
+    assert "match: False" not in said
+    assert said.count("match: True") == printed(committed).count("match: True")
+    drawn = [pictures(cell) for cell in code_cells(notebook)]
+    assert drawn == [pictures(cell) for cell in code_cells(committed)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_committed_outputs(path):
+    """Catches a page that was committed without its outputs, with those of several runs, with an
+    error or a warning, with a path of somebody's machine, or with pictures that are too large."""
     notebook = read(path)
-    numbers = [cell.execution_count for cell in code_cells(notebook)]
-    assert numbers == list(range(1, len(numbers) + 1)), "not the outputs of one run from top to bottom"
-    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
-    assert sum(pictures(cell) for cell in code_cells(notebook)) >= 5
-    assert "match: True" in printed(notebook) and "match: False" not in printed(notebook)
+    cells = code_cells(notebook)
+    numbers = [cell.execution_count for cell in cells]
+    in_turn = list(range(1, len(numbers) + 1))
+    assert numbers == in_turn, "not the outputs of one run from top to bottom"
+
+    for cell in cells:
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert output.get("name") != "stderr"
+
+    said = printed(notebook)
+    assert sum(pictures(cell) for cell in cells) >= 5
+    assert "match: True" in said
+    assert "match: False" not in said
+
     # Not the whole file: among a million letters of a picture's base64, "/tmp/" stands by chance.
-    text = "\n".join(cell.source for cell in notebook.cells) + printed(notebook)
-    assert not [place for place in ("/work/", "/tmp/", "/home/", "/root/", "/Users/") if place in text]
+    text = "\n".join(cell.source for cell in notebook.cells) + said
+    places = ("/work/", "/tmp/", "/home/", "/root/", "/Users/")
+    assert not [place for place in places if place in text]
     assert path.stat().st_size < 1_000_000
 
 
-# ------------------------------------------------------------------------------------------------------ their code is ideas
+# ----------------------------------------------------------------------------- their code is ideas
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_cells_are_short(path):
     """Catches a cell that says two things, and a line that a projector cuts off."""
@@ -108,21 +157,24 @@ def test_cells_are_short(path):
         lines = [line for line in cell.source.splitlines() if line.strip()]
         assert [line for line in lines if len(line) > 95] == []
         lengths.append(len(lines))
-    assert statistics.median(lengths) <= 8 and max(lengths) <= 20
+    assert statistics.median(lengths) <= 8
+    assert max(lengths) <= 20
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_every_cell_shows_something(path):
-    """Catches a cell that only prepares, and a picture that lands under another cell than its own."""
+    """Catches a cell that only prepares, and a picture that lands under another cell than its
+    own."""
     for number, cell in enumerate(code_cells(read(path)), 1):
         assert cell.outputs, f"cell {number} neither prints nor draws"
-        drawn = len(re.findall(r"\bfigures\.draw_\w+\(|\bplt\.show\(", cell.source))
-        assert pictures(cell) == drawn, f"cell {number} calls for {drawn} pictures and has {pictures(cell)}"
+        calls = re.findall(r"\bfigures\.draw_\w+\(|\bplt\.show\(", cell.source)
+        count = f"cell {number} calls for {len(calls)} pictures and has {pictures(cell)}"
+        assert pictures(cell) == len(calls), count
 
 
 @pytest.mark.parametrize("path", FIGURES, ids=name_of)
 def test_every_drawing_is_shown_once(path):
-    """What the test above counts on: each figures.draw_... ends with its one plt.show()."""
+    """The test above counts on this: each figures.draw_... ends with its one plt.show()."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef):
             shown = ast.unparse(node).count("plt.show()")
@@ -134,74 +186,99 @@ def test_every_drawing_is_shown_once(path):
 @pytest.mark.parametrize("path", FIGURES, ids=name_of)
 def test_every_drawing_is_used(path):
     """Catches a drawing whose cell has gone."""
-    used = "\n".join(cell.source for notebook in NOTEBOOKS for cell in code_cells(read(notebook)))
+    used = []
+    for notebook in NOTEBOOKS:
+        used += [cell.source for cell in code_cells(read(notebook))]
+    source = "\n".join(used)
     functions = re.findall(r"^def (draw_\w+)", path.read_text(), re.M)
-    assert [name for name in functions if f"figures.{name}(" not in used] == []
+    assert [name for name in functions if f"figures.{name}(" not in source] == []
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_the_first_cell_finds_the_modules(path):
-    """One line makes the modules known, wherever the repository lies; and no page draws by itself."""
+    """One line makes the modules known, wherever the repository lies; and no page draws by
+    itself."""
     first, *others = [plain(cell) for cell in code_cells(read(path))]
-    assert 'sys.path.insert(0, "..")' in first and "figures.start(" in first
+    assert 'sys.path.insert(0, "..")' in first
+    assert "figures.start(" in first
     assert not [source for source in others if "sys.path" in source]
     assert not [source for source in [first, *others] if "matplotlib" in source]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_defines_nothing_that_a_module_has(path):
-    """Notebooks import; what they define themselves has a name of its own."""
-    modules = [importlib.import_module(name) for name in MODULES]
-    tree = ast.parse("\n".join(plain(cell) for cell in code_cells(read(path))))
-    for node in [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))]:
-        taken = [m.__name__ for m in modules if getattr(getattr(m, node.name, None), "__module__", "") == m.__name__]
-        assert not taken, f"{node.name} is defined in {taken} already"
+    """Notebooks import. What they define themselves has a name of its own."""
+    modules = [importlib.import_module(name) for name in all_modules()]
+    source = "\n".join(plain(cell) for cell in code_cells(read(path)))
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            continue
+        for module in modules:
+            # What a module has only imported does not count as its own.
+            namesake = getattr(module, node.name, None)
+            its_own = getattr(namesake, "__module__", "") == module.__name__
+            assert not its_own, f"{node.name} is defined in {module.__name__} already"
 
 
-# ----------------------------------------------------------------------------------------------------- their words are a page
+# -------------------------------------------------------------------------- their words are a page
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_opens_and_ends_as_a_page(path):
-    """The question, the paper's section, minutes, what the reader will be able to do; what to keep, what to try, what is next."""
+    """A page opens with its question, the paper's section, minutes, and what the reader will be
+    able to do. It ends with what to keep, what to try, and what is next."""
     first, *_, last = text_cells(path)
     number = path.stem.split("_")[0]
-    assert re.match(rf"# {number} · .+\n\n\*\*.+\?\*\*\n", first), "the title, then the question"
-    for part in (r"\*\*In the paper:\*\* .*(§|App\.)", r"\*\*Modules:\*\* .*\.py", r"\*\*Minutes:\*\* \d+",
-                 r"The cells run in \d+ seconds", r"\*\*Before:\*\*", r"\*\*Afterwards you can\*\*"):
+    title = rf"# {number} · .+\n\n\*\*.+\?\*\*\n"
+    assert re.match(title, first), "the title, then the question"
+    opening = (
+        r"\*\*In the paper:\*\* .*(§|App\.)",
+        r"\*\*Modules:\*\* .*\.py",
+        r"\*\*Minutes:\*\* \d+",
+        r"The cells run in \d+ seconds",
+        r"\*\*Before:\*\*",
+        r"\*\*Afterwards you can\*\*",
+    )
+    for part in opening:
         assert re.search(part, first), part
     for part in ("**What to keep.**", "**Try this.**", "**Next:**"):
         assert part in last, part
 
 
 def test_the_teachers_table_says_what_the_pages_say():
-    """docs/TEACHING.md: | notebook | needs | minutes | ... Catches a class that is planned by another page's minutes."""
+    """docs/TEACHING.md has a table: | notebook | needs | minutes | ... Catches a class that is
+    planned by another page's minutes."""
     table = (FOLDER.parent / "docs/TEACHING.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d) [a-z][^|]*\| ([\d, ]*)\| (\d+) \|", table, re.M)
     assert [int(number) for number, _, _ in rows] == list(range(len(NOTEBOOKS)))
     for path, (_, needs, minutes) in zip(NOTEBOOKS, rows, strict=True):
-        first = text_cells(path)[0]
-        before = re.search(r"\*\*Before:\*\* ([^\[\n]*)", first)[1]            # up to a link: what helps, but is not needed
+        first, *_ = text_cells(path)
+        # Up to a link: what follows it helps, but is not needed.
+        before = re.search(r"\*\*Before:\*\* ([^\[\n]*)", first)[1]
         assert f"**Minutes:** {minutes}." in first, path
         assert re.findall(r"\d", before) == re.findall(r"\d", needs), path
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_predicts_fails_and_checks(path):
-    """Predict, naive, see it fail, right, see it work; and at least one number was derived first."""
+    """Predict, naive, see it fail, right, see it work; and at least three numbers are derived
+    first."""
     words = "\n".join(text_cells(path))
+    checks = re.findall(r"^.+: we expect .+, we see .+, match: True$", printed(read(path)), re.M)
     assert words.count("**Predict") >= 3
     assert re.search(r"[Nn]aive", words)
-    assert len(re.findall(r"^.+: we expect .+, we see .+, match: True$", printed(read(path)), re.M)) >= 3
+    assert len(checks) >= 3
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_formulas_can_be_read_offline(path):
     """Catches LaTeX: without a network, and in an editor, it stays a riddle."""
     words = "\n".join(text_cells(path))
-    assert "$" not in words and "\\" not in words
+    assert "$" not in words
+    assert "\\" not in words
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_links_lead_somewhere(path):
     """Catches the next notebook under its old name."""
-    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", "\n".join(text_cells(path))):
+    words = "\n".join(text_cells(path))
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", words):
         assert link.startswith("https://") or (FOLDER / link).exists(), link
