@@ -9,7 +9,7 @@ SHAPES      pixels (N, size, size, 3) uint8
 PAPER/HERE  same: pictures are cropped at the centre and resized to a square.
             our choice: a tenth of the pictures, by a hash of their names, is the test split. The
             pairs come in a random order, which is always the same.
-READ NEXT   pairs.py        TEST  tests/test_sources.py
+READ NEXT   pairs.py        TEST  tests/test_picture_folder.py
 """
 from pathlib import Path
 

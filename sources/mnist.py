@@ -5,7 +5,7 @@ THE IDEA    Real pictures, small enough for a laptop. A caption says the digit's
             seven". Four idx files hold them; they are downloaded at first use.
 A PICTURE   idx: 0 0 8 n | n sizes of 4 bytes | the numbers, one byte each; perhaps gzipped
 SHAPES      pictures (N, 28, 28) uint8, padded to (N, 32, 32, 1); labels (N,) uint8, 0..9
-READ NEXT   pairs.py        TEST  tests/test_sources.py
+READ NEXT   pairs.py        TEST  tests/test_mnist.py
 """
 import gzip
 import hashlib

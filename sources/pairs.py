@@ -11,7 +11,8 @@ SHAPES      N captions; pixels (N, h, w, 3 or 1) uint8
 PAPER/HERE  same: pictures are cropped at the centre and resized to a square.
             here: these sources fit in memory. A trillion tokens do not: scale/pack.py packs them to
             disk first.
-READ NEXT   scenes.py, mnist.py, folder.py, choose.py        TEST  tests/test_sources.py
+READ NEXT   scenes.py, mnist.py, folder.py, choose.py        TEST  tests/test_sources.py,
+            tests/test_picture_folder.py
 """
 import hashlib
 from dataclasses import dataclass, field

@@ -239,12 +239,13 @@ def prepare(copy):
     """What the README expects its readers to have: pictures of their own, a text, a tokenizer; and
     MNIST, without the download."""
     import test_edits  # noqa: F401
-    import test_sources
+    import test_mnist
+    import test_picture_folder
     from scale import streams
 
     for name in ("my_pictures", "pictures"):
-        test_sources.write_folder(copy / name, 12)
-    test_sources.write_mnist(copy / "data/mnist")
+        test_picture_folder.write_folder(copy / name, 12)
+    test_mnist.write_mnist(copy / "data/mnist")
     (copy / "a.jsonl").write_text('{"text": "a red circle"}\n' * 20)
     shutil.copy(copy / "assets/scenes_vae.pt", copy / "vae.pt")
     student = "import torch\n\ndef patchify(x, p):\n    raise NotImplementedError\n"
