@@ -1,5 +1,5 @@
 """
-test_picture_folder.py: a folder of your own pictures        (sources/folder.py, pairs.py; §4.1)
+test_picture_folder.py: a folder of your own pictures  (sources/folder.py, sources/pairs.py; §4.1)
 
 THE IDEA    Small folders of coloured pictures with a captions.jsonl are written and loaded. The
             colour of a picture says which number it has, so a caption beside the wrong picture is

@@ -1,5 +1,5 @@
 """
-test_sources.py: what there is to learn from     (sources/choose.py, pairs.py, feed.py; §4.1)
+test_sources.py: what there is to learn from       (sources/choose.py, sources/feed.py; §4.1)
 
 THE IDEA    A source is a function with a name. Here: the scenes that are drawn from a seed, the
             rules that all sources share (a test split, a limit of memory), the choice of a source
