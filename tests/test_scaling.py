@@ -1,4 +1,11 @@
-"""test_scaling.py: lines in log-log, and how much less compute one needs                                (metrics/scaling.py)"""
+"""
+test_scaling.py: lines in log-log, and how much less compute one needs
+                                                           (metrics/scaling.py; Transfusion Fig. 5)
+
+THE IDEA    Points are planted on known lines, ours at 0.4 of the rival's compute. The code must
+            find 0.4 again, and its interval must cover 0.4 as often as it promises.
+TRY IT      pytest -n 0 tests/test_scaling.py
+"""
 import json
 import math
 
@@ -8,114 +15,179 @@ import pytest
 from metrics import scaling
 from support.common import UserError
 
-FLOPS = [1e9, 2e9, 4e9, 3e9, 6e9, 12e9, 9e9, 18e9, 36e9]        # three sizes, three budgets
+# Three sizes, each with three budgets.
+FLOPS = [1e9, 2e9, 4e9, 3e9, 6e9, 12e9, 9e9, 18e9, 36e9]
 
 
 def planted(noise=0.0, seeds=(0,), rng=None, ratio=0.4):
-    """Points of two models on lines of slopes -0.3 and -0.3; ours needs `ratio` of the compute. A second metric rises."""
+    """Points of two models on parallel lines; ours needs `ratio` of the compute.
+
+    The loss falls with a slope of -0.3 and has noise, the standard deviation of its logarithm. The
+    score rises with a slope of 0.2."""
     points = []
     for seed in seeds:
         for model, factor in (("transfusion", ratio), ("chameleon", 1.0)):
             for flops in FLOPS:
                 error = math.exp(noise * rng.normal()) if noise else 1
-                points.append({"model": model, "flops": flops, "seed": seed, "loss": 500 * (flops / factor) ** -0.3 * error,
-                               "score": 0.01 * (flops / factor) ** 0.2})
+                points.append({
+                    "model": model,
+                    "flops": flops,
+                    "seed": seed,
+                    "loss": 500 * (flops / factor) ** -0.3 * error,
+                    "score": 0.01 * (flops / factor) ** 0.2,
+                })
     return points
 
 
+# -------------------------------------------------------------------------------- lines and ratios
 def test_a_line_is_found():
+    """Catches a slope or an intercept that is not that of least squares in log-log, and numbers
+    that overflow."""
     slope, intercept = scaling.fit_line(FLOPS, [7 * flops ** -0.25 for flops in FLOPS])
-    assert slope == pytest.approx(-0.25) and math.exp(intercept) == pytest.approx(7)
+    assert slope == pytest.approx(-0.25)
+    assert math.exp(intercept) == pytest.approx(7)
+
+    # Three points that are not on a line.
     wanted = np.polyfit(np.log([1, 2, 5]), np.log([3, 2, 4]), 1)
     assert scaling.fit_line([1, 2, 5], [3, 2, 4]) == pytest.approx(tuple(wanted))
-    assert scaling.fit_line([10 ** 30, 10 ** 31], [10 ** 30, 10 ** 31]) == pytest.approx((1, 0))       # no int64
+
+    # Whole numbers that are too large for an int64.
+    large = [10 ** 30, 10 ** 31]
+    assert scaling.fit_line(large, large) == pytest.approx((1, 0))
 
 
 def test_parity_of_parallel_lines():
     """Catches a ratio upside down, and a metric that rises judged like one that falls."""
     result = scaling.compare(planted())
-    assert result["loss"]["ratio"] == pytest.approx(0.4) and result["score"]["ratio"] == pytest.approx(0.4)
-    assert result["loss"]["slopes"] == pytest.approx([-0.3, -0.3]) and result["loss"]["points"] == [9, 9]
-    assert result["loss"]["low"] is None and "one seed" in scaling.markdown(result)[2]
+    loss = result["loss"]
+    assert loss["ratio"] == pytest.approx(0.4)
+    assert loss["slopes"] == pytest.approx([-0.3, -0.3])
+    assert loss["points"] == [9, 9]
+    assert result["score"]["ratio"] == pytest.approx(0.4)
+
+    # One seed has no interval.
+    assert loss["low"] is None
+    assert "one seed" in scaling.markdown(result)[2]
 
 
 def test_parity_is_at_the_rivals_largest_run():
-    """Lines that are not parallel: 2 F^-0.5 reaches F^-0.25 (F = 10^4: 0.1) at 400. Catches the smallest run's, or a mean's."""
+    """Lines that are not parallel have another ratio at each height. The rival's F^-0.25 is 0.1 at
+    its largest run, F = 10^4; ours, 2 F^-0.5, gets there at 400. Catches the ratio at the smallest
+    run, or a mean of ratios."""
     ours = ([10, 100], [2 * f ** -0.5 for f in (10, 100)])
     rival = ([100, 10_000], [f ** -0.25 for f in (100, 10_000)])
     assert scaling.parity(ours, rival) == pytest.approx(400 / 10_000)
-    assert math.isnan(scaling.parity(([1, 2], [3, 3]), rival))
+
+    flat = ([1, 2], [3, 3])                             # it gets nowhere
+    assert math.isnan(scaling.parity(flat, rival))
 
 
+# ------------------------------------------------------------------------------------ the interval
 def test_the_interval_covers():
-    """95% of the intervals over three seeds have the true ratio in them. Catches a normal's 1.96 with two degrees of freedom,
-    which would cover 81%, and a deviation of n in place of n - 1."""
+    """95% of the intervals over three seeds contain the true ratio. Catches a normal's 1.96 with
+    two degrees of freedom, which would cover 81%, and a deviation of n in place of n - 1."""
+    # 1. By experiment.
     rng = np.random.default_rng(0)
     hits = []
     for _ in range(300):
         row = scaling.compare(planted(0.1, (0, 1, 2), rng))["loss"]
         hits.append(row["low"] <= 0.4 <= row["high"])
     assert 0.91 <= np.mean(hits) <= 0.985
+
+    # 2. By hand: no interval for one seed; for three, 4.303 standard errors. The logarithms of
+    # these have a standard deviation of ln 2.
     assert scaling.interval([0.5])[1:] == (None, None)
     middle, low, high = scaling.interval([0.1, 0.2, 0.4])
     half = 4.303 * math.log(2) / math.sqrt(3)
-    assert (middle, low, high) == pytest.approx((0.2, 0.2 * math.exp(-half), 0.2 * math.exp(half)))
-    middle, low, high = scaling.interval([1.0, math.e ** 2] * 10)                   # with twenty seeds, the normal's
-    assert math.log(high / low) == pytest.approx(2 * 1.96 * (20 / 19 / 20) ** 0.5, rel=0.001)
-    for n in (9, 10, 11, 12):                           # about where the table ends
+    assert middle == pytest.approx(0.2)
+    assert low == pytest.approx(0.2 * math.exp(-half))
+    assert high == pytest.approx(0.2 * math.exp(half))
+
+    # 3. With twenty seeds, the normal's 1.96.
+    middle, low, high = scaling.interval([1.0, math.e ** 2] * 10)
+    standard_error = (20 / 19 / 20) ** 0.5
+    assert math.log(high / low) == pytest.approx(2 * 1.96 * standard_error, rel=0.001)
+
+    # 4. The table ends at ten seeds, nine degrees of freedom.
+    for n, t in ((9, 2.306), (10, 2.262), (11, 1.96), (12, 1.96)):
         middle, low, high = scaling.interval([1.0] * (n - 1) + [2.0])
-        t = 2.262 if n == 10 else 2.306 if n == 9 else 1.96
-        assert math.log(high / middle) == pytest.approx(t * math.log(2) / n) == pytest.approx(math.log(middle / low))
+        half = t * math.log(2) / n
+        assert math.log(high / middle) == pytest.approx(half)
+        assert math.log(middle / low) == pytest.approx(half)
 
 
 def test_students_t():
-    """With x = sqrt(n) tan(angle), Student's density is cos(angle)^(n - 1). Catches a quantile that is another's, or mistyped."""
-    for n, t in enumerate(scaling.T_QUANTILES, 1):
+    """With x = sqrt(n) tan(angle), Student's density is cos(angle)^(n - 1). Catches a quantile that
+    is another's, or mistyped."""
+    for n, t in enumerate(scaling.T_QUANTILES, 1):      # n degrees of freedom
         angles = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
         density = np.cos(angles) ** (n - 1)
         inside = np.abs(angles) <= math.atan(t / math.sqrt(n))
-        assert density[inside].sum() / density.sum() == pytest.approx(0.95, abs=1e-4), n
+        share = density[inside].sum() / density.sum()
+        assert share == pytest.approx(0.95, abs=1e-4), n
 
 
+# ----------------------------------------------------------------------------- too little to compare
 def test_two_budgets_make_a_line():
     """Catches a comparison that wants more than a line needs, and one of a single budget."""
-    points = [point for point in planted() if point["flops"] in FLOPS[:2]]
-    assert scaling.compare(points)["loss"]["ratio"] == pytest.approx(0.4)
-    assert scaling.compare([point for point in points if point["flops"] == FLOPS[0]]) == {}
+    points = planted()
+    two = [point for point in points if point["flops"] in FLOPS[:2]]
+    one = [point for point in points if point["flops"] == FLOPS[0]]
+    assert scaling.compare(two)["loss"]["ratio"] == pytest.approx(0.4)
+    assert scaling.compare(one) == {}
 
 
 def test_a_zero_has_no_logarithm():
+    """Catches a metric of 0 that makes the line infinite, or that is not left out alone."""
     points = planted()
     points[0]["score"] = 0.0
-    result = scaling.compare(points)
-    assert result["score"]["points"] == [8, 9] and result["score"]["ratio"] == pytest.approx(0.4)
+    score = scaling.compare(points)["score"]
+    assert score["points"] == [8, 9]
+    assert score["ratio"] == pytest.approx(0.4)
 
 
+# ------------------------------------------------------------------------------------------- files
 def test_files_of_any_size(tmp_path, capsys):
-    """The real thing: what --json of evaluate, likelihood (also the suite's mean) and coco wrote."""
+    """The real thing: what --json of evaluate, likelihood (also the suite's mean) and coco wrote.
+    Catches a metric that is not found in them, and a count that is taken for one."""
     runs = []
     for model, factor in (("transfusion", 0.5), ("chameleon", 1.0)):
         for k, N in enumerate((1.6e8, 7.6e8, 7e9)):
             x = 6 * N * 5e11 / factor
-            files = {"C4": {"perplexity": 200 * x ** -0.06, "tokens": 9}, "COCO": {"cider": x ** 0.05, "n": 30000},
-                     "Llama": {"piqa": {"acc": 0.7}, "mean": {"acc": x ** 0.01}}}
+            files = {
+                "C4": {"perplexity": 200 * x ** -0.06, "tokens": 9},
+                "COCO": {"cider": x ** 0.05, "n": 30000},
+                "Llama": {"piqa": {"acc": 0.7}, "mean": {"acc": x ** 0.01}},
+            }
+            names = {}
             for label, content in files.items():
-                (tmp_path / f"{model}{k}{label}.json").write_text(json.dumps(content))
-            runs.append({"model": model, "parameters": N, "tokens": 5e11,
-                         "files": {label: f"{model}{k}{label}.json" for label in files}})
+                names[label] = f"{model}{k}{label}.json"
+                (tmp_path / names[label]).write_text(json.dumps(content))
+            runs.append({"model": model, "parameters": N, "tokens": 5e11, "files": names})
     (tmp_path / "runs.json").write_text(json.dumps(runs))
+
     scaling.main([str(tmp_path / "runs.json"), "-o", str(tmp_path / "fig.png")])
-    said = capsys.readouterr().out
+
+    output = capsys.readouterr().out
     for metric in ("C4 perplexity", "COCO cider", "Llama acc"):
-        assert any(line.startswith(f"| {metric} |") and "| 0.5 |" in line for line in said.splitlines()), said
-    assert "tokens" not in said and (tmp_path / "fig.png").stat().st_size > 5000
+        row, = [line for line in output.splitlines() if line.startswith(f"| {metric} |")]
+        assert "| 0.5 |" in row, output
+    assert "tokens" not in output
+    assert (tmp_path / "fig.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("content, sentence", [
-    ("[", "does not list runs"), ('[{"model": "transfusion"}]', "does not list runs"), ("[]", "nothing to draw"),
-    ('[{"model": "gpt", "parameters": 1, "tokens": 1, "files": {}}]', "must be transfusion or chameleon"),
-    ('[{"model": "chameleon", "parameters": 0, "tokens": 1, "files": {}}]', "above 0"),
-    ('[{"model": "chameleon", "parameters": 1, "tokens": 1, "files": {"a": "b.json"}}]', "no file"), (None, "no file")])
+    ("[", "does not list runs"),
+    ('[{"model": "transfusion"}]', "does not list runs"),
+    ("[]", "nothing to draw"),
+    ('[{"model": "gpt", "parameters": 1, "tokens": 1, "files": {}}]',
+     "must be transfusion or chameleon"),
+    ('[{"model": "chameleon", "parameters": 0, "tokens": 1, "files": {}}]',
+     "above 0"),
+    ('[{"model": "chameleon", "parameters": 1, "tokens": 1, "files": {"a": "b.json"}}]',
+     "no file"),
+    (None, "no file"),
+])
 def test_mistakes(tmp_path, content, sentence):
     """Catches a traceback where a list of runs was mistyped."""
     if content is not None:
