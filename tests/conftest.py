@@ -1,4 +1,9 @@
-"""conftest.py: what all tests share: the path, one seed, and a tiny model that has something to say."""
+"""
+conftest.py: what all tests share
+
+THE IDEA    Every test starts from one seed, on one thread. Tests of the network take a tiny model
+            that has something to say. Tests of train.py take runs of seconds: see small_runs.py.
+"""
 import signal
 from functools import partial
 from pathlib import Path
@@ -9,7 +14,8 @@ from torch import nn
 
 from model import SIZES, ModelConfig, Transfusion
 
-torch.set_num_threads(1)                                # models this small only wait for a second thread
+# Models this small would only wait for a second thread.
+torch.set_num_threads(1)
 # A shell that starts the tests in the background has them ignore Ctrl-C; some tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -40,13 +46,24 @@ def seed():
 
 @pytest.fixture
 def make_model():
-    """A function (encoder, **ModelConfig) -> Transfusion of 2 layers, width 32, P = 4 patches per picture of (4, 4, 4)."""
+    """A function (encoder, **ModelConfig) -> a Transfusion of 2 layers and width 32, with P = 4
+    patches per picture of (4, 4, 4)."""
 
     def make(encoder="linear", **options):
-        small = dict(vocabulary=16, layers=2, width=32, heads=2, latent=(4, 4, 4), patch=2, context=64)
-        model = Transfusion(ModelConfig(encoder=encoder, **{**small, **options})).eval()
-        # At its real initialisation the picture output is zero and attention nearly uniform: a leak would be too faint to
-        # see. Here every layer passes on about as much as it takes in, so that whatever is wrong is loud.
+        small = dict(
+            vocabulary=16,
+            layers=2,
+            width=32,
+            heads=2,
+            latent=(4, 4, 4),
+            patch=2,
+            context=64,
+        )
+        config = ModelConfig(encoder=encoder, **{**small, **options})
+        model = Transfusion(config).eval()
+        # At its real initialisation the picture output is zero and attention nearly uniform: a leak
+        # would be too faint to see. Here every layer passes on about as much as it takes in, so
+        # that whatever is wrong is loud.
         for weight in model.parameters():
             if weight.ndim > 1:
                 nn.init.normal_(weight, std=weight[0].numel() ** -0.5)

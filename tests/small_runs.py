@@ -1,7 +1,7 @@
 """
 small_runs.py: what the tests of training share
 
-THE IDEA    A run of train.py that takes a second: 6 steps of a network of 2 layers, with a VAE that
+THE IDEA    A run of train.py that takes seconds: 6 steps of a network of 2 layers, with a VAE that
             was never trained. No test that uses it looks at pictures. What two such runs leave
             behind is compared to the bit.
 HERE        command lines   small_run, tuning
