@@ -49,8 +49,9 @@ def reader(diffusion, obeys):
         x0 = torch.zeros_like(xt)
         for m in range(len(xt)):
             row, first = (image_id == m).nonzero()[0].tolist()
-            start = (doc_id[row] == doc_id[row, first]).nonzero()[0].item()
-            caption = WORDS.decode(tokens[row, start: first].tolist())
+            before = tokens[row, :first]                # the caption is what its document has there
+            same_document = doc_id[row, :first] == doc_id[row, first]
+            caption = WORDS.decode(before[same_document].tolist())
             answer.read.append(caption)
             if obeys:
                 x0[m] = code(caption)
@@ -83,8 +84,9 @@ def test_a_model_that_obeys_its_caption_has_a_gap():
 
     # What it read, first beside the right captions, then beside wrong ones: {t: caption}.
     # No two pictures have the same t, so t says which picture it was.
-    right = dict(zip(model.levels[0].tolist(), model.read[:12]))
-    wrong = dict(zip(model.levels[1].tolist(), model.read[12:]))
+    t_right, t_wrong = model.levels
+    right = dict(zip(t_right.tolist(), model.read[:12]))
+    wrong = dict(zip(t_wrong.tolist(), model.read[12:]))
     assert sorted(right.values()) == sorted(captions)
     assert right.keys() == wrong.keys()
     assert len(right) == 12
@@ -97,7 +99,8 @@ def test_a_model_that_obeys_its_caption_has_a_gap():
         ratio = diffusion.a[t] / diffusion.s[t]
         difference = code(right[t]) - code(wrong[t])
         errors.append(ratio ** 2 * difference.square().mean())
-    assert gap == pytest.approx(torch.stack(errors).mean().item(), rel=1e-3)
+    wanted = torch.stack(errors).mean().item()
+    assert gap == pytest.approx(wanted, rel=1e-3)
     assert gap > 0.01
 
 
@@ -206,15 +209,15 @@ def test_the_gap_of_edits(make_model):
         # In reading order: the picture before, then what is drawn, of one document.
         for m in range(0, 20, 2):
             assert t[m] == 0 < t[m + 1]
-            k = int((before - x[m]).square().flatten(1).sum(1).argmin())
+            k = (before - x[m]).abs().flatten(1).sum(1).argmin()        # whose picture it is
             a = diffusion.a[t[m + 1]].float()
             s = diffusion.s[t[m + 1]].float()
             eps = (x[m + 1] - a * latents[k]) / s       # if it is another's, then far from noise
             assert eps.abs().max() < 6
             assert abs(eps.std() - 1) < 0.5
 
-    (right_tokens, *_, right_x, _), (wrong_tokens, *_, wrong_x, _) = read
-    assert torch.equal(right_x, wrong_x)
-    assert not torch.equal(right_tokens, wrong_tokens)
+    right, wrong = read
+    assert torch.equal(right[4], wrong[4])              # the same pictures, in the same noise
+    assert not torch.equal(right[0], wrong[0])          # other words
     other = conditioning_gap(network, WORDS, diffusion, texts, latents, before.roll(1, 0))
     assert abs(gap - other) > 1e-5
