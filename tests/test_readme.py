@@ -57,8 +57,8 @@ RUN = {
         ("--no-reward", []),
     "python train.py --data mnist":
         (FEW + " --vae-steps 1 --samples 0", ["out/mnist/model.pt", "out/mnist/vae.pt"]),
-    "python train.py --preset mnist-flow":
-        (FEW + " --vae out/mnist/vae.pt --samples 0", ["out/mnist-flow/model.pt"]),
+    "python train.py --preset mnist-minute":
+        (FEW + " --vae out/mnist/vae.pt --samples 0", ["out/mnist-minute/model.pt"]),
     "python train.py --preset edit":
         (FEW, ["out/edit/model.pt", "out/edit/report.json"]),
     "python experiments.py 3 --flow --seeds 2":
