@@ -60,19 +60,27 @@ class PatchGAN(nn.Module):
 
     def __init__(self, channels=3, width=64, layers=3):
         super().__init__()
+        # As in Isola et al., there is no norm behind the first convolution.
         stack = [nn.Conv2d(channels, width, 4, stride=2, padding=1)]
         stack.append(nn.LeakyReLU(0.2))
+
+        # Each level doubles the channels, up to 8 times as many, and halves the size. The last one
+        # keeps the size.
         c = width
         for k in range(1, layers + 1):
-            wider = width * min(2 ** k, 8)
+            factor = min(2 ** k, 8)
+            wider = width * factor
             stride = 2 if k < layers else 1
             # BatchNorm has a bias of its own: the convolution before it needs none.
             stack.append(nn.Conv2d(c, wider, 4, stride, padding=1, bias=False))
             stack.append(WholeBatchNorm(wider))
             stack.append(nn.LeakyReLU(0.2))
             c = wider
+
+        # One number per patch. No sigmoid: the hinge wants answers that can go beyond 1.
         stack.append(nn.Conv2d(c, 1, 4, padding=1))
         self.stack = nn.Sequential(*stack)
+
         # As Isola et al. begin: small weights, so that at first it has no opinion.
         for weight in self.parameters():
             if weight.ndim == 4:
@@ -100,8 +108,10 @@ def adaptive_weight(reconstruction, gan, last, processes=ALONE):
     # The norm of the mean, not the mean of norms.
     pull = processes.average(pull)
     push = processes.average(push)
-    weight = pull.float().norm() / (push.float().norm() + 1e-4)
-    return weight.clamp(0, 1e4).detach()                # 1e-4 and 1e4 as in the code they published
+    pull = pull.float().norm()
+    push = push.float().norm()
+    weight = pull / (push + 1e-4)                       # 1e-4 and 1e4 as in the code they published
+    return weight.clamp(0, 1e4).detach()
 
 
 # ------------------------------------------------------------------------------------ all the terms
@@ -145,6 +155,7 @@ class VAELoss(nn.Module):
         l1 = (x_hat - x).abs().mean()
         terms = {"L1": l1}
 
+        # What a trained network sees. A term that is off is 0, and not in the log.
         lpips = identity = gan = 0
         if self.lpips is not None:
             lpips = self.lpips(x, x_hat).mean()
@@ -152,16 +163,21 @@ class VAELoss(nn.Module):
         if self.identity is not None:
             identity = self.identity(x, x_hat).mean()
             terms["ID"] = identity
+
+        # The VAE wants its reconstructions taken for real: answers far above 0. How hard this
+        # pulls is measured against the other terms, at every step anew.
         if self.gan_is_on(step):
-            # The VAE wants its reconstructions taken for real: answers far above 0.
             answer = -self.discriminator(x_hat).mean()
             reconstruction = appendix_c(l1, lpips, 0, identity, 0)
-            terms["weight"] = adaptive_weight(reconstruction, answer, last, self.processes)
+            weight = adaptive_weight(reconstruction, answer, last, self.processes)
+            gan = weight * answer
+            terms["weight"] = weight
             terms["GAN"] = answer
-            gan = terms["weight"] * answer
 
+        # The log's numbers are cut off from the graph, or it would be kept as long as they are.
         loss = appendix_c(l1, lpips, gan, identity, kl, kl_weight)
-        return loss, {name: term.detach() for name, term in terms.items()}
+        numbers = {name: term.detach() for name, term in terms.items()}
+        return loss, numbers
 
     def discriminator_loss(self, x, x_hat):
         """Hinge loss of the discriminator. x, x_hat: (M, c, h, w)."""
@@ -175,9 +191,13 @@ def demo():
     """Show how far each judge finds a picture from spoiled versions of itself."""
     from sources import scenes
 
+    # 1. The judges: a network that knows shapes and colours a little.
     pairs = scenes.load_scenes(300, seed=0, progress=False)
-    net, right = train_small_net(pairs.pixels, pairs.captions, steps=60, batch=24)
+    net, right = train_small_net(pairs.pixels, pairs.captions,
+                                 steps=60, batch=24)
     lpips, identity = stand_ins(net)
+
+    # 2. What they judge. To our eyes a picture that moved by a pixel is the same; to L1 it is not.
     x = to_float(pairs.pixels[:32])
     spoiled = {
         "itself": x,
@@ -188,11 +208,13 @@ def demo():
     }
     print(f"a small network after 60 steps tells {right:.0%} of a caption's words;")
     print("what it and L1 make of changed pictures:")
-    print(f"{'':18s}{'L1':>8s}{'LPIPS*':>8s}{'ID*':>8s}    (* the toy's stand-ins)")
+    print("                        L1  LPIPS*     ID*    (* the toy's stand-ins)")
     for name, y in spoiled.items():
         l1 = (x - y).abs().mean()
         with torch.no_grad():
-            print(f"{name:18s}{l1:8.3f}{lpips(x, y).mean():8.3f}{identity(x, y).mean():8.3f}")
+            seen = lpips(x, y).mean()
+            known = identity(x, y).mean()
+        print(f"{name:18s}{l1:8.3f}{seen:8.3f}{known:8.3f}")
     parameters = sum(weight.numel() for weight in PatchGAN().parameters())
     print(f"the paper's PatchGAN has {parameters:,} parameters")
 

@@ -25,19 +25,34 @@ A_CIRCLE = [WORDS.ids[word] for word in ("a", "circle")]
 
 # Name: (document, patches, ends). In the order of their difficulty.
 DOCUMENTS = {
-    "a caption and a picture": (["a red circle", ("image", 7, 1000)], 4, True),
-    "a picture and its caption": ([("image", 3, 500), "a blue cross"], 3, True),
-    "text alone": (["a red circle"], 4, True),
-    "two pictures": (["a circle", ("image", 5, 1000), "a cross", ("image", 2, 700)], 2, True),
-    "two pictures and no text": ([("image", 4, 900), ("image", 6, 300)], 1, True),
-    "a prompt, open at its end": (["a red"], 4, False),
-    "a prompt that ends with a picture": (["a red", ("image", 1, 0)], 4, False),
-    "a caption as ids": ([A_CIRCLE, ("image", 7, 1000)], 4, True),
-    "a picture with a t_min": (["a cross", ("image", 8, 1000, 1000)], 4, True),
-    "a dropped caption": ([("dropped", "a red circle"), ("image", 7, 1000)], 4, True),
-    "a dropped caption as ids": ([("dropped", A_CIRCLE), ("image", 7, 1000)], 4, True),
-    "a dropped caption after a picture": (
-        ["a cross", ("image", 1, 1000), ("dropped", "a circle"), ("image", 2, 1000)], 2, True),
+    "a caption and a picture":
+        (["a red circle", ("image", 7, 1000)], 4, True),
+    "a picture and its caption":
+        ([("image", 3, 500), "a blue cross"], 3, True),
+    "text alone":
+        (["a red circle"], 4, True),
+    # From here on image_id must count: with one picture 0 is always right.
+    "two pictures":
+        (["a circle", ("image", 5, 1000), "a cross", ("image", 2, 700)], 2, True),
+    "two pictures and no text":
+        ([("image", 4, 900), ("image", 6, 300)], 1, True),
+    # What sampling lays out: a document that goes on.
+    "a prompt, open at its end":
+        (["a red"], 4, False),
+    "a prompt that ends with a picture":
+        (["a red", ("image", 1, 0)], 4, False),
+    # What training lays out: words that are encoded already, and limits of t.
+    "a caption as ids":
+        ([A_CIRCLE, ("image", 7, 1000)], 4, True),
+    "a picture with a t_min":
+        (["a cross", ("image", 8, 1000, 1000)], 4, True),
+    # For guidance.
+    "a dropped caption":
+        ([("dropped", "a red circle"), ("image", 7, 1000)], 4, True),
+    "a dropped caption as ids":
+        ([("dropped", A_CIRCLE), ("image", 7, 1000)], 4, True),
+    "a dropped caption after a picture":
+        (["a cross", ("image", 1, 1000), ("dropped", "a circle"), ("image", 2, 1000)], 2, True),
 }
 
 
@@ -60,7 +75,8 @@ class Seen:
 
     def at(self, token):
         """The places of a token."""
-        return [k for k, other in enumerate(self.right["tokens"]) if other == token]
+        tokens = self.right["tokens"]
+        return [k for k, other in enumerate(tokens) if other == token]
 
 
 def try_lay_out(trial):
@@ -72,6 +88,8 @@ def try_lay_out(trial):
         found = read_sequence(result)
         right = vars(lay_out(document, WORDS, patches, ends))
         seen = Seen(name, found, right, ends)
+
+        # One document at a time: a second mistake is often the first one again.
         if found != right:
             break
     return seen
@@ -81,11 +99,13 @@ def read_sequence(result):
     """{field: list} of what should be a data.Sequence. Raises Advice for something else."""
     if result is None:
         raise Advice("Your function returns None: is `return` missing?")
+    fields = ", ".join(FIELDS)
     found = {}
     for field in FIELDS:
         if not hasattr(result, field):
-            raise Advice(f"Return a data.Sequence, with {', '.join(FIELDS)}; you return "
-                         f"{kind_of(result)} without `{field}`.")
+            raise Advice(f"Return a data.Sequence, with {fields}; you return {kind_of(result)} "
+                         f"without `{field}`.")
+        # A tensor or a tuple is as good as a list: the layout is the exercise, not its type.
         values = getattr(result, field)
         if isinstance(values, torch.Tensor):
             values = values.tolist()
@@ -118,6 +138,8 @@ def right_tokens(seen):
     if found == right:
         return None
     where = f"(For {seen.name}: {spell(found)}; it should be {spell(right)}.)"
+
+    # 1. The two ends.
     if BOS not in found or found[0] != BOS:
         return f"Each document begins with BOS. {where}"
     if found.count(BOS) > 1:
@@ -128,16 +150,23 @@ def right_tokens(seen):
         return f"With ends=False the document stays open, so that it can go on: no EOS. {where}"
     if found.count(EOS) > right.count(EOS):
         return f"EOS stands at the end of the document only, not of each part. {where}"
+
+    # 2. What stands around a picture, and its patches.
     if found.count(BOI) < right.count(BOI):
         return f"BOI must stand before each picture's patches. {where}"
     if found.count(EOI) < right.count(EOI):
         return f"EOI must stand after each picture's patches. {where}"
-    if found.count(EOI) > right.count(EOI) or found.count(BOI) > right.count(BOI):
+    too_many = found.count(EOI) > right.count(EOI) or found.count(BOI) > right.count(BOI)
+    if too_many:
         return f"One BOI and one EOI for each picture, no more. {where}"
-    if [EOI if token == BOI else BOI if token == EOI else token for token in found] == right:
+    other = {BOI: EOI, EOI: BOI}
+    exchanged = [other.get(token, token) for token in found]
+    if exchanged == right:
         return f"BOI and EOI are exchanged. {where}"
     if found.count(PATCH) != right.count(PATCH):
         return f"A picture takes `patches` places, each with the token PATCH. {where}"
+
+    # 3. Captions that are dropped.
     if found.count(DROP) < right.count(DROP):
         if DROP in found:
             return f"A dropped caption has as many DROPs as it has words. {where}"
@@ -146,6 +175,8 @@ def right_tokens(seen):
     if found.count(DROP) > right.count(DROP) > 0:
         return ("A dropped caption has as many DROPs as it has words, or ids; yours has more: "
                 f"len of a text counts its letters. {where}")
+
+    # 4. All of them are there.
     if sorted(found) == sorted(right):
         return f"The tokens are right, but in another order: the parts come in theirs. {where}"
     return f"The tokens are not right yet. {where}"
@@ -157,7 +188,11 @@ def spell(tokens):
     for token in tokens[:16]:
         known = 0 <= token < len(WORDS)
         names.append(WORDS.vocabulary[token] if known else str(token))
-    return " ".join(names) + (" ..." if len(tokens) > 16 else "")
+
+    # A sentence with more than sixteen words in it is not read.
+    if len(tokens) > 16:
+        names.append("...")
+    return " ".join(names)
 
 
 def right_image_id(seen):
@@ -171,25 +206,35 @@ def right_image_id(seen):
         return f"image_id needs one number for each token. {where}"
     # TRAP: spans that are one position off (docs/PAPER.md §4.2). A BOI inside the block looks at
     # its picture; when sampling, BOI is there first.
-    wrong = [k for k in range(len(right)) if found[k] != right[k]]
-    if set(wrong) <= set(seen.at(BOI)):
+    places = range(len(right))
+    wrong = [k for k in places if found[k] != right[k]]
+    boi = set(seen.at(BOI))
+    eoi = set(seen.at(EOI))
+    if set(wrong) <= boi:
         return ("BOI is no patch: it is text, image_id -1, and outside of the block that looks "
                 f"both ways. {where}")
-    if set(wrong) <= set(seen.at(EOI)):
+    if set(wrong) <= eoi:
         return f"EOI is no patch: it is text, image_id -1, and comes after the block. {where}"
-    if set(wrong) <= set(seen.at(BOI)) | set(seen.at(EOI)):
+    if set(wrong) <= boi | eoi:
         return f"BOI and EOI are no patches: they are text, image_id -1. {where}"
-    if all(found[k] == 0 for k in range(len(right)) if right[k] == -1):
+
+    # All text is 0: the usual start of a list of zeros.
+    of_text = [found[k] for k in places if right[k] == -1]
+    if not any(of_text):
         return f"Text has image_id -1; 0 is the first picture. {where}"
-    if all(found[k] == right[k] + 1 for k in wrong) and all(right[k] >= 0 for k in wrong):
+
+    # Only patches are wrong: how were the pictures counted?
+    only_patches = all(right[k] >= 0 for k in wrong)
+    if only_patches and all(found[k] == right[k] + 1 for k in wrong):
         return f"Pictures count from 0, in each document anew. {where}"
     images = seen.right["images"]
-    if all(right[k] >= 0 and found[k] == images[right[k]] for k in wrong):
+    if only_patches and all(found[k] == images[right[k]] for k in wrong):
         return ("image_id counts the pictures of this document, 0, 1, ...; you have the picture's "
                 f"index in the data set, which belongs to `images`. {where}")
     if set(found) <= {-1, 0} and max(right) > 0:
         return f"All pictures have image_id 0, so their patches would see each other. {where}"
-    return f"image_id is wrong at {seen.label(wrong[0])}, place {wrong[0]}. {where}"
+    first = wrong[0]
+    return f"image_id is wrong at {seen.label(first)}, place {first}. {where}"
 
 
 def right_has_loss(seen):
@@ -204,8 +249,10 @@ def right_has_loss(seen):
     if len(found) != len(right):
         return f"has_loss needs one bool for each token. {where}"
     tokens = seen.right["tokens"]
-    extra = [k for k in range(len(right)) if found[k] and not right[k]]
-    missing = [k for k in range(len(right)) if right[k] and not found[k]]
+    following = [*tokens[1:], None]                     # what comes next at each place
+    places = range(len(right))
+    extra = [k for k in places if found[k] and not right[k]]
+    missing = [k for k in places if right[k] and not found[k]]
     last = len(right) - 1
 
     # 1. Two mistakes about all of them.
@@ -218,7 +265,6 @@ def right_has_loss(seen):
                 f"the loss of token q + 1. {where}")
 
     # 2. Where there must be none.
-    before_drop = [k for k in extra if k < last and tokens[k + 1] == DROP]
     if any(tokens[k] == BOI for k in extra):
         return ("BOI has no LM loss: a patch comes next, and that is the diffusion's business. "
                 f"{where}")
@@ -227,14 +273,15 @@ def right_has_loss(seen):
                 f"is done, and nothing predicts it. {where}")
     if any(tokens[k] == DROP for k in extra):
         return f"A dropped caption has no LM loss, or the model learns to write DROP. {where}"
-    if before_drop:
+    if any(following[k] == DROP for k in extra):
         return ("The token before a dropped caption must not learn to predict DROP: it has no loss "
                 f"either. {where}")
     if last in extra:
         return f"The last token has nothing to predict: no loss there. {where}"
 
     # 3. Where there must be one.
-    words = [k for k in range(len(right)) if right[k] and tokens[k] >= len(data.SPECIAL)]
+    special = len(data.SPECIAL)
+    words = [k for k in places if right[k] and tokens[k] >= special]
     if len(words) > 1 and set(words) <= set(missing):
         return ("Words have no loss here, so the model never learns to write: each predicts what "
                 f"comes next. {where}")
@@ -243,10 +290,10 @@ def right_has_loss(seen):
                 f"{where}")
     if any(tokens[k] == BOS for k in missing):
         return f"BOS predicts the first word, or BOI: it has an LM loss. {where}"
-    if any(k < last and tokens[k + 1] == BOI for k in missing):
+    if any(following[k] == BOI for k in missing):
         return ("The word before BOI predicts it: that is how the model decides to draw. It has an "
                 f"LM loss. {where}")
-    if any(k < last and tokens[k + 1] == EOS for k in missing):
+    if any(following[k] == EOS for k in missing):
         return f"The word before EOS predicts it: it has an LM loss. {where}"
     wrong = (extra + missing)[0]
     return f"has_loss is wrong at {seen.label(wrong)}, place {wrong}. {where}"
@@ -261,15 +308,13 @@ def right_pictures(seen):
             continue
         where = f"(For {seen.name}: {found}; it should be {right}.)"
         if field == "t_min":
-            return ('t_min is the fourth entry of ("image", index, t_max, t_min), and 1 if there '
-                    'is '
-                    f"none. {where}")
+            return ('t_min is the fourth entry of ("image", index, t_max, t_min), and 1 if '
+                    f"there is none. {where}")
         if len(found) != len(right):
             return f"`{field}` needs one entry for each picture of the document. {where}"
         if found == list(range(len(right))):
-            return (f"`{field}` must have the pictures' indices in the data set, the second entry "
-                    "of "
-                    f'("image", index, t_max). {where}')
+            return (f"`{field}` must have the pictures' indices in the data set, the second "
+                    f'entry of ("image", index, t_max). {where}')
         return f'`{field}` is not what ("image", index, t_max) says. {where}'
 
 

@@ -52,7 +52,8 @@ def fit_line(flops, values):
     y = np.log(np.asarray(values, float))
     dx = x - x.mean()
     dy = y - y.mean()
-    slope = (dx * dy).sum() / (dx ** 2).sum()
+    shared = (dx * dy).sum()
+    slope = shared / (dx ** 2).sum()
     # The line goes through the middle of the points.
     intercept = y.mean() - slope * x.mean()
     return float(slope), float(intercept)
@@ -67,6 +68,8 @@ def parity(ours, rival):
     rival_slope, rival_intercept = fit_line(*rival)
     if slope == 0:
         return math.nan
+
+    # The goal is read from the rival's line, not from its last run: one run is luck, too.
     most = math.log(max(rival[0]))
     goal = rival_slope * most + rival_intercept
     # Far outside of what was measured the number says only "much less", or "much more".
@@ -77,17 +80,24 @@ def parity(ours, rival):
 def interval(ratios):
     """(geometric mean, low, high) of one ratio per seed: 95%, by Student's t of their logarithms.
     With one seed low and high are None."""
+    # Logarithms, for "half" and "twice" are equally far from 1.
     logs = np.log(ratios)
     mean = float(logs.mean())
+    ratio = math.exp(mean)
     n = len(logs)
     if n < 2:
-        return math.exp(mean), None, None
+        return ratio, None, None
+
+    # With few seeds the deviation itself is uncertain, so t is larger than the normal 1.96.
     freedom = n - 1
     t = 1.96
     if freedom <= len(T_QUANTILES):
         t = T_QUANTILES[freedom - 1]
-    half = t * float(logs.std(ddof=1)) / math.sqrt(n)
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+    deviation = float(logs.std(ddof=1))
+    half = t * deviation / math.sqrt(n)
+    low = math.exp(mean - half)
+    high = math.exp(mean + half)
+    return ratio, low, high
 
 
 def select(points, model, metric, seed=None):
@@ -112,20 +122,29 @@ def compare(points):
     metrics = []                                        # in the order in which they first appear
     for point in points:
         metrics += [name for name in point if name not in (*ABOUT, *metrics)]
+
     result = {}
     for metric in metrics:
+        # 1. A ratio per seed. Through fewer than two different FLOPs there is no line.
         ratios = []
         for seed in seeds:
-            lines = [select(points, model, metric, seed) for model in RIVALS]
-            if all(len(set(flops)) >= 2 for flops, _ in lines):
-                ratios.append(parity(*lines))
+            ours = select(points, RIVALS[0], metric, seed)
+            rival = select(points, RIVALS[1], metric, seed)
+            budgets = [len(set(flops)) for flops, _ in (ours, rival)]
+            if min(budgets) >= 2:
+                ratios.append(parity(ours, rival))
         if not ratios:
             continue
-        both = [select(points, model, metric) for model in RIVALS]
+
+        # 2. What the seeds say together.
         ratio, low, high = interval(ratios)
+        both = [select(points, model, metric) for model in RIVALS]
         result[metric] = {
             "slopes": [fit_line(*line)[0] for line in both],
-            "ratio": ratio, "low": low, "high": high, "seeds": len(ratios),
+            "ratio": ratio,
+            "low": low,
+            "high": high,
+            "seeds": len(ratios),
             "points": [len(flops) for flops, _ in both],
         }
     return result
@@ -137,16 +156,22 @@ def markdown(result):
              "|---|---|---|---|---|"]
     for metric, row in result.items():
         ours, rival = row["slopes"]
+        ratio = row["ratio"]
+
+        # One seed has no spread, so no interval either.
         between = "one seed"
         if row["low"] is not None:
-            between = f"{range_of(row)} ({row['seeds']} seeds)"
-        lines.append(f"| {metric} | {ours:+.3f} | {rival:+.3f} | {row['ratio']:.3g} | {between} |")
+            seeds = row["seeds"]
+            between = f"{range_of(row)} ({seeds} seeds)"
+        lines.append(f"| {metric} | {ours:+.3f} | {rival:+.3f} | {ratio:.3g} | {between} |")
     return lines
 
 
 def range_of(row):
     """The 95% interval of a metric's ratio, as text. row: of `compare`'s result."""
-    return f"{row['low']:.2g} to {row['high']:.2g}"
+    low = row["low"]
+    high = row["high"]
+    return f"{low:.2g} to {high:.2g}"
 
 
 # --------------------------------------------------------------------------------------- the figure
@@ -158,23 +183,32 @@ def plot(points, path):
     n = len(result)
     figure = Figure(figsize=(3.6 * n, 3.6), layout="constrained")
     (axes,) = figure.subplots(1, n, squeeze=False)
+    colours = ("#d35400", "#16a085")
+    markers = ("o", "s")
     for axis, (metric, row) in zip(axes, result.items()):
-        # 1. The runs of each model, and their line.
-        for model, colour, marker in zip(RIVALS, ("#d35400", "#16a085"), ("o", "s")):
+        # 1. The runs of each model, and their line: y = exp(intercept) x^slope.
+        for model, colour, marker in zip(RIVALS, colours, markers):
             flops, values = select(points, model, metric)
-            axis.plot(flops, values, marker, color=colour, alpha=0.5, markersize=4)
+            axis.plot(flops, values, marker,
+                      color=colour, alpha=0.5, markersize=4)
             slope, intercept = fit_line(flops, values)
             ends = np.array([min(flops), max(flops)])
             line = np.exp(intercept) * ends ** slope
-            name = f"{model.capitalize()}, slope {slope:+.2f}"
-            axis.plot(ends, line, color=colour, label=name)
+            name = model.capitalize()
+            axis.plot(ends, line,
+                      color=colour, label=f"{name}, slope {slope:+.2f}")
 
         # 2. What the lines say.
-        title = f"{metric}: parity at {row['ratio']:.2g}"
+        ratio = row["ratio"]
+        title = f"{metric}: parity at {ratio:.2g}"
         if row["low"] is not None:
             title += f"\n95%: {range_of(row)}"
         axis.set_title(title, fontsize=9)
-        axis.set(xscale="log", yscale="log", xlabel="FLOPs, 6 N D")
+
+        # 3. Logarithmic axes, on which such a law is a straight line.
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("FLOPs, 6 N D")
         axis.xaxis.set_minor_formatter(NullFormatter())         # they would run into each other
         axis.legend(fontsize=8)
     save_figure(figure, path)
@@ -186,19 +220,24 @@ def read_points(path):
     "seed", and "files", {name: file}, which count from the list's own folder. Raises UserError."""
     wanted = ('[{"model": "transfusion", "parameters": 7e9, "tokens": 5e11, '
               '"files": {"C4": "c4.json"}}, ...]')
+    folder = Path(path).parent
     points = []
     try:
         for run in read_json(path):
-            point = {"model": run["model"], "seed": run.get("seed", 0),
-                     "flops": 6 * float(run["parameters"]) * float(run["tokens"])}
+            N = float(run["parameters"])
+            D = float(run["tokens"])
+            point = {"model": run["model"], "seed": run.get("seed", 0), "flops": 6 * N * D}
             for label, name in run["files"].items():
-                point |= numbers_of(label, read_json(Path(path).parent / name))
+                content = read_json(folder / name)
+                point |= numbers_of(label, content)
             points.append(point)
     except FileNotFoundError as problem:
         raise UserError(f"there is no file {problem.filename}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as problem:
-        raise UserError(f"{path} does not list runs as {wanted} ({type(problem).__name__}: "
-                        f"{problem})") from None
+        kind = type(problem).__name__
+        raise UserError(f"{path} does not list runs as {wanted} ({kind}: {problem})") from None
+
+    # The list can be read, and may still say what cannot be.
     for point in points:
         if point["model"] not in RIVALS or not 0 < point["flops"] < math.inf:
             raise UserError(f"{path}: a run's model must be {' or '.join(RIVALS)}, its parameters "
@@ -213,7 +252,9 @@ def numbers_of(label, content):
     dict. Of the Llama suite the mean over its tasks is taken."""
     numbers = {}
     for name, value in content.get("mean", content).items():
-        if name in TAKEN and type(value) in (int, float) and math.isfinite(value):
+        # type, not isinstance: True is an int, and no number of ours.
+        is_number = type(value) in (int, float)
+        if name in TAKEN and is_number and math.isfinite(value):
             numbers[f"{label} {name}"] = value
     return numbers
 
@@ -222,7 +263,8 @@ def demo():
     """Print what the lines say of made-up runs: one model needs 0.4 of the other's compute."""
     rng = np.random.default_rng(0)
     points = []
-    for seed, flops in itertools.product(range(3), (1e15, 2e15, 4e15)):
+    budgets = (1e15, 2e15, 4e15)
+    for seed, flops in itertools.product(range(3), budgets):
         for model, share in zip(RIVALS, (0.4, 1)):
             worth = flops / share                       # as many of the rival's FLOPs
             noise = math.exp(0.02 * rng.normal())
@@ -242,7 +284,8 @@ def main(argv=None):
     check_writable(args.out, ".png")
     points = read_points(args.runs)
     plot(points, args.out)
-    print(*markdown(compare(points)), f"\nthe figure is {args.out}", sep="\n")
+    lines = markdown(compare(points))
+    print(*lines, f"\nthe figure is {args.out}", sep="\n")
 
 
 if __name__ == "__main__":

@@ -51,18 +51,23 @@ def permutation_p(low, high):
     Exact: every way of dealing the numbers to two rows is tried. With 5 seeds these are 252."""
     numbers = [*low, *high]
     total = sum(numbers)
+    n_low = len(low)
+    n_high = len(high)
 
     def difference(hand):
         """Of the means, if these numbers were dealt to the row `high`, and the rest to `low`."""
         in_hand = sum(hand)
-        mean_high = in_hand / len(high)
-        mean_low = (total - in_hand) / len(low)
+        mean_high = in_hand / n_high
+        mean_low = (total - in_hand) / n_low
         return mean_high - mean_low
 
     # A sum in another order is rounded otherwise: equal must count as "at least so far".
     largest = max(abs(number) for number in numbers)
-    seen = difference(high) - 1e-9 * (1 + largest)
-    hands = list(itertools.combinations(numbers, len(high)))
+    tolerance = 1e-9 * (1 + largest)
+    seen = difference(high) - tolerance
+
+    # What was seen is one of these ways, so p is never 0.
+    hands = list(itertools.combinations(numbers, n_high))
     as_far = [hand for hand in hands if difference(hand) >= seen]
     return len(as_far) / len(hands)
 
@@ -70,14 +75,18 @@ def permutation_p(low, high):
 def verdict(worse, better, lower_is_better, alike=False):
     """(word, p) of a statement. worse, better: numbers per seed of the row that the paper calls so;
     p: of the paper's direction; where the paper says "alike", of the likelier direction."""
+    # "Better" is the higher of the two, unless the metric is a loss.
     low, high = (better, worse) if lower_is_better else (worse, better)
     p = permutation_p(low, high)
     other = permutation_p(high, low)
+
+    # Two rows that are said to be alike have no direction: either difference speaks against it.
     if alike:
         likelier = min(p, other)
-        if likelier <= LEVEL:                           # they do differ, one way or the other
-            return "not reproduced", likelier
-        return "reproduced", likelier
+        word = "not reproduced" if likelier <= LEVEL else "reproduced"
+        return word, likelier
+
+    # Three answers. "Within noise" says that the seeds are too few, not that the paper is wrong.
     if p <= LEVEL:
         return "reproduced", p
     if other <= LEVEL:
@@ -98,7 +107,10 @@ def judge(claims, values, lower_is_better):
         better = values[claim.better].get(claim.metric)
         if not worse or not better:                     # a row is not trained yet
             continue
-        word, p = verdict(worse, better, lower_is_better[claim.metric], claim.alike)
+        is_loss = lower_is_better[claim.metric]
+        word, p = verdict(worse, better, is_loss, claim.alike)
+
+        # The means are shown, though the test looks at every seed: a reader wants to know how far.
         arrow = "=" if claim.alike else "→"
         says = f"{claim.worse} {arrow} {claim.better}"
         from_mean = sum(worse) / len(worse)
@@ -120,19 +132,26 @@ def plot_tables(tables, headings, paper, path):
     # A table is as high as it has rows, a column as wide as any other. In inches.
     heights = [1.2 + 0.3 * len(rows) for rows in tables.values()]
     width = 4 + 2.6 * len(headings)
-    figure = Figure(figsize=(width, sum(heights)), layout="constrained")
-    grid = figure.subplots(len(tables), len(headings), squeeze=False, height_ratios=heights)
+    size = (width, sum(heights))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(tables), len(headings),
+                           squeeze=False, height_ratios=heights)
     for axes, (title, rows) in zip(grid, tables.items()):
+        in_paper = paper.get(title, {})
         for axis, (heading, above) in zip(axes, headings.items()):
-            plot_column(axis, rows, heading, paper.get(title, {}))
-            names = list(rows) if axis is axes[0] else []       # once, at the left
+            plot_column(axis, rows, heading, in_paper)
+            # The names of the rows stand once, at the left.
+            names = list(rows) if axis is axes[0] else []
             axis.set_yticks(range(len(rows)), names)
             axis.set_title(f"{title}: {above}", fontsize=9)
     save_figure(figure, path, dpi=90)
 
 
 def plot_column(axis, rows, heading, paper):
-    """One column of a table: its rows from top to bottom."""
+    """One column of a table: its rows from top to bottom.
+    rows: {row: {heading: numbers per seed}}; paper: {row: {heading: number}}."""
+    # A row is a dot per seed over a bar: its middle is the mean, its length the deviation. Rows
+    # whose dots overlap cannot be told apart.
     for y, values in enumerate(rows.values()):
         numbers = values.get(heading, [])
         if not numbers:                                 # this row is not trained yet
@@ -141,19 +160,23 @@ def plot_column(axis, rows, heading, paper):
         spread = 0.0
         if len(numbers) > 1:
             spread = np.std(numbers, ddof=1)
-        axis.errorbar(mean, y, xerr=spread, fmt="|", color="#2c3e50", markersize=14, capsize=3)
+        axis.errorbar(mean, y, xerr=spread, fmt="|",
+                      color="#2c3e50", markersize=14, capsize=3)
         heights = [y] * len(numbers)
-        axis.plot(numbers, heights, "o", color="#d35400", markersize=4, alpha=0.7)
+        axis.plot(numbers, heights, "o",
+                  color="#d35400", markersize=4, alpha=0.7)
 
     # The paper's numbers have another unit: they stand in a column of their own, at the right.
     low, high = axis.get_xlim()
     room = 0.3 * (high - low)
     axis.set_xlim(low, high + room)
     axis.set_ylim(len(rows) - 0.5, -0.5)                # the first row on top
+    across = axis.get_yaxis_transform()                 # x as a share of the width, y as a row
     for y, row in enumerate(rows):
         number = paper.get(row, {}).get(heading)
-        if number is not None:
-            axis.text(0.98, y, f"{number:g}", va="center", ha="right", fontsize=9,
-                      color="#16a085", transform=axis.get_yaxis_transform())
+        if number is None:
+            continue
+        axis.text(0.98, y, f"{number:g}", transform=across,
+                  va="center", ha="right", fontsize=9, color="#16a085")
     axis.grid(axis="x", alpha=0.4)
     axis.tick_params(labelsize=8)

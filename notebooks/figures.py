@@ -84,7 +84,8 @@ def digits(number):
     # What was counted is exact. What was measured is not: three digits are enough.
     if isinstance(number, int):
         return f"{number:,}"
-    return f"{number:.3f}"
+    rounded = round(number, 3) + 0.0        # -0.0 + 0.0 is 0.0: nobody wants to read -0.000
+    return f"{rounded:.3f}"
 
 
 def as_asked(captions, pictures):
