@@ -300,6 +300,17 @@ def test_clipping_sees_the_whole_gradient(prepared):
             assert weight.grad is None or not weight.grad.any()
 
 
+def test_what_the_log_keeps_is_no_part_of_the_graph(prepared):
+    """Catches losses that are kept for the log with their graph: all activations of every step
+    since the last line would stay in memory."""
+    run = prepared(accumulate=2)
+    result = train.train_step(run)
+    assert len(result["each"]) > 0
+    assert not result["each"].requires_grad
+    for name in ("lm", "words", "tokens", "grad_norm"):
+        assert isinstance(result[name], (int, float))
+
+
 # ----------------------------------------------------------------------- the average of the weights
 def test_average_by_hand(prepared):
     """Catches an average (EMA) that never moves, that copies the model, or that keeps its random
