@@ -64,7 +64,7 @@ TESTS = {                                               # module: the tests that
     "sources/on_disk": "test_on_disk", "sources/documents": "test_documents",
     "sources/choose": "test_sources test_trust test_errors",
     "sources/feed": "test_picture_folder test_sources test_train test_fine_tuning test_chameleon",
-    "metrics/gap": "test_gap test_chameleon", "metrics/scenes": "test_evaluate",
+    "metrics/gap": "test_gap test_evaluate test_chameleon", "metrics/scenes": "test_evaluate",
     "metrics/digits": "test_digits test_evaluate", "metrics/drawing": "test_evaluate test_folder",
     "metrics/progress": "test_train test_train_runs test_trust",
     "metrics/mixtures": "test_mixtures",

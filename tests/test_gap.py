@@ -177,8 +177,8 @@ def test_the_gap_of_a_real_model_without_attention_to_words(monkeypatch, make_mo
 
 def test_the_gap_of_edits(make_model):
     """The gap of an edit: the wrong instruction beside the same clean picture, with the same noise.
-    Catches a picture before that is noised, another's, or left out: then the gap would measure the
-    picture."""
+    Catches a picture before that is noised, another's, behind the words, or left out: then the gap
+    would measure the picture."""
     torch.manual_seed(0)
     network = make_model("linear", vocabulary=len(WORDS))
     diffusion = Diffusion()
@@ -198,7 +198,7 @@ def test_the_gap_of_edits(make_model):
     assert abs(gap) > 1e-4
     assert len(read) == 2                               # beside the right, and the wrong texts
 
-    for *_, x, t in read:
+    for tokens, image_id, _, _, x, t in read:
         assert len(x) == 20
         levels = sorted(t.tolist())
         assert levels[:10] == [0] * 10                  # the pictures before are clean
@@ -209,6 +209,8 @@ def test_the_gap_of_edits(make_model):
         # In reading order: the picture before, then what is drawn, of one document.
         for m in range(0, 20, 2):
             assert t[m] == 0 < t[m + 1]
+            row, first = (image_id == m).nonzero()[0].tolist()
+            assert tokens[row, first - 2: first].tolist() == [data.BOS, data.BOI]   # before words
             k = (before - x[m]).abs().flatten(1).sum(1).argmin()        # whose picture it is
             a = diffusion.a[t[m + 1]].float()
             s = diffusion.s[t[m + 1]].float()
