@@ -4,7 +4,7 @@ feed.py: batches from packed shards                                   (Transfusi
 THE IDEA    The same feed as sources/feed.py, for data that do not fit in memory. Token ids and
             latents are read from disk, whole rows at a time. train.py cannot tell the two apart.
 A PICTURE   packed/ --shards.Shards--> rows of documents, latents --lay_out--> Batch
-READ NEXT   shards.py       TEST  tests/test_shards.py
+READ NEXT   shards.py       TEST  tests/test_shards_training.py
 """
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

@@ -24,7 +24,7 @@ PAPER/HERE  same: rows of 4096, pictures centre-cropped to 256x256, the Llama 2 
             Many machines pack at once by packing different sources, each into its own folder inside
             one. shards.py reads packed/*/ together, if tokenizer, VAE and sizes are the same, and
             mixture.py reads some of these folders more often. One command runs on one GPU.
-READ NEXT   shards.py       TEST  tests/test_shards.py
+READ NEXT   shards.py       TEST  tests/test_pack.py, tests/test_pieces.py
 TRY IT      python -m scale.pack --text scenes --pairs scenes --vae assets/scenes_vae.pt
                    --seq-len 128 --image-size 32
             python train.py --data shards --data-dir packed --seq-len 128 --steps 200

@@ -9,7 +9,7 @@ A PICTURE   a.jsonl | b.txt   --> (bytes so far, read), ...     read() -> ("a te
                                                                 pixels() -> (h, w, 3) uint8
 THE RULE    `read` and `pixels` raise UserError if this one item is no good. Packing counts it,
             names it, and goes on. A source as a whole is checked before anything is packed.
-READ NEXT   pack.py     TRY IT  python -m scale.streams     TEST  tests/test_shards.py
+READ NEXT   pack.py     TRY IT  python -m scale.streams     TEST  tests/test_streams.py
 """
 import codecs
 import functools

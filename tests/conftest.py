@@ -3,7 +3,9 @@ conftest.py: what all tests share
 
 THE IDEA    Every test starts from one seed, on one thread. Tests of the network take a tiny model
             that has something to say. Tests of train.py take runs of seconds: see small_runs.py.
+            Tests of packed data take a folder of shards: see packing.py.
 """
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -119,3 +121,46 @@ def command(tiny_size, tiny_vae, tmp_path):
         return small_run(**{"vae": tiny_vae, "out": tmp_path / out, **options})
 
     return arguments
+
+
+# --------------------------------------------------- the toy world packed in shards: see packing.py
+@pytest.fixture(scope="session")
+def vae_path(tmp_path_factory):
+    """Path of an untrained VAE, (3, 32, 32) -> (2, 8, 8), with latents of about unit size."""
+    from packing import make_vae
+    from support import checkpoint
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vae") / "vae.pt"
+    vae = make_vae()
+    vae.scale.fill_(0.1)
+    checkpoint.save(path, checkpoint.pack_vae(vae))
+    return path
+
+
+@pytest.fixture
+def other_vae(vae_path, tmp_path):
+    """Path of a VAE that differs in one number."""
+    from support import checkpoint
+
+    content = torch.load(vae_path, weights_only=True)
+    content["weights"]["shift"][0] += 1e-3
+    checkpoint.save(tmp_path / "other.pt", content)
+    return tmp_path / "other.pt"
+
+
+@pytest.fixture(scope="session")
+def packed(vae_path, tmp_path_factory):
+    """The toy world in shards, packed without interruption. Tests read it; none may change it."""
+    from packing import command
+    from scale import pack
+
+    out = tmp_path_factory.mktemp("packed") / "packed"
+    pack.main(command(vae_path, out))
+    return out
+
+
+@pytest.fixture
+def own(packed, tmp_path):
+    """A copy of that folder to break."""
+    return Path(shutil.copytree(packed, tmp_path / "packed"))

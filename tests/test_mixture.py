@@ -10,14 +10,14 @@ import pytest
 
 import model
 import train
+from packing import command, same, training
 from scale import mixture, pack, shards
 from scale.mixture import Order, Source
 from support.common import UserError
-from test_shards import command, same, training, vae_path  # noqa: F401  a fixture
 
 
 @pytest.fixture(scope="module")
-def folders(vae_path, tmp_path_factory):  # noqa: F811
+def folders(vae_path, tmp_path_factory):
     """Three packings of scenes within one folder. The last has the rows that are held out."""
     out = tmp_path_factory.mktemp("mixture")
     for name, n in (("beautiful", 30), ("people", 60), ("web", 120)):
@@ -94,7 +94,7 @@ def test_people_are_seen_more_often(folders):
     assert max(counts["pairs"]) < stream.rows["pairs"] == sum(source.rows for source in stream.phase.orders["pairs"].sources)
 
 
-def test_text_and_patches_stay_1_to_1(vae_path, tmp_path):  # noqa: F811
+def test_text_and_patches_stay_1_to_1(vae_path, tmp_path):
     """Catches a share of text that is measured without the weights: a folder of pictures that is read often would crowd it out."""
     pack.main(command(vae_path, tmp_path / "short", scenes=200))
     pack.main(command(vae_path, tmp_path / "wordy", text=None, scenes=200, world="six"))
