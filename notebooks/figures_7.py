@@ -112,8 +112,8 @@ def draw_seeds(columns):
     columns: {heading: {row name: list of numbers, one per seed}}."""
     axes = panels(len(columns), 4)
     for axis, (heading, rows) in zip(axes, columns.items()):
-        # A row's dots, and a thin line between the outermost: its spread. Two rows differ if
-        # their lines do not overlap; a mean alone would not show that.
+        # A row's dots, and a thin line between the outermost: its spread. Look at the distance of
+        # two rows beside the length of their lines; a mean alone would not show it.
         for y, (values, colour) in enumerate(zip(rows.values(), COLOURS)):
             heights = [y] * len(values)
             axis.plot(values, heights, "-",
@@ -194,7 +194,7 @@ def draw_parts(by_size):
     so_far = np.zeros(len(sizes))           # where the next part begins, in each bar
     colours = (GREY, DARK, GREEN, ORANGE)
     for name, colour in zip(first, colours):
-        # In per cent: the sizes lie a factor of fifty apart, and what changes is the mixture.
+        # In per cent: the sizes lie a factor of forty apart, and what changes is the mixture.
         shares = []
         for numbers in by_size.values():
             whole = sum(numbers.values())
