@@ -27,6 +27,10 @@ TWO MASKS   dense_mask: a bool per pair (q, k), for PyTorch's ordinary attention
             decoding.
             tile_mask: for FlexAttention, the fused kernel of training on a GPU. It skips what
             nobody may look at. Both are made from the same (lo, hi), and tests compare them.
+TAKE IT     Copy this file: it needs no other of ours.
+              lo, hi = intervals(image_id, doc_id)
+              mask = dense_mask(lo, hi)[:, None]            # (B, 1, T, T): for all heads alike
+              out = attend(q, k, v, mask)
 SHAPES      B rows, T positions, N heads, K head width.
             image_id (B, T) int64: which picture a position is a patch of, -1 for text.
             doc_id (B, T) int64: which document. A mask is (B, T, T) bool, True = may look.
@@ -240,8 +244,12 @@ def attend(q, k, v, mask):
 
     q      (B, N, T, K)
     k, v   (B, N, keys, K)
-    mask   (B, 1, T, keys) bool, or a BlockMask; that has no backward on CPU, says torch 2.13"""
+    mask   (B, 1, T, keys) bool, or a BlockMask; that has no backward on CPU, says torch 2.13
+    Raises ValueError for a mask of other dimensions."""
     if not isinstance(mask, BlockMask):
+        # PyTorch takes (B, T, keys) for one mask per head, without a word where B = N.
+        if mask.ndim != 4:
+            raise ValueError(f"a mask must be (B, 1, T, keys), got {tuple(mask.shape)}")
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, N, T, K)
     # Inside torch.compile, that compiler fuses the kernel; otherwise we must. On CPU the tests use
     # PyTorch's unfused one.

@@ -58,7 +58,8 @@ class Config:
     mixture_end: str = option("", "the same in the last 1% of the steps, e.g. beautiful=8")
     world: str = option("one", "captions of scenes: one object, or six categories", tuple(WORLDS))
     image_size: int = option(32, "pixels per side; not of mnist", at_least=1)
-    pairs: int = option(20000, "how many scenes, or triples, to draw (scenes, edits)", at_least=1)
+    pairs: int = option(20000, "how many pictures, or triples, to draw (scenes, edits, a fork's)",
+                        at_least=1)
 
     # How it sees pictures.
     vae: str = option("", "a vae.pt to use; default: assets/<data>_vae.pt (_vq.pt), or a new one")
@@ -413,8 +414,9 @@ def default_preset(given):
     for name, options in PRESETS.items():
         if options.get("data", "scenes") == data:
             return name
-    raise UserError(f"no preset is made for --data {data}: name one whose numbers it is to take, "
-                    f"e.g. --preset folder")
+    raise UserError(f"no preset is made for --data {data}: name one whose numbers it is to take: "
+                    f"--preset flow, or --preset folder, whose VAE is larger and learns for "
+                    f"{OWN_DEFAULTS['vae_steps']} steps first")
 
 
 # ----------------------------------------------------------------------------- the user's mistakes

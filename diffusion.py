@@ -13,6 +13,13 @@ THE RULE    xt = a[t] x0 + s[t] eps,   eps ~ N(0, 1)                            
             L_DDPM = mean over elements of (target - network(xt, t, context))^2              eq. 3
               DDPM: target = eps          flow: target = eps - x0
             A kind of diffusion is a row of KINDS: a schedule, which gives a and s, and a target.
+TAKE IT     Copy this file: it needs no other of ours.
+              d = Diffusion()
+              t = torch.randint(1, d.T + 1, (M,))           # 1 .. T: at t = 0 there is no noise
+              xt = d.add_noise(x0, eps, t)
+              out = network(xt, t)
+              L = loss(d.target(x0, eps, t), d.prediction(xt, out, t)).mean()
+              *_, (_, x, _) = sample(network, xT, d)        # xT = torch.randn(M, c, h, w)
 SHAPES      x0, xt, eps, out (M, c, h, w) float32; t (M,) int64 in 0 .. T.
             The tables a, s, alpha_bar have T + 1 entries. t = 0 is the clean picture, a = 1, s = 0;
             t = T = 1000 is noise. (diffusers counts from 0: its timestep + 1 is our t.)
@@ -102,6 +109,9 @@ def x0_from_velocity(xt, out, a, s):
 # --------------------------------------------------------------------------------- the three tables
 # A new schedule, or a new target, is a function or two above and a row here. config.py offers what
 # KINDS has, and the tests try every row: they draw an exact Gaussian with each sampler.
+# A schedule takes a from 1 down to about 0, s from 0 up to 1, and keeps their scale at every shift.
+# With eps a[T] must stay above 0, because x0_from_eps divides by it. Some published schedules end
+# at 0: clip alpha_bar there, or give them another target.
 SCHEDULES = {
     "cosine": cosine,
     "straight": straight,

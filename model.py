@@ -350,8 +350,9 @@ class Transfusion(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.5)
         if self.place is not None:
             nn.init.normal_(self.place, std=0.5)
-        into = self.patch_encoder.into
-        nn.init.normal_(into.weight, std=into.in_features ** -0.5)
+        into = self.patch_encoder.into.weight           # (D, numbers), or a convolution's
+        numbers = math.prod(into.shape[1:])             # how many each output reads
+        nn.init.normal_(into, std=numbers ** -0.5)
         # 3. The outputs start near zero. So the losses start at those of knowing nothing: ln V for
         #    words, and for pictures the size of the target: 1 for eps, about 2 for flow's velocity.
         nn.init.normal_(self.head.weight, std=0.02)

@@ -22,6 +22,10 @@ A PICTURE   linear: latent (c, 4, 4), p = 2, P = 4 vectors                predic
                    16 vectors  ------->  transformer  ------->  16 vectors
 THE RULE    linear   encode: Linear( patch + time(t) )        decode: Linear( RMSNorm(vector) )
             U-Net    encode: Down(xt, t) -> vectors, skips    decode: Up(vectors, t, skips)
+TAKE IT     Copy this file: it needs no other of ours.
+              net = LinearPatches(c, p, D)                  # or UNetPatches
+              vectors, kept = net.encode(xt, t)
+              out = net.decode(vectors, t, kept)
 SHAPES      M pictures, latents (M, c, h, w), patch side p, P = (h/p)(w/p) patches, D width of the
             transformer, vectors (M, P, D); t (M,) int64. C channels of the U-Net.
 PAPER/HERE  same: both encoders; the time added to the patch *before* the linear layer; U-Net blocks
@@ -101,7 +105,9 @@ class TimeEmbedding(nn.Module):
 
 # ----------------------------------------------------------------------------------- linear patches
 class LinearPatches(nn.Module):
-    """One linear layer in, one out.
+    """One linear layer in, one out. Another encoder has what this one has: the same arguments,
+    `encode`, `decode`, and two layers that model.py starts by hand, `into` the transformer and
+    `out` of it.
 
     c   channels of the latents
     p   patch side

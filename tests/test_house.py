@@ -14,11 +14,13 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import tokenize
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 import mutants
 from conftest import make_run
@@ -379,6 +381,38 @@ def test_everything_public_has_a_docstring(name):
     tree = ast.parse(FILES[name].read_text())
     assert ast.get_docstring(tree)
     assert without_docstring(tree) == []
+
+
+def recipe(name):
+    """The code below TAKE IT in the docstring of a concept file."""
+    tree = ast.parse(FILES[name].read_text())
+    below = ast.get_docstring(tree).split("TAKE IT", 1)[1]
+    _, *lines = below.split("\nSHAPES", 1)[0].splitlines()
+    return textwrap.dedent("\n".join(lines))
+
+
+@pytest.mark.parametrize("name, result, shape", [
+    ("attention_mask", "out", (2, 3, 6, 4)),            # as q: (B, N, T, K)
+    ("diffusion", "x", (2, 4, 8, 8)),                   # as x0
+    ("patchify", "out", (2, 4, 8, 8)),
+])
+def test_the_recipe_of_a_file_works(name, result, shape):
+    """Whoever takes one file elsewhere starts from these lines. Catches a name, an order or a shape
+    that has changed since they were written."""
+    x0 = torch.randn(2, 4, 8, 8)
+    q = torch.randn(2, 3, 6, 4)
+    given = {
+        "c": 4, "p": 2, "D": 32, "M": 2, "torch": torch,
+        "x0": x0, "eps": x0, "xt": x0, "xT": x0, "t": torch.tensor([1, 1000]),
+        "network": lambda xt, t: xt,
+        "q": q, "k": q, "v": q,
+        "image_id": torch.tensor([[-1, 0, 0, 0, -1, -1], [-1, -1, 1, 1, -1, -1]]),
+        "doc_id": torch.zeros(2, 6, dtype=torch.long),
+    }
+    names = vars(importlib.import_module(name)) | given
+    exec(recipe(name), names)
+    assert names[result].shape == shape
+    assert names[result].isfinite().all()
 
 
 # Files and names of the house before this one, and of places that are not in the repository.
