@@ -25,7 +25,7 @@ PAPER/HERE  same: `--paper` has App. C's network, loss and 1M steps with the GAN
             not run here: CUDA, its bf16, NCCL, and the paper's size.
 READ NEXT   ../patchify.py
 TRY IT      python -m autoencoder.train, python -m autoencoder.train --loss paper --codes 512
-TEST        tests/test_train_vae.py, tests/test_trust.py
+TEST        tests/test_train_vae.py, tests/test_stop.py
 """
 import argparse
 import contextlib

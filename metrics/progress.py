@@ -11,7 +11,7 @@ THE RULE    Sums and counts are added up over all processes and then divided. A 
             weigh a process with few pictures as much as one with many.
             At every save there is a model.pt to draw with, and a dozen pictures of it.
             A step whose gradient is five times as long as the median of its line is named: "spike".
-READ NEXT   ../train.py        TEST  tests/test_train.py, tests/test_trust.py
+READ NEXT   ../train.py        TEST  tests/test_train.py, tests/test_not_finite.py
 """
 from statistics import median
 

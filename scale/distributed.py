@@ -30,7 +30,7 @@ PAPER/HERE  the paper says how large its batches are, not how they are divided: 
             it. Run here: CPU and gloo, 1, 2 and 2 x 2 processes (tests); one H100 (docs/SCALE.md).
             Written, not run: NCCL between GPUs.
 READ NEXT   ../train.py     TRY IT  python -m scale.distributed
-TEST        tests/test_distributed.py (2 processes = 1 process), tests/test_trust.py
+TEST        tests/test_distributed.py (2 processes = 1 process), tests/test_damaged_files.py
 """
 import atexit
 import contextlib

@@ -10,7 +10,7 @@ A PICTURE   Config --prepare--> Run --train.fit--> Run --gather_trained--> model
 THE RULE    A step with a number that is not finite is not taken, and what is saved is finite.
 READ NEXT   distributed.py
 TEST        tests/test_train.py, tests/test_train_runs.py, tests/test_distributed.py,
-            tests/test_trust.py
+            tests/test_not_finite.py
 """
 import contextlib
 import math

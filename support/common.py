@@ -5,7 +5,8 @@ THE IDEA    A user's mistake becomes one sentence, before any work is done. Here
             carries the sentence, Ctrl-C that waits for the end of a step and reaches the programs
             that this one has started, files that are written whole or not at all, the choice of a
             device, and the readers of files that come from elsewhere: pictures, and JSON lines.
-READ NEXT   checkpoint.py        TEST  tests/test_picture_files.py, tests/test_trust.py
+READ NEXT   checkpoint.py        TEST  tests/test_run_command.py,
+            tests/test_picture_files.py, tests/test_damaged_files.py
 """
 import argparse
 import contextlib

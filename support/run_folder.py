@@ -10,7 +10,7 @@ A PICTURE   out/<name>/  config.json   log.jsonl   curves.png   samples.png   re
                          vae.pt, vae/  if the run trains its own VAE
                          .lock         while it trains
 READ NEXT   train.py
-TEST        tests/test_train_runs.py, tests/test_errors.py, tests/test_trust.py
+TEST        tests/test_run_folder.py, tests/test_train_runs.py, tests/test_damaged_files.py
 """
 import contextlib
 import json

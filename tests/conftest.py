@@ -164,3 +164,55 @@ def packed(vae_path, tmp_path_factory):
 def own(packed, tmp_path):
     """A copy of that folder to break."""
     return Path(shutil.copytree(packed, tmp_path / "packed"))
+
+
+# --------------------------------------- runs that are stopped, damaged or spoiled: small_runs.py
+@pytest.fixture(scope="module")
+def one_layer():
+    """While a file that uses this is tested, "toy" has 1 layer, and there are few scenes."""
+    from small_runs import small_world
+
+    with small_world():
+        yield
+
+
+@pytest.fixture(scope="session")
+def vae_file(tmp_path_factory):
+    """Path of an untrained VAE."""
+    from small_runs import untrained_vae
+    from support import checkpoint
+
+    path = tmp_path_factory.mktemp("vae") / "vae.pt"
+    checkpoint.save(path, checkpoint.pack_vae(untrained_vae()))
+    return path
+
+
+@pytest.fixture(scope="session")
+def whole_run(vae_file, tmp_path_factory):
+    """The folder of a run of six steps that nothing interrupted; checkpoints 4 and 6 are kept."""
+    import train
+    from small_runs import small_run, small_world
+
+    out = tmp_path_factory.mktemp("whole") / "run"
+    with small_world():
+        train.main(small_run(vae=vae_file, out=out, save_every=2))
+    return out
+
+
+@pytest.fixture
+def copied_run(whole_run, tmp_path):
+    """A copy of the whole run, in this test's own folder, to be damaged."""
+    return shutil.copytree(whole_run, tmp_path / "run")
+
+
+@pytest.fixture
+def short_run(one_layer, vae_file, tmp_path):
+    """A function: the argument list of a small run, as whole_run was made, in this test's own
+    folder. Options, as keywords, are those of train.py."""
+    from small_runs import small_run
+
+    def arguments(**options):
+        ours = {"vae": vae_file, "out": tmp_path / "run", "save_every": 2}
+        return small_run(**{**ours, **options})
+
+    return arguments

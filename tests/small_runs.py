@@ -8,12 +8,15 @@ HERE        command lines   small_run, tuning
             models          save_tiny_vae, save_tiny_model (conftest.py has fixtures of them)
             comparisons     states, log, same
             folders         write_files, folder_of_edits
+            trust           small_world, untrained_vae, ends, nothing_half_written, check_kept
 """
+import contextlib
 import json
 import signal
 import struct
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -24,8 +27,9 @@ import model
 import train
 import vae as vae_module
 from scale import distributed
-from sources import mnist, scenes
+from sources import choose, mnist, scenes
 from support import checkpoint
+from support.common import run_command
 
 
 # ------------------------------------------------------------------------------------ command lines
@@ -196,3 +200,66 @@ def folder_of_edits(folder, text, n=12, at=None):
         instruction = text if at in (None, k) else "remove the circle"
         lines.append(json.dumps({"before": before, "instruction": instruction, "after": after}))
     (folder / "edits.jsonl").write_text("\n".join(lines))
+
+
+# -------------------------------------------------------- runs that are stopped, damaged or spoiled
+@contextlib.contextmanager
+def small_world():
+    """Inside, "toy" has 1 layer of width 32, and a split has few scenes."""
+    real = choose.load_pairs
+
+    def load_few(*args, **options):
+        most = 60 if options["split"] == "train" else 12
+        options["n"] = min(options["n"], most)
+        return real(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(model.SIZES, "toy", (1, 32, 2))
+        patch.setattr(choose, "load_pairs", load_few)
+        yield
+
+
+def untrained_vae(**changes):
+    """A VAE that was never trained: (3, 32, 32) -> (2, 8, 8).
+
+    changes: values to fill its tensors with, by name"""
+    torch.manual_seed(0)
+    config = vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2)
+    vae = vae_module.VAE(config)
+    for name, value in changes.items():
+        vae.state_dict()[name].fill_(value)
+    return vae
+
+
+def ends(capsys, main, argv, status):
+    """Run a command line that must end with this status, without a traceback.
+
+    Returns the last line of stderr."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(main, [str(word) for word in argv])
+    err = capsys.readouterr().err
+    assert stop.value.code == status
+    assert "Traceback" not in err
+    return err.replace("\r", "\n").strip().splitlines()[-1]
+
+
+def nothing_half_written(folder):
+    """Whether no file of a write that failed, and no lock, is left in a folder."""
+    for path in folder.rglob("*"):
+        if path.suffix == ".tmp" or path.name == ".lock":
+            return False
+    return True
+
+
+def check_kept(out):
+    """The steps of a run's checkpoints. Fails if one cannot be read, or is not finite."""
+    complete, incomplete = distributed.list_checkpoints(out)
+    for step in complete:
+        folder = distributed.folder_of(out, step)
+        assert distributed.damaged_files(folder) == []
+        distributed.dcp.format_utils.dcp_to_torch_save(folder, out.parent / "state.pt")
+        state = torch.load(out.parent / "state.pt", weights_only=False)
+        assert checkpoint.name_not_finite(state) == ""
+    assert incomplete == []
+    assert nothing_half_written(out)
+    return complete

@@ -1,8 +1,11 @@
 """
-test_errors.py: the user's mistakes                                                                      (every command line)
+test_errors.py: the user's mistakes                                         (every command line)
 
-One sentence on stderr that says what was wrong, exit status 2, no traceback, and nothing written or damaged. Most tests call
-main() in this process, through support.common.run_command as the command line does; a few start a real one.
+THE IDEA    Each case is a command line with one mistake in it, and words that the answer must hold.
+            The answer is one sentence on stderr and exit status 2, without a traceback, and nothing
+            is written or damaged. Most tests call main() in this process, through `run_command`, as
+            the command line does; a few start a real one.
+TRY IT      python -m pytest -n 0 tests/test_errors.py -k test_sample
 """
 import json
 import os
@@ -30,64 +33,133 @@ from support import checkpoint
 from support.common import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-MAINS = {"sample.py": sample.main, "train.py": train.main, "evaluate.py": evaluate.main,
-         "autoencoder.train": vae_training.main, "metrics.likelihood": likelihood.main, "metrics.coco": coco.main}
+MAINS = {
+    "sample.py": sample.main,
+    "train.py": train.main,
+    "evaluate.py": evaluate.main,
+    "autoencoder.train": vae_training.main,
+    "metrics.likelihood": likelihood.main,
+    "metrics.coco": coco.main,
+}
 
 
+def name_of_case(value):
+    """A part of a test's name: the arguments, and nothing else at length."""
+    return " ".join(value)[:40]
+
+
+def name_of_program_case(value):
+    """The same where a program's name stands before its arguments."""
+    return name_of_case(value) if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------------------------------- the shelf
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory):
-    """A folder with model.pt, vae.pt, and files that are something else. Tests read it; none may change it."""
+    """A folder with model.pt, vae.pt, and files that are something else.
+
+    Tests read it; none may change it."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("shelf")
-    vae = vae_module.VAE(vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2)).eval()
-    words = data.Words(scenes.load_scenes(1, 0, progress=False).vocabulary())
-    network = Transfusion(sized("toy", vocabulary=len(words), latent=(2, 8, 8), patch=4, context=24)).eval()
-    checkpoint.save_trained(folder / "model.pt", checkpoint.Trained(network, words, vae, Diffusion()))
-    checkpoint.save(folder / "vae.pt", checkpoint.pack_vae(vae))
-    whole, content = (folder / "model.pt").read_bytes(), torch.load(folder / "model.pt", weights_only=True)
-    (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
-    (folder / "text.pt").write_text("not a checkpoint")
+    write_checkpoints(folder)
+    write_pictures(folder)
     (folder / "edits").mkdir()
     (folder / "edits/edits.jsonl").write_text("")
-    torch.save({**content, "config": {**content["config"], "experts": 8}}, folder / "newer.pt")
-    torch.save({k: v for k, v in content.items() if k != "words"}, folder / "older.pt")
-    torch.save({**content, "config": {**content["config"], "width": 64}}, folder / "narrower.pt")
-    torch.save({**content["vae"], "config": {**content["vae"]["config"], "experts": 8}}, folder / "newer_vae.pt")
-    torch.save({**content["vae"], "config": {**content["vae"]["config"], "channels": 8}}, folder / "wider_vae.pt")
-    Image.new("RGB", (40, 30), "red").save(folder / "good.png")
-    (folder / "cut.png").write_bytes((folder / "good.png").read_bytes()[:60])
-    (folder / "text.png").write_text("not a picture")
-    (folder / "empty.png").write_bytes(b"")
     return folder
 
 
+def write_checkpoints(folder):
+    """model.pt and vae.pt, of untrained networks, and others that are damaged or do not fit."""
+    vae_config = vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2)
+    vae = vae_module.VAE(vae_config).eval()
+    words = data.Words(scenes.load_scenes(1, 0, progress=False).vocabulary())
+    config = sized("toy", vocabulary=len(words), latent=(2, 8, 8), patch=4, context=24)
+    network = Transfusion(config).eval()
+    checkpoint.save_trained(
+        folder / "model.pt", checkpoint.Trained(network, words, vae, Diffusion()))
+    checkpoint.save(folder / "vae.pt", checkpoint.pack_vae(vae))
+
+    whole = (folder / "model.pt").read_bytes()
+    (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.pt").write_text("not a checkpoint")
+
+    model = torch.load(folder / "model.pt", weights_only=True)
+    write_changed(folder / "newer.pt", model, experts=8)
+    write_changed(folder / "narrower.pt", model, width=64)
+    write_changed(folder / "newer_vae.pt", model["vae"], experts=8)
+    write_changed(folder / "wider_vae.pt", model["vae"], channels=8)
+    del model["words"]
+    torch.save(model, folder / "older.pt")
+
+
+def write_changed(path, content, **options):
+    """A checkpoint with other options in its "config" than its weights have."""
+    torch.save({**content, "config": {**content["config"], **options}}, path)
+
+
+def write_pictures(folder):
+    """good.png, and three files that are no whole picture."""
+    Image.new("RGB", (40, 30), "red").save(folder / "good.png")
+    whole = (folder / "good.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[:60])
+    (folder / "text.png").write_text("not a picture")
+    (folder / "empty.png").write_bytes(b"")
+
+
+# ------------------------------------------------------------------------------- what must be true
 def contents(folder):
-    """{path: bytes} of everything under a folder."""
-    return {p.relative_to(folder): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+    """{path: bytes} of everything under a folder. A folder in it has None."""
+    found = {}
+    for path in folder.rglob("*"):
+        found[path.relative_to(folder)] = path.read_bytes() if path.is_file() else None
+    return found
 
 
 def check_sentence(status, out, err, *words):
-    """Exit status 2; the last line of stderr is one sentence that holds all the words; no traceback anywhere."""
+    """Exit status 2; the last line of stderr is one sentence that holds all the words.
+
+    There is no traceback anywhere."""
     assert status == 2, err
     assert "Traceback" not in err + out
-    lines = err.replace("\r", "\n").strip().splitlines()
-    assert err.count("error: ") == 1 and "error: " in lines[-1] and 20 < len(lines[-1]) < 350     # it may name a vocabulary
+    assert err.count("error: ") == 1
+    sentence = err.replace("\r", "\n").strip().splitlines()[-1]
+    assert "error: " in sentence
+    assert 20 < len(sentence) < 350                     # it may name a vocabulary
     for word in words:
-        assert word in lines[-1], f"{word!r} is not in {lines[-1]!r}"
+        assert word in sentence, f"{word!r} is not in {sentence!r}"
 
 
 def mistake(capsys, monkeypatch, folder, program, arguments, *words):
-    """Run a command line in `folder` (in this process) that must fail with a sentence and change nothing there."""
+    """Run a command line in `folder`, in this process.
+
+    It must fail with a sentence, and change nothing there."""
     before = contents(folder)
     monkeypatch.chdir(folder)
+
     with pytest.raises(SystemExit) as stop:
-        run_command(MAINS[program], [str(a) for a in arguments])
+        run_command(MAINS[program], [str(word) for word in arguments])
+
     captured = capsys.readouterr()
     check_sentence(stop.value.code, captured.out, captured.err, *words)
     assert contents(folder) == before
 
 
-# -------------------------------------------------------------------------------------------------------------- sample.py
+def few_pictures(monkeypatch):
+    """Let every source have 20 pictures."""
+    load_pairs = choose.load_pairs
+
+    def load_few(*args, **options):
+        return load_pairs(*args, **{**options, "n": 20})
+
+    monkeypatch.setattr(choose, "load_pairs", load_few)
+
+
+def fail_if_called(sentence):
+    """A function that ends a test with this sentence."""
+    return lambda *args, **options: pytest.fail(sentence)
+
+
+# ---------------------------------------------------------------------------------------- sample.py
 @pytest.mark.parametrize("arguments, words", [
     ([], ["say what to draw"]),
     (["a red circel"], ["'circel'", "'circle'"]),
@@ -104,19 +176,21 @@ def mistake(capsys, monkeypatch, folder, program, arguments, *words):
     (["a circle", "--top-p", "0"], ["--top-p"]),
     (["a circle", "--sampler", "euler"], ["--sampler", "euler", "ddpm"]),
     (["a circle", "--stepz", "3"], ["--stepz"]),
-    (["a circle and a square " * 8], ["context is 24: shorten it to 17 tokens"]),     # a prompt longer than the context
+    # Prompts that are longer than the context.
+    (["a circle and a square " * 8], ["context is 24: shorten it to 17 tokens"]),
     (["[GOOD] " + "a circle " * 8], ["context is 24: shorten its words to 11 tokens"]),
     (["[GOOD] [GOOD] [GOOD] a circle"], ["context is 24: it has no room for these pictures"]),
     (["a circle", "--out", "nowhere/picture.png"], ["nowhere/picture.png"]),
     (["a circle", "--out", "picture.docx"], ["picture.docx", ".png"]),
     (["a circle", "--film", "nowhere/film.gif"], ["nowhere/film.gif"]),
-    (["a circle", "--out", "picture.psd"], ["picture.psd", ".png"]),                  # Pillow reads it, but cannot write it
+    # Pillow reads it, but cannot write it.
+    (["a circle", "--out", "picture.psd"], ["picture.psd", ".png"]),
     (["--image", "GOOD", "--film", "film.gif"], ["--film", "only describes"]),
     (["a circle", "--guidance", "nan"], ["--guidance"]),
     (["a circle", "--open", "--temperature", "nan"], ["--temperature"]),
     (["a circle", "--seed", "10000000000000000"], ["--seed"]),
     (["--image", "absent.png"], ["absent.png"]),
-    (["a circle", "--page", "page.html"], ["--page"]),                                # there is no such option any more
+    (["a circle", "--page", "page.html"], ["--page"]),  # there is no such option any more
     (["a circle [absent.png]"], ["absent.png"]),
     (["[GOOD] a red circel"], ["'circel'", "'circle'"]),
     (["a circle", "--image", "GOOD"], ["--image", "["]),
@@ -124,46 +198,73 @@ def mistake(capsys, monkeypatch, folder, program, arguments, *words):
     (["a circle", "--edit", "remove the circle"], ["--edit", "--image"]),
     (["--image", "absent.png", "--edit", "remove the circle"], ["absent.png"]),
     (["--image", "GOOD", "--edit", "remove the circel"], ["'circel'", "'circle'"]),
-    (["--image", "GOOD", "--edit", "remove the circle", "--edit", "paint it"], ["'paint'"]),           # the second, before the first is drawn
+    # The second edit, before the first is drawn.
+    (["--image", "GOOD", "--edit", "remove the circle", "--edit", "paint it"], ["'paint'"]),
     (["--image", "GOOD", "--edit", "make the red circle blue " * 3], ["context is 24"]),
     (["a circle", "--open", "--pictures", "0"], ["--pictures"]),
     (["a circle", "--pictures", "2"], ["--pictures belongs to --open"]),
     (["--image", "GOOD", "--open"], ["--open takes prompts"]),
-    (["a circle", "--open", "--pictures", "4"], ["4 pictures", "need 28", "context is 24", "--pictures"]),
+    (
+        ["a circle", "--open", "--pictures", "4"],
+        ["4 pictures", "need 28", "context is 24", "--pictures"],
+    ),
     (["[GOOD] a circle", "--open", "--pictures", "3"], ["need 28", "context is 24"]),
     (["a circle", "--guide-over", "noise"], ["--guide-over", "noise", "words"]),
     (["a circle", "--guide-over", "picture"], ["--guide-over", "picture"]),
-], ids=lambda v: " ".join(v)[:40] if v and isinstance(v, list) else "nothing")
+], ids=lambda value: name_of_case(value) if value else "nothing")
 def test_sample(capsys, monkeypatch, tmp_path, shelf, arguments, words):
     """Catches a traceback, a wrong picture, or a wrong file where the user mistyped."""
-    arguments = [a.replace("GOOD", str(shelf / "good.png")) for a in arguments]
-    monkeypatch.setattr(sample.diffusion, "sample", lambda *a, **k: pytest.fail("drew before it looked at the options"))
-    mistake(capsys, monkeypatch, tmp_path, "sample.py", [*arguments, "--checkpoint", shelf / "model.pt"], *words)
+    arguments = [word.replace("GOOD", str(shelf / "good.png")) for word in arguments]
+    arguments += ["--checkpoint", shelf / "model.pt"]
+    drew = fail_if_called("drew before it looked at the options")
+    monkeypatch.setattr(sample.diffusion, "sample", drew)
+
+    mistake(capsys, monkeypatch, tmp_path, "sample.py", arguments, *words)
 
 
 @pytest.mark.parametrize("name", ["cut.png", "text.png", "empty.png", "model.pt"])
 def test_sample_reads_pictures_only(capsys, monkeypatch, tmp_path, shelf, name):
-    """Catches half a picture that is described as if it were whole, and a file that is no picture."""
+    """Catches half a picture that is described as if it were whole, and a file that is none."""
     arguments = ["--image", shelf / name, "--checkpoint", shelf / "model.pt"]
     mistake(capsys, monkeypatch, tmp_path, "sample.py", arguments, name, "picture")
 
 
-@pytest.mark.parametrize("program, first", [("sample.py", ["a circle"]), ("evaluate.py", ["--n", "6", "--steps", "2"])])
-@pytest.mark.parametrize("name", ["absent.pt", "truncated.pt", "text.pt", "good.png", "vae.pt", "newer.pt", "older.pt",
-                                  "narrower.pt"])
+@pytest.mark.parametrize("program, first", [
+    ("sample.py", ["a circle"]),
+    ("evaluate.py", ["--n", "6", "--steps", "2"]),
+])
+@pytest.mark.parametrize("name", [
+    "absent.pt",
+    "truncated.pt",
+    "text.pt",
+    "good.png",
+    "vae.pt",
+    "newer.pt",
+    "older.pt",
+    "narrower.pt",
+])
 def test_checkpoints(capsys, monkeypatch, tmp_path, shelf, program, first, name):
-    """Catches another kind of checkpoint, another version's, or half of one: the file is named."""
-    mistake(capsys, monkeypatch, tmp_path, program, [*first, "--checkpoint", shelf / name], name)
+    """Catches another kind of checkpoint, another version's, or half of one: it must be named."""
+    arguments = [*first, "--checkpoint", shelf / name]
+    mistake(capsys, monkeypatch, tmp_path, program, arguments, name)
 
 
-# ------------------------------------------------------------------------------------------------------ train.py
-SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", "--patch", "4", "--out", "run", "--seq-len", "96"]
+# ----------------------------------------------------------------------------------------- train.py
+SMALL = [
+    "--steps", "2",
+    "--samples", "0",
+    "--pairs", "20",
+    "--documents", "2",
+    "--patch", "4",
+    "--out", "run",
+    "--seq-len", "96",
+]
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--out", ""], ["--out must name a folder"]),
     (["--preset", "six-papr"], ["--preset", "six-papr", "did you mean six-paper?"]),
-    (["--preset", "xyzzy"], ["--preset", "xyzzy", "--help"]),                         # no list of 30 names
+    (["--preset", "xyzzy"], ["--preset", "xyzzy", "--help"]),           # no list of 30 names
     (["--size", "70b"], ["70b", "toy"]),
     (["--encoder", "vit"], ["--encoder", "vit", "unet"]),
     (["--steps", "0"], ["--steps", "at least 1"]),
@@ -177,11 +278,17 @@ SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", 
     (["--warmup", "-5"], ["--warmup"]),
     (["--guidance", "-1"], ["--guidance"]),
     (["--samples", "-1"], ["--samples"]),
-    (["--samples", "2", "--sample-steps", "0"], ["--sample-steps"]),                  # before the training, not after it
+    (["--samples", "2", "--sample-steps", "0"], ["--sample-steps"]),    # before the training
     (["--samples", "2", "--sample-steps", "1001"], ["--sample-steps"]),
     (["--image-size", "0"], ["--image-size"]),
-    (["--image-size", "256", "--pairs", "20000"], ["20,000", "256x256", "3.7 GB", "at most 10,922"]),
-    (["--data", "edits", "--init", "", "--image-size", "256", "--pairs", "20000"], ["40,000", "256x256"]),
+    (
+        ["--image-size", "256", "--pairs", "20000"],
+        ["20,000", "256x256", "3.7 GB", "at most 10,922"],
+    ),
+    (
+        ["--data", "edits", "--init", "", "--image-size", "256", "--pairs", "20000"],
+        ["40,000", "256x256"],                          # two pictures per edit
+    ),
     (["--image-size", "16"], ["at least 20 pixels"]),
     (["--data", "edits", "--init", "", "--image-size", "16"], ["at least 20 pixels"]),
     (["--image-size", "33"], ["33", "divisible by 4"]),
@@ -195,22 +302,38 @@ SMALL = ["--steps", "2", "--samples", "0", "--pairs", "20", "--documents", "2", 
     (["--data", "folder", "--data-dir", "absent"], ["captions.jsonl"]),
     (["--data-dir", "packed"], ["packed", "--data shards"]),
     (["--vae-z", "8"], ["--vae-z", "vae.pt brings its own"]),
-    (["--data", "folder", "--data-dir", "EDITS"], ["has no captions.jsonl but edits.jsonl: use --data edits"]),
+    (
+        ["--data", "folder", "--data-dir", "EDITS"],
+        ["has no captions.jsonl but edits.jsonl: use --data edits"],
+    ),
     (["--data", "edits", "--init", "", "--data-dir", "absent"], ["edits.jsonl"]),
     (["--preset", "edit", "--init", "absent.pt"], ["absent.pt"]),
     (["--preset", "edit", "--init", "VAE"], ["vae.pt", "'model'"]),
     (["--preset", "edit", "--init", "MODEL"], ["model.pt", "context of 24", "--seq-len"]),
-    (["--preset", "edit", "--init", "MODEL", "--seq-len", "24", "--image-size", "48"], ["model.pt", "latents", "--image-size"]),
-    (["--preset", "edit", "--init", "MODEL", "--seq-len", "24"], ["context of 24"]),  # a chain does not fit: say how long it is
+    (
+        ["--preset", "edit", "--init", "MODEL", "--seq-len", "24", "--image-size", "48"],
+        ["model.pt", "latents", "--image-size"],
+    ),
+    # A chain of edits does not fit: say how long it is.
+    (["--preset", "edit", "--init", "MODEL", "--seq-len", "24"], ["context of 24"]),
     (["--resume"], ["nothing to resume"]),
     (["--diffusion", "flow", "--noise-skip"], ["--noise-skip", "--diffusion ddpm", "flow"]),
     (["--preset", "scenes", "--stepz", "3"], ["--stepz"]),
-], ids=lambda v: " ".join(v)[:40])
+], ids=name_of_case)
 def test_train(capsys, monkeypatch, tmp_path, shelf, arguments, words):
-    """Catches a traceback, minutes of work before the mistake is found, and a folder left behind by a run that never was."""
-    arguments = [{"MODEL": shelf / "model.pt", "VAE": shelf / "vae.pt", "NEWER_VAE": shelf / "newer_vae.pt",
-                  "WIDER_VAE": shelf / "wider_vae.pt", "EDITS": shelf / "edits"}.get(a, a) for a in arguments]
-    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", *arguments], *words)
+    """Catches a traceback, and minutes of work before the mistake is found.
+
+    Also catches a folder left behind by a run that never was."""
+    on_the_shelf = {
+        "MODEL": shelf / "model.pt",
+        "VAE": shelf / "vae.pt",
+        "NEWER_VAE": shelf / "newer_vae.pt",
+        "WIDER_VAE": shelf / "wider_vae.pt",
+        "EDITS": shelf / "edits",
+    }
+    arguments = [on_the_shelf.get(word, word) for word in arguments]
+    command = [*SMALL, "--vae", shelf / "vae.pt", *arguments]
+    mistake(capsys, monkeypatch, tmp_path, "train.py", command, *words)
 
 
 def test_data_without_a_preset():
@@ -221,43 +344,52 @@ def test_data_without_a_preset():
 
 def folder_of_pictures(folder, n=12, last='{"image": "0.png", "caption": "red"}'):
     """A small folder for --data folder; last: one more line of captions.jsonl."""
+    lines = []
     for k in range(n):
         Image.new("RGB", (8, 8), "red").save(folder / f"{k}.png")
-    lines = [json.dumps({"image": f"{k}.png", "caption": "red"}) for k in range(n)]
+        lines.append(json.dumps({"image": f"{k}.png", "caption": "red"}))
     (folder / "captions.jsonl").write_text("\n".join([*lines, last]))
 
 
-@pytest.mark.parametrize("last, words", [('{"image": "0.png", "caption": "red"', ["captions.jsonl line 13"]),
-                                         ('{"picture": "0.png"}', ["captions.jsonl line 13"])], ids=["broken", "other keys"])
+@pytest.mark.parametrize("last, words", [
+    ('{"image": "0.png", "caption": "red"', ["captions.jsonl line 13"]),
+    ('{"picture": "0.png"}', ["captions.jsonl line 13"]),
+], ids=["broken", "other keys"])
 def test_captions_file(capsys, monkeypatch, tmp_path, shelf, last, words):
     """Catches a broken line in a long file that is not named."""
     folder_of_pictures(tmp_path, last=last)
-    arguments = [*SMALL, "--vae", shelf / "vae.pt", "--data", "folder", "--data-dir", tmp_path]
-    mistake(capsys, monkeypatch, tmp_path, "train.py", arguments, *words)
+    data_options = ["--data", "folder", "--data-dir", tmp_path]
+    command = [*SMALL, "--vae", shelf / "vae.pt", *data_options]
+    mistake(capsys, monkeypatch, tmp_path, "train.py", command, *words)
 
 
 def test_too_few_pictures(capsys, monkeypatch, tmp_path, shelf):
-    """Catches a data set without a test split that is found out after the VAE has been trained."""
+    """Catches a data set without a test split, found out after the VAE has been trained."""
     folder_of_pictures(tmp_path, n=3)
-    monkeypatch.setattr("scale.run.train_vae", lambda *a, **k: pytest.fail("trained a VAE first"))
-    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--data", "folder", "--data-dir", tmp_path], "at least ten")
+    monkeypatch.setattr("scale.run.train_vae", fail_if_called("trained a VAE first"))
+    command = [*SMALL, "--data", "folder", "--data-dir", tmp_path]
+    mistake(capsys, monkeypatch, tmp_path, "train.py", command, "at least ten")
 
 
 @pytest.mark.parametrize("program", ["train.py", "autoencoder.train"])
 def test_out_is_a_file(capsys, monkeypatch, tmp_path, shelf, program):
-    """Catches a run that fails at its end because it cannot write, and a file of the user's that is overwritten."""
+    """Catches a run that fails at its end because it cannot write.
+
+    Also catches a file of the user's that is overwritten."""
     (tmp_path / "run").write_text("precious")
-    load_pairs = choose.load_pairs
-    monkeypatch.setattr(choose, "load_pairs", lambda *a, **k: load_pairs(*a, **{**k, "n": 20}))
-    arguments = [*SMALL, "--vae", shelf / "vae.pt"] if program == "train.py" else ["--steps", "2", "--out", "run"]
-    mistake(capsys, monkeypatch, tmp_path, program, arguments, "run")
+    few_pictures(monkeypatch)
+    command = ["--steps", "2", "--out", "run"]
+    if program == "train.py":
+        command = [*SMALL, "--vae", shelf / "vae.pt"]
+    mistake(capsys, monkeypatch, tmp_path, program, command, "run")
 
 
 def test_out_below_a_file(capsys, monkeypatch, tmp_path, shelf):
-    """Catches a folder that cannot be made, which is found out after the VAE has been trained."""
+    """Catches a folder that cannot be made, found out after the VAE has been trained."""
     folder_of_pictures(tmp_path)
-    monkeypatch.setattr("scale.run.train_vae", lambda *a, **k: pytest.fail("trained a VAE first"))
-    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--data", "folder", "--data-dir", tmp_path, "--out", "0.png/run"], "0.png/run")
+    monkeypatch.setattr("scale.run.train_vae", fail_if_called("trained a VAE first"))
+    command = [*SMALL, "--data", "folder", "--data-dir", tmp_path, "--out", "0.png/run"]
+    mistake(capsys, monkeypatch, tmp_path, "train.py", command, "0.png/run")
 
 
 def test_out_cannot_be_written(capsys, monkeypatch, tmp_path, shelf):
@@ -265,27 +397,52 @@ def test_out_cannot_be_written(capsys, monkeypatch, tmp_path, shelf):
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     (tmp_path / "locked").mkdir(mode=0o500)
-    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", "--out", "locked/run"], "locked/run")
+    command = [*SMALL, "--vae", shelf / "vae.pt", "--out", "locked/run"]
+    mistake(capsys, monkeypatch, tmp_path, "train.py", command, "locked/run")
 
 
 def test_resume_with_a_changed_option(capsys, monkeypatch, tmp_path, shelf):
     """Catches a resume that mixes two runs, or damages the first one while refusing."""
+    command = [*SMALL, "--vae", str(shelf / "vae.pt")]
+
+    def refused(options, *words):
+        mistake(capsys, monkeypatch, tmp_path, "train.py", [*command, *options], *words)
+
     monkeypatch.chdir(tmp_path)
-    train.main([*SMALL, "--vae", str(shelf / "vae.pt")])
-    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", "--lr", "1", "--resume"], "--lr")
-    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt"], "--resume", "--overwrite")
+    train.main(command)
+
+    refused(["--lr", "1", "--resume"], "--lr")
+    refused([], "--resume", "--overwrite")
+
     path = next((tmp_path / "run/checkpoints/step_000002").glob("*.distcp"))
     path.write_bytes(path.read_bytes()[:1000])
-    mistake(capsys, monkeypatch, tmp_path, "train.py", [*SMALL, "--vae", shelf / "vae.pt", "--resume"], "step_000002", "damaged")
+    refused(["--resume"], "step_000002", "damaged")
 
 
+# ----------------------------------------------------------------------------- the other programs
 @pytest.mark.parametrize("program, arguments, words", [
     ("autoencoder.train", ["--steps", "0", "--out", "run"], ["--steps"]),
-    ("autoencoder.train", ["--image-size", "33", "--steps", "2", "--out", "run"], ["divisible by 4"]),
-    ("autoencoder.train", ["--image-size", "16", "--steps", "2", "--out", "run"], ["at least 20 pixels"]),
-    ("autoencoder.train", ["--data", "folder", "--data-dir", "absent", "--out", "run"], ["captions.jsonl"]),
+    (
+        "autoencoder.train",
+        ["--image-size", "33", "--steps", "2", "--out", "run"],
+        ["divisible by 4"],
+    ),
+    (
+        "autoencoder.train",
+        ["--image-size", "16", "--steps", "2", "--out", "run"],
+        ["at least 20 pixels"],
+    ),
+    (
+        "autoencoder.train",
+        ["--data", "folder", "--data-dir", "absent", "--out", "run"],
+        ["captions.jsonl"],
+    ),
     ("autoencoder.train", ["--kl-weight", "-1", "--steps", "2", "--out", "run"], ["--kl-weight"]),
-    ("autoencoder.train", ["--seed=-1", "--steps", "2", "--out", "run"], ["--seed must be between 0"]),
+    (
+        "autoencoder.train",
+        ["--seed=-1", "--steps", "2", "--out", "run"],
+        ["--seed must be between 0"],
+    ),
     ("evaluate.py", ["--n", "0"], ["--n"]),
     ("evaluate.py", ["--guidance", "-1"], ["--guidance"]),
     ("evaluate.py", ["--sampler", "euler"], ["euler", "ddpm"]),
@@ -295,13 +452,16 @@ def test_resume_with_a_changed_option(capsys, monkeypatch, tmp_path, shelf):
     ("evaluate.py", ["--json", "nowhere/numbers.json"], ["nowhere/numbers.json"]),
     ("evaluate.py", ["--json", "model.pt"], ["model.pt", "must end in .json"]),
     ("evaluate.py", ["--data", "mnist", "--data-dir", "absent"], ["absent"]),
-], ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else v)
+], ids=name_of_program_case)
 def test_vae_and_evaluate(capsys, monkeypatch, tmp_path, shelf, program, arguments, words):
     """Catches a traceback, or a mistake found out after the work is done."""
-    load_pairs = choose.load_pairs
-    monkeypatch.setattr(choose, "load_pairs", lambda *a, **k: load_pairs(*a, **{**k, "n": 20}))
-    monkeypatch.setattr(scene_metrics, "captioning", lambda *a, **k: pytest.fail("measured before it looked at the options"))
-    few = ["--checkpoint", shelf / "model.pt", "--n", "6", "--steps", "2"] if program == "evaluate.py" else []
+    few_pictures(monkeypatch)
+    measured = fail_if_called("measured before it looked at the options")
+    monkeypatch.setattr(scene_metrics, "captioning", measured)
+    few = []
+    if program == "evaluate.py":
+        few = ["--checkpoint", shelf / "model.pt", "--n", "6", "--steps", "2"]
+
     mistake(capsys, monkeypatch, tmp_path, program, [*few, *arguments], *words)
 
 
@@ -311,7 +471,11 @@ def test_vae_and_evaluate(capsys, monkeypatch, tmp_path, shelf, program, argumen
     ("metrics.likelihood", ["perplexity", "SHELF/words.txt"], ["'purple'"]),
     ("metrics.likelihood", ["choices"], ["choices questions.jsonl"]),
     ("metrics.likelihood", ["choices", "scenes", "b.jsonl"], ["b.jsonl", '"answer"']),
-    ("metrics.likelihood", ["choices", "scenes", "--include-path", "."], ["--include-path is for", "suite"]),
+    (
+        "metrics.likelihood",
+        ["choices", "scenes", "--include-path", "."],
+        ["--include-path is for", "suite"],
+    ),
     ("metrics.likelihood", ["suite", "piqa", "--include-path", "nowhere"], ["no folder nowhere"]),
     ("metrics.likelihood", ["choices", "absent.jsonl"], ["absent.jsonl", '"answer"']),
     ("metrics.likelihood", ["choices", "scenes", "--limit", "0"], ["--limit"]),
@@ -323,30 +487,48 @@ def test_vae_and_evaluate(capsys, monkeypatch, tmp_path, shelf, program, argumen
     ("metrics.coco", ["scenes", "--limit", "3"], ["--limit"]),
     ("metrics.coco", ["metadata.jsonl", "--clip", "clip"], ["its own script", "--clip"]),
     ("metrics.coco", ["scenes", "--limit", "8", "--sampler", "euler"], ["euler", "ddpm"]),
-    ("metrics.coco", ["scenes", "--limit", "8", "--inception", "SHELF/text.pt"], ["text.pt", "inception-2015-12-05.pt"]),
+    (
+        "metrics.coco",
+        ["scenes", "--limit", "8", "--inception", "SHELF/text.pt"],
+        ["text.pt", "inception-2015-12-05.pt"],
+    ),
     ("metrics.coco", ["scenes", "--limit", "8", "--vae", "SHELF/text.pt"], ["text.pt"]),
-], ids=lambda v: " ".join(v)[:40] if isinstance(v, list) else v)
+], ids=name_of_program_case)
 def test_yardsticks(capsys, monkeypatch, tmp_path, shelf, program, arguments, words):
     """Catches a traceback, and a mistake that is found out after an hour of drawing."""
     monkeypatch.setitem(sys.modules, "lm_eval", None)   # as if it were not installed
-    monkeypatch.setattr(sample, "draw", lambda *_, **__: pytest.fail("drew before it looked"))
+    monkeypatch.setattr(sample, "draw", fail_if_called("drew before it looked"))
     (shelf / "words.txt").write_text("a red circle\na purple circle\n")
-    arguments = [a.replace("SHELF", str(shelf)) for a in arguments]
-    mistake(capsys, monkeypatch, tmp_path, program, [*arguments, "--checkpoint", shelf / "model.pt"], *words)
+    arguments = [word.replace("SHELF", str(shelf)) for word in arguments]
+    arguments += ["--checkpoint", shelf / "model.pt"]
+
+    mistake(capsys, monkeypatch, tmp_path, program, arguments, *words)
 
 
-# ------------------------------------------------------------------------------------------------------- real command lines
+# ------------------------------------------------------------------------------- real command lines
 @pytest.mark.parametrize("program, arguments, words", [
     ("sample.py", ["a purple circle", "--checkpoint", "MODEL"], ["'purple'"]),
     ("train.py", ["--steps", "0"], ["--steps"]),
     ("evaluate.py", ["--checkpoint", "absent.pt"], ["absent.pt"]),
-    ("autoencoder.train", ["--data", "folder"], ["--data-dir"])], ids=lambda v: v if isinstance(v, str) else "")
+    ("autoencoder.train", ["--data", "folder"], ["--data-dir"]),
+], ids=lambda value: value if isinstance(value, str) else "")
 def test_real_command_lines(tmp_path, shelf, program, arguments, words):
-    """Catches a program that is not run through `run_command`, or needs to be started in its own folder."""
-    arguments = [str(shelf / "model.pt") if a == "MODEL" else a for a in arguments]
-    command = [str(ROOT / program)] if program.endswith(".py") else ["-m", program]
-    done = subprocess.run([sys.executable, *command, *arguments], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    """Catches a program that is not run through `run_command`.
+
+    Also catches one that needs to be started in its own folder."""
+    arguments = [str(shelf / "model.pt") if word == "MODEL" else word for word in arguments]
+    command = ["-m", program]
+    if program.endswith(".py"):
+        command = [str(ROOT / program)]
+
+    done = subprocess.run(
+        [sys.executable, *command, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
     check_sentence(done.returncode, done.stdout, done.stderr, *words)
     assert list(tmp_path.iterdir()) == []
 
@@ -356,31 +538,40 @@ def test_help_names_every_option_with_its_default(program, capsys):
     """Catches a --help that breaks (a stray % in a text does it) or hides a default."""
     with pytest.raises(SystemExit) as stop:
         MAINS[program](["--help"])
-    said = " ".join(capsys.readouterr().out.split())
-    assert stop.value.code == 0 and said.count("default:") >= 4
+    printed = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert printed.count("default:") >= 4
 
 
 def test_bugs_keep_their_traceback():
     """Catches a `run_command` that hides our own mistakes behind a polite sentence."""
     def broken(argv):
         raise KeyError("a bug")
+
     with pytest.raises(KeyError):
         run_command(broken)
 
 
-@pytest.mark.parametrize("fill", [lambda argv: bytearray(2 ** 60), lambda argv: torch.empty(2 ** 60)])
+@pytest.mark.parametrize("fill", [
+    lambda argv: bytearray(2 ** 60),                    # Python's MemoryError
+    lambda argv: torch.empty(2 ** 60),                  # a plain RuntimeError
+])
 def test_memory_that_runs_out_anywhere_has_a_sentence(capsys, fill):
-    """Catches one that ends in a traceback, as AdamW's did where no `explain_memory` was around it."""
+    """Catches a traceback, as AdamW's memory had one where no `explain_memory` was around it."""
     with pytest.raises(SystemExit) as stop:
         run_command(fill)
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory: ")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: out of memory: ")
 
 
 def test_the_models_answer_when_nothing_is_wrong(monkeypatch, tmp_path, shelf, capsys):
     """Catches checks so strict that nothing passes: the same commands, without the mistakes."""
     monkeypatch.chdir(tmp_path)
     model = ["--checkpoint", str(shelf / "model.pt")]
-    run_command(sample.main, ["a red circle", "a circle", "--steps", "2", "--film", "film.png", *model])
-    assert {p.name for p in tmp_path.iterdir()} == {"sample.png", "film.png"}
+
+    options = ["--steps", "2", "--film", "film.png"]
+    run_command(sample.main, ["a red circle", "a circle", *options, *model])
+    assert {path.name for path in tmp_path.iterdir()} == {"sample.png", "film.png"}
+
     run_command(sample.main, ["--image", str(shelf / "good.png"), *model])
     assert "good.png: " in capsys.readouterr().out

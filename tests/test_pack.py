@@ -30,8 +30,8 @@ from packing import (
 from scale import pack, shards, streams
 from support import checkpoint
 from support.common import UserError, run_command
+from test_damaged_files import full_disk
 from test_errors import check_sentence, contents
-from test_trust import full_disk
 
 
 # ---------------------------------------------------------------------------------------- one shard
