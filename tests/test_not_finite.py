@@ -1,5 +1,5 @@
 """
-test_not_finite.py: no step on NaN or infinity, and nothing kept     (scale/run.py; PAPER.md §4.10)
+test_not_finite.py: no step on NaN or infinity, nothing kept  (scale/run.py; docs/PAPER.md §4.10)
 
 THE IDEA    A number that is not finite is planted in every place where one could come from: an
             option, a latent, a weight, a gradient, a loss, a file. Then three things must hold: no
