@@ -1,5 +1,6 @@
 """
-test_pieces.py: the paper's tokenizer, from packing to editing  (data.Pieces; Transfusion §4.1, §4.5)
+test_pieces.py: the paper's tokenizer, from packing to editing
+                                                          (data.Pieces; Transfusion §4.1, §4.5)
 
 THE IDEA    The paper's 32,000 pieces come from a SentencePiece model. A toy's words are one token
             each, so whoever counts words where tokens are meant is not found out by toys. Here a

@@ -28,13 +28,17 @@ def planted(noise=0.0, seeds=(0,), rng=None, ratio=0.4):
     for seed in seeds:
         for model, factor in (("transfusion", ratio), ("chameleon", 1.0)):
             for flops in FLOPS:
-                error = math.exp(noise * rng.normal()) if noise else 1
+                x = flops / factor
+                loss = 500 * x ** -0.3
+                if noise:
+                    loss *= math.exp(noise * rng.normal())
+                score = 0.01 * x ** 0.2
                 points.append({
                     "model": model,
                     "flops": flops,
                     "seed": seed,
-                    "loss": 500 * (flops / factor) ** -0.3 * error,
-                    "score": 0.01 * (flops / factor) ** 0.2,
+                    "loss": loss,
+                    "score": score,
                 })
     return points
 
@@ -43,13 +47,16 @@ def planted(noise=0.0, seeds=(0,), rng=None, ratio=0.4):
 def test_a_line_is_found():
     """Catches a slope or an intercept that is not that of least squares in log-log, and numbers
     that overflow."""
-    slope, intercept = scaling.fit_line(FLOPS, [7 * flops ** -0.25 for flops in FLOPS])
+    values = [7 * flops ** -0.25 for flops in FLOPS]
+    slope, intercept = scaling.fit_line(FLOPS, values)
     assert slope == pytest.approx(-0.25)
     assert math.exp(intercept) == pytest.approx(7)
 
     # Three points that are not on a line.
-    wanted = np.polyfit(np.log([1, 2, 5]), np.log([3, 2, 4]), 1)
-    assert scaling.fit_line([1, 2, 5], [3, 2, 4]) == pytest.approx(tuple(wanted))
+    flops = [1, 2, 5]
+    values = [3, 2, 4]
+    wanted = np.polyfit(np.log(flops), np.log(values), 1)
+    assert scaling.fit_line(flops, values) == pytest.approx(tuple(wanted))
 
     # Whole numbers that are too large for an int64.
     large = [10 ** 30, 10 ** 31]
@@ -127,7 +134,7 @@ def test_students_t():
         assert share == pytest.approx(0.95, abs=1e-4), n
 
 
-# ----------------------------------------------------------------------------- too little to compare
+# ---------------------------------------------------------------------------- too little to compare
 def test_two_budgets_make_a_line():
     """Catches a comparison that wants more than a line needs, and one of a single budget."""
     points = planted()
@@ -155,25 +162,36 @@ def test_files_of_any_size(tmp_path, capsys):
         for k, N in enumerate((1.6e8, 7.6e8, 7e9)):
             x = 6 * N * 5e11 / factor
             files = {
-                "C4": {"perplexity": 200 * x ** -0.06, "tokens": 9},
-                "COCO": {"cider": x ** 0.05, "n": 30000},
-                "Llama": {"piqa": {"acc": 0.7}, "mean": {"acc": x ** 0.01}},
+                "C4": {
+                    "perplexity": 200 * x ** -0.06,
+                    "tokens": 9,
+                },
+                "COCO": {
+                    "cider": x ** 0.05,
+                    "n": 30000,
+                },
+                "Llama": {
+                    "piqa": {"acc": 0.7},
+                    "mean": {"acc": x ** 0.01},
+                },
             }
             names = {}
             for label, content in files.items():
                 names[label] = f"{model}{k}{label}.json"
                 (tmp_path / names[label]).write_text(json.dumps(content))
             runs.append({"model": model, "parameters": N, "tokens": 5e11, "files": names})
-    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    path = tmp_path / "runs.json"
+    path.write_text(json.dumps(runs))
+    figure = tmp_path / "fig.png"
 
-    scaling.main([str(tmp_path / "runs.json"), "-o", str(tmp_path / "fig.png")])
+    scaling.main([str(path), "-o", str(figure)])
 
     output = capsys.readouterr().out
     for metric in ("C4 perplexity", "COCO cider", "Llama acc"):
         row, = [line for line in output.splitlines() if line.startswith(f"| {metric} |")]
         assert "| 0.5 |" in row, output
     assert "tokens" not in output
-    assert (tmp_path / "fig.png").stat().st_size > 5000
+    assert figure.stat().st_size > 5000                 # bytes
 
 
 @pytest.mark.parametrize("content, sentence", [
@@ -190,7 +208,8 @@ def test_files_of_any_size(tmp_path, capsys):
 ])
 def test_mistakes(tmp_path, content, sentence):
     """Catches a traceback where a list of runs was mistyped."""
+    path = tmp_path / "runs.json"
     if content is not None:
-        (tmp_path / "runs.json").write_text(content)
+        path.write_text(content)
     with pytest.raises(UserError, match=sentence):
-        scaling.main([str(tmp_path / "runs.json"), "-o", str(tmp_path / "fig.png")])
+        scaling.main([str(path), "-o", str(tmp_path / "fig.png")])
