@@ -34,9 +34,13 @@ OURS = '{"context": ..., "choices": [at least two], "answer": number of the righ
 # beside it. They raise ValueError, KeyError or TypeError for a line that is no question.
 def hellaswag(entry):
     """How does the scene go on? From hellaswag_val.jsonl."""
-    context = f"{entry['ctx_a']} {entry['ctx_b'].capitalize()}"
+    activity = entry["activity_label"]
+    first = entry["ctx_a"]
+    second = entry["ctx_b"].capitalize()                # it breaks off, and an ending completes it
+    context = clean(f"{activity}: {first} {second}")
     answers = [clean(ending) for ending in entry["endings"]]
-    return clean(f"{entry['activity_label']}: {context}"), answers, int(entry["label"])
+    truth = int(entry["label"])
+    return context, answers, truth
 
 
 def clean(text):
@@ -48,14 +52,18 @@ def clean(text):
 
 def piqa(entry):
     """How does one reach a goal? From valid.jsonl, labels in valid-labels.lst."""
+    context = f"Question: {entry['goal']}\nAnswer:"
     answers = [entry["sol1"], entry["sol2"]]
-    return f"Question: {entry['goal']}\nAnswer:", answers, int(entry["label"])
+    truth = int(entry["label"])
+    return context, answers, truth
 
 
 def social_iqa(entry):
     """What do people feel or do? From dev.jsonl, labels 1 to 3 in dev-labels.lst."""
+    context = f"Q: {entry['context']} {entry['question']}\nA:"
     answers = [entry["answerA"], entry["answerB"], entry["answerC"]]
-    return f"Q: {entry['context']} {entry['question']}\nA:", answers, int(entry["label"]) - 1
+    truth = int(entry["label"]) - 1                     # ours count from 0
+    return context, answers, truth
 
 
 def winogrande(entry):
@@ -63,8 +71,10 @@ def winogrande(entry):
     # TRAP: to rank the two options, as in other tasks, asks which name is likelier. What follows
     # the blank tells them apart. So that is what is scored, after each of the two names.
     before, after = entry["sentence"].split("_", 1)
+    after = after.strip()
     contexts = [before + entry["option1"], before + entry["option2"]]
-    return contexts, [after.strip()] * 2, int(entry["answer"]) - 1
+    truth = int(entry["answer"]) - 1
+    return contexts, [after, after], truth
 
 
 def arc(entry):
@@ -79,13 +89,17 @@ def arc(entry):
         question = question["stem"]
     # Some have the labels 1 to 4, most A to D.
     truth = choices["label"].index(entry["answerKey"])
-    return f"Question: {question}\nAnswer:", choices["text"], truth
+    context = f"Question: {question}\nAnswer:"
+    return context, choices["text"], truth
 
 
 def boolq(entry):
     """Yes or no, about a passage. From dev.jsonl, or val.jsonl of SuperGLUE."""
+    # As it was published, or as SuperGLUE has it.
     truth = entry["answer"] if "answer" in entry else entry["label"]
-    context = f"{entry['passage']}\nQuestion: {entry['question']}?\nAnswer:"
+    passage = entry["passage"]
+    question = entry["question"]
+    context = f"{passage}\nQuestion: {question}?\nAnswer:"
     return context, ["no", "yes"], int(truth)
 
 
@@ -117,14 +131,16 @@ def read_questions(name, n=None, seed=0):
         return deduction_questions(n, seed)
     wanted = f"question of the Llama suite, or {OURS},"
     lines = read_lines(Path(name), wanted)
-    labels = read_labels(Path(name), len(lines))
+    labels = read_labels(Path(name), len(lines))        # of all lines, before some are left out
+    numbered = list(zip(lines, labels, strict=True))
     questions = []
-    for (number, line), label in list(zip(lines, labels, strict=True))[:n]:
+    for (number, line), label in numbered[:n]:
         try:
             questions.append(read_question(load_json(line), label))
         except (ValueError, KeyError, TypeError, AttributeError):
             where = f"{name} line {number}"
-            raise UserError(f"{where} is no {wanted} with its answer: {line[:60]!r}") from None
+            start = line[:60]
+            raise UserError(f"{where} is no {wanted} with its answer: {start!r}") from None
     if not questions:
         raise UserError(f"{name} is empty: it must hold one {wanted} per line")
     return questions
@@ -136,17 +152,20 @@ def read_labels(path, n):
     if not beside.exists():
         return [None] * n
     labels = [line.strip() for _, line in read_lines(beside, "label")]
-    if len(labels) != n:
-        raise UserError(f"{beside} has {len(labels)} labels, but {path} has {n} lines")
+    found = len(labels)
+    if found != n:
+        raise UserError(f"{beside} has {found} labels, but {path} has {n} lines")
     return labels
 
 
 def read_question(entry, label=None):
     """(context, answers, truth) of one line's dict. Raises ValueError, KeyError, TypeError or
     AttributeError if it is none."""
+    # A label in the line itself counts more than one from the file beside it.
     if label is not None:
         entry = {"label": label, **entry}
-    context, answers, truth = find_format(entry)(entry)
+    read = find_format(entry)
+    context, answers, truth = read(entry)
     check_question(context, answers, truth)
     return context, answers, truth
 
@@ -164,8 +183,11 @@ def check_question(context, answers, truth):
     # Raised, not asserted: under PYTHONOPTIMIZE=1 an assert is not there.
     if not isinstance(answers, list) or len(answers) < 2:
         raise ValueError("no choice")
-    if not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        raise ValueError("an empty choice")
+    for answer in answers:
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError("an empty choice")
+
+    # One context for all answers, or, as in WinoGrande, one for each.
     contexts = context if isinstance(context, list) else [context]
     if not all(isinstance(text, str) for text in contexts):
         raise ValueError("no context")
@@ -182,13 +204,18 @@ def deduction_questions(n, seed=0):
     relations = list(scenes.RELATIONS)
     questions = []
     for k in range(n):
+        # A deduction that is true, and one whose second sentence has the wrong relation.
         _, claim = pairs[rng.integers(len(pairs))]
         relation = relations[rng.integers(len(relations))]
         text = scenes.deduction_text(claim.objects, relation)
         false_text = scenes.deduction_text(claim.objects, relation, wrong=True)
+
+        # Both begin alike; what comes behind the last "is" is the answer.
         context, right = text.rsplit(" is ", 1)
         _, wrong = false_text.rsplit(" is ", 1)
+
         # In turn, the right one first and second: a model that cannot tell takes the first.
-        answers = [right, wrong] if k % 2 == 0 else [wrong, right]
-        questions.append((f"{context} is", answers, k % 2))
+        truth = k % 2
+        answers = [right, wrong] if truth == 0 else [wrong, right]
+        questions.append((f"{context} is", answers, truth))
     return questions

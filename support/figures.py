@@ -12,6 +12,7 @@ HERE        matplotlib's Figure is used without pyplot. No window opens and no b
 READ NEXT   sample.py        TRY IT  python sample.py "a red circle" --film film.png --trace
 """
 import io
+import math
 import textwrap
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def plot_curves(log, path, reference=()):
     figure = new_figure(width, 3.6)
     n = len(panels)
     (axes,) = figure.subplots(1, n, squeeze=False)      # one row of n
+
+    # Each panel draws its own lines. What all of them share is done here.
     for axis, plot in zip(axes, panels):
         plot(axis, log, reference)
         axis.set_xlabel("step")
@@ -59,11 +62,13 @@ def rows_with(log, name):
 
 def plot_number(axis, log, reference, name, color, **look):
     """One number of the log against the step; dotted, the reference's."""
+    # The same colour for both: what is compared is a line with its own dots.
     for rows, look_of_rows in ((log, look), (reference, DOTTED)):
         rows = rows_with(rows, name)
         steps = [row["step"] for row in rows]
         values = [row[name] for row in rows]
-        axis.plot(steps, values, color=color, **look_of_rows)
+        axis.plot(steps, values,
+                  color=color, **look_of_rows)
 
 
 def plot_losses(axis, log, reference):
@@ -74,6 +79,8 @@ def plot_losses(axis, log, reference):
     if rows_with(log, "diffusion"):
         plot_number(axis, log, reference, "diffusion", "C1", label="diffusion (mean square)")
         title = "the two losses"
+
+    # An empty line: the legend names the dots once, not once per loss.
     if reference:
         axis.plot([], [], color="grey", label="a run like this one", **DOTTED)
     axis.set_title(title)
@@ -91,11 +98,15 @@ def plot_levels(axis, log, reference):
         for rows, look in ((log, {}), (reference, DOTTED)):
             steps = [row["step"] for row in rows]
             values = [row["by_t"][k] for row in rows]
-            axis.plot(steps, values, color=color, **look)
+            axis.plot(steps, values,
+                      color=color, **look)
+
         # Named beside the panel: inside, the names would lie on the lines.
         first = 200 * k + 1
-        name = f"t {first}..{first + 199}"
-        axis.text(1.01, 0.9 - 0.09 * k, name, color=color, fontsize=8, transform=axis.transAxes)
+        last = first + 199
+        height = 0.9 - 0.09 * k                         # as a share of the panel's
+        axis.text(1.01, height, f"t {first}..{last}",
+                  color=color, fontsize=8, transform=axis.transAxes)
     axis.set_title("diffusion loss by noise level")
     axis.set_yscale("log")
 
@@ -103,6 +114,7 @@ def plot_levels(axis, log, reference):
 def plot_gap(axis, log, reference):
     """How much worse a wrong caption is than the right one."""
     plot_number(axis, log, reference, "gap", "C0", marker=".")
+    # The line that a run must leave: there a caption changes nothing.
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set_title("conditioning gap (0: caption ignored)")
 
@@ -118,19 +130,25 @@ def plot_samples(samples, path, columns=6, rows=4):
     most = columns * rows
     order = sorted(order[:most])
     chosen = [samples[k] for k in order]
+
+    # The sheet is as high as the pictures that there are, not as those it has room for.
     _, first, _ = chosen[0]
     h, w, _ = first.shape
-    rows = -(-len(chosen) // columns)                   # rounded up
+    rows = math.ceil(len(chosen) / columns)
     height = (2 * h / w + 0.4) * rows                   # in inches: pictures, and their titles
     figure = new_figure(2 * columns, height)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:                                   # the empty ones at the end, too
         axis.axis("off")
+
+    # Over each picture what was asked; the colour says whether the picture shows it.
     for axis, (prompt, picture, right) in zip(axes, chosen):
         axis.imshow(picture, interpolation="nearest")
         color = "black" if right else "red"
+        title = two_lines(prompt)
         # Captions from the web have dollar signs, which matplotlib would read as formulas.
-        axis.set_title(two_lines(prompt), fontsize=9, color=color, parse_math=False)
+        axis.set_title(title, parse_math=False,
+                       fontsize=9, color=color)
     if not all(right for _, _, right in chosen):
         figure.supxlabel("red: not as asked", fontsize=8, color="red")
     save_figure(figure, path)
@@ -202,15 +220,18 @@ def save_film(trained, frames, path):
     film = []
     for picture in states:
         image = Image.fromarray(picture)
-        film.append(image.resize((256, 256), Image.Resampling.NEAREST))
+        image = image.resize((256, 256), Image.Resampling.NEAREST)
+        film.append(image)
     film += [film[-1]] * 5                              # the finished picture stays for a second
     first, *others = film
-    write_image(path, first, save_all=True, append_images=others, duration=200, loop=0)
+    write_image(path, first, save_all=True, append_images=others,
+                duration=200, loop=0)                   # milliseconds; 0: for ever
 
 
 def print_event(trained, event):
     """Print one line of --trace: the rows, how far the cache of each has grown, and the mode. Of
     the steps of a picture only the first and the last are printed."""
+    # 1. What has just happened, in the paper's words.
     if event.mode == "prompt":
         what = "prompt read"
     elif event.mode == "word":
@@ -223,6 +244,8 @@ def print_event(trained, event):
         what = f"diffusion mode: t = {event.t}, {patches} patches over the same places"
     else:
         what = "picture read again at t = 0, then <eoi>"
+
+    # 2. To whom. While a picture is drawn, the cache of its row does not grow.
     rows = ",".join(str(b) for b in event.rows)
     filled = ",".join(str(n) for n in event.filled)
     tqdm.write(f"rows {rows:8s} cache {filled:12s} {what}")
@@ -231,12 +254,16 @@ def print_event(trained, event):
 def grid(pictures, columns, gap=2):
     """One (H, W, 3) uint8 picture of many (M, h, w, 1 or 3), in rows, on grey."""
     M, h, w, _ = pictures.shape
-    rows = -(-M // columns)                             # rounded up
-    H = rows * (h + gap) + gap
-    W = columns * (w + gap) + gap
-    sheet = np.full((H, W, 3), 96, dtype=np.uint8)
+    rows = math.ceil(M / columns)
+
+    # A place is a picture and the gap behind it; one more gap stands before the first.
+    place_h = h + gap
+    place_w = w + gap
+    size = (rows * place_h + gap, columns * place_w + gap, 3)
+    sheet = np.full(size, 96, dtype=np.uint8)
     for k, picture in enumerate(pictures):
-        y = gap + (k // columns) * (h + gap)
-        x = gap + (k % columns) * (w + gap)
+        row, column = divmod(k, columns)
+        y = gap + row * place_h
+        x = gap + column * place_w
         sheet[y: y + h, x: x + w] = picture
     return sheet
