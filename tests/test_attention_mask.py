@@ -153,6 +153,14 @@ def test_wrong_shapes_raise(form, shapes):
         form(*(torch.zeros(shape, dtype=torch.long) for shape in shapes))
 
 
+def test_a_mask_without_a_place_for_heads_raises():
+    """(B, T, T) where B = N: PyTorch would take the mask of row n for head n, without a word."""
+    q, k, v = torch.randn(3, 2, 2, 8, 4)                # B = N = 2
+    mask = torch.ones(2, 8, 8, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"must be \(B, 1, T, keys\), got \(2, 8, 8\)"):
+        attend(q, k, v, mask)
+
+
 # ------------------------------------------------------------------------------------------------------- FlexAttention
 def long_rows(T=384, B=2, how_many=3, seed=0):
     """Batches (image_id, doc_id), each (B, T), of random documents end to end, with padding, pictures across tiles."""

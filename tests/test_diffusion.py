@@ -104,6 +104,17 @@ def test_network_output_is_read_as_it_is_trained(kind):
     assert torch.allclose(found_x0, x0, atol=1e-4) and torch.allclose(found_eps, eps, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_x0_can_be_read_from_pure_noise(kind):
+    """A schedule that ends at a[T] = 0, with a target from which x0 is divided by a: drawing would
+    begin at infinity (a fork's did)."""
+    d = Diffusion(kind)
+    xt = torch.ones(1, 4, 2, 2)
+    x0, eps = d.x0_and_eps(xt, torch.zeros_like(xt), d.T)
+    assert x0.isfinite().all()
+    assert eps.isfinite().all()
+
+
 def test_noise_skip_reads_the_output_as_v():
     """A path beside the network that changes what eq. 3 asks: with out = v = a eps - s x0 it must predict eps exactly, and
     give back x0, near t = T too, where another a or s, or a sign, is multiplied by thousands. Off, the output is eps."""

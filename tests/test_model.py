@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import data
@@ -27,6 +28,7 @@ from model import (
     transfusion_loss,
     z_loss,
 )
+from patchify import PATCHES, LinearPatches
 
 WORDS = data.Words("a and blue circle red square the".split())
 LONG = ["a red circle", ("image", 0, 1000), "and a blue square", ("image", 1, 1000), "the circle"]
@@ -545,3 +547,26 @@ def test_first_weights_speak_equally_loudly(size):
     for block in net.blocks:
         for layer, expected in ((block.qkv, D ** -0.5), (block.gate_up, D ** -0.5), (block.out, (2 * L * D) ** -0.5), (block.down, (2 * L * D) ** -0.5)):
             assert layer.weight.std().item() == pytest.approx(expected, rel=0.05)
+
+
+class ConvolutionIn(LinearPatches):
+    """LinearPatches whose way in is a convolution, as a fork may have it. Without time."""
+
+    def __init__(self, c, p, D, T=1000):
+        super().__init__(c, p, D, T)
+        self.into = nn.Conv2d(c, D, p, stride=p)
+
+    def encode(self, xt, t):
+        """See LinearPatches."""
+        vectors = self.into(xt).flatten(2).mT                           # (M, P, D)
+        return vectors, xt.shape[2]
+
+
+def test_a_convolution_may_lead_in(monkeypatch):
+    """A first layer that is no nn.Linear must start as loud as one that is. Catches a start that
+    asks for the Linear's own `in_features`, and one that forgets the sides of the kernel."""
+    monkeypatch.setitem(PATCHES, "convolution", ConvolutionIn)
+    net = Transfusion(sized("toy", vocabulary=9, encoder="convolution"))
+    xt = torch.randn(64, *net.config.latent)
+    vectors, _ = net.encode_pictures(xt, torch.full((64,), 500))
+    assert vectors.std().item() == pytest.approx(1, rel=0.1)

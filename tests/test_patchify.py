@@ -4,7 +4,7 @@ import torch
 
 from patchify import PATCHES, TimeEmbedding, UNetPatches, patchify, unpatchify
 
-BOTH = ("linear", "unet")
+BOTH = tuple(PATCHES)                                   # and a fork's
 
 
 def make(encoder, c=4, p=2, D=32):
