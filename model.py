@@ -24,8 +24,8 @@ PAPER/HERE  same: Llama (RMSNorm before each block, SwiGLU, RoPE, no biases, unt
 READ NEXT   train.py, sample.py
 TRY IT      python model.py
 NOTEBOOK    notebooks/0_one_sequence_one_forward.ipynb
-TEST        tests/test_model.py (leaks by perturbation; block = transformers' Llama; cached =
-            uncached)
+TEST        tests/test_model.py (leaks by perturbation; block = transformers' Llama),
+            tests/test_losses.py (both losses by hand)
 """
 import math
 from dataclasses import dataclass
