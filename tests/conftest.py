@@ -4,6 +4,7 @@ conftest.py: what all tests share
 THE IDEA    Every test starts from one seed, on one thread. Tests of the network take a tiny model
             that has something to say. Tests of train.py take runs of seconds: see small_runs.py.
             Tests of packed data take a folder of shards: see packing.py.
+            Tests of sample.py take random models that write: see small_documents.py.
 """
 import shutil
 import signal
@@ -216,3 +217,40 @@ def short_run(one_layer, vae_file, tmp_path):
         return small_run(**{**ours, **options})
 
     return arguments
+
+
+# --------------------------------------------- tiny random models that write: see small_documents.py
+@pytest.fixture
+def make_trained(make_model):
+    """A function (encoder, kind, **ModelConfig) -> checkpoint.Trained, with a random model and a
+    VAE that has learned nothing: pictures of 8x8 pixels, latents (4, 4, 4), P = 4."""
+    from diffusion import Diffusion
+    from small_documents import WORDS
+    from support.checkpoint import Trained
+    from vae import VAE, VAEConfig
+
+    def make(encoder="linear", kind="ddpm", **options):
+        vae = VAE(VAEConfig(channels=8, multipliers=(1, 2)))
+        model = make_model(encoder, vocabulary=len(WORDS), **options)
+        return Trained(model.requires_grad_(False), WORDS, vae.eval(), Diffusion(kind))
+
+    return make
+
+
+@pytest.fixture
+def eager(monkeypatch):
+    """Makes a random model eager to write: it seldom ends its document, and often draws. Otherwise
+    there would be little to compare."""
+    import sample
+    from data import BOI, EOS
+    from small_documents import WORDS
+
+    lean = torch.zeros(len(WORDS))
+    lean[EOS] = -3.0
+    lean[BOI] = 1.0
+    real = sample.choose
+
+    def leaning(logits, **choice):
+        return real(logits + lean, **choice)
+
+    monkeypatch.setattr(sample, "choose", leaning)

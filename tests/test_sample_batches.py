@@ -18,19 +18,17 @@ import sample
 from data import BOI, EOI, EOS, PATCH
 from diffusion import SAMPLERS
 from sample import Decoder, choose, generate, pictures_of
-from support.common import UserError
-from test_sample import (
+from small_documents import (
     BOTH,
     WORDS,
     check_against_uncached,
-    eager,  # noqa: F401  a fixture
     finish,
     go_on,
-    make_trained,  # noqa: F401  a fixture
     noise,
     parts_of,
     script,
 )
+from support.common import UserError
 
 
 # -------------------------------------------------------------------------- alone and in a batch

@@ -24,14 +24,9 @@ import data
 import sample
 from model import Transfusion, count, sized
 from sample import generate
+from small_documents import noise, parts_of, script
 from support import checkpoint, figures, sample_options
 from support.common import ASSETS, UserError, run_command
-from test_sample import (
-    make_trained,  # noqa: F401  a fixture
-    noise,
-    parts_of,
-    script,
-)
 
 
 # ---------------------------------------------------------------------------- films, and two calls
