@@ -83,7 +83,8 @@ TESTS = {                                               # module: the tests that
     "support/common": "test_run_command test_damaged_files test_picture_files "
                       "test_picture_folder test_errors",
     "support/run_folder": "test_run_folder test_damaged_files test_picture_folder test_train_runs",
-    "support/checkpoint": "test_damaged_files test_not_finite test_sample test_sample_command_line test_errors",
+    "support/checkpoint": "test_damaged_files test_not_finite test_sample test_sample_command_line "
+                          "test_errors",
     "support/figures": "test_folder test_reference test_sample_command_line test_train_runs",
     "support/sample_options": "test_sample_command_line test_errors",
     "support/convert": "test_convert",
