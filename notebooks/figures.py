@@ -199,7 +199,8 @@ def tile_channels(x):
 def show_numbers(axis, numbers, most=3, **look):
     """Numbers as colours, from red (-most) over white (0) to blue (most). Returns the image.
     numbers: (rows, columns)."""
-    # Both ends are fixed, so that one colour is one number in every picture of a page.
+    # Both ends are fixed, not taken from the numbers: so equal colours are equal numbers in two
+    # pictures that stand side by side.
     return axis.imshow(numbers, cmap="RdBu", vmin=-most, vmax=most, **look)
 
 

@@ -71,7 +71,7 @@ def draw_way(pixels, x0, xt, vectors, t):
     last.set_xlabel("D")
     last.set_ylabel("P")
 
-    # What the numbers are matters here, not where they stand.
+    # No ticks: the colours are to be compared, not to be read off.
     for axis in axes:
         axis.set_xticks([])
         axis.set_yticks([])

@@ -173,7 +173,7 @@ def draw_unet(latent, skips, vectors):
     arrow(axis, (right, 0.35), (right, 0.55))
 
     # 2. Each size: a block on either way, a skip between them, and the time into both. The skip
-    # is dashed red because it goes past the transformer: it is what the vectors cannot carry.
+    # is dashed red because it goes past the transformer. It carries what the vectors cannot.
     for k, shape in enumerate(skips):
         y = -depth * k
         box(left, y, f"down[{k}] {shape}", ORANGE)
@@ -215,8 +215,8 @@ def draw_curves(curves, title, xlabel="step", smooth=10):
     curves: {name: n numbers}; smooth: over how many steps the mean goes."""
     axis = one_panel(9, 4.2)
 
-    # One step's loss says more about its batch than about the model. The first mean is there
-    # only after so many steps: so the curves start late, and not with a mean of fewer.
+    # One step's loss says more about its batch than about the model, so each point is a mean of
+    # the last few steps. Before there are so many, there is no point.
     window = np.ones(smooth) / smooth
     means = {}
     for name, curve in curves.items():
@@ -279,7 +279,7 @@ def draw_latents(pixels, latents):
 def draw_channels(raw, normalised):
     """How the numbers of each latent channel are spread, before and after shift and scale.
     raw, normalised: (M, z, h, w)."""
-    # Both panels share their axes, so that moved and narrowed can be seen as such.
+    # Both panels share their axes: one can see that a channel was moved, and made narrower.
     axes = panels(2, 3.8, sharex=True, sharey=True)
     cases = {"latents, raw": raw, "latents, (z − shift) / scale": normalised}
     bins = {"bins": 120, "range": (-8, 6), "density": True}
@@ -318,8 +318,8 @@ def draw_snr(snr, sizes):
         axis.plot(times, curve,
                   color=colour, label=name)
 
-        # Where it crosses 1, picture and noise are equally strong. This point moves to the
-        # right: more steps are spent where nothing is hidden.
+        # Where it crosses 1, picture and noise are equally strong. With larger latents this point
+        # moves to the right: more steps are spent where hardly anything is hidden.
         stronger = curve >= 1
         even = int(stronger.sum())          # the last t where the picture is as strong
         axis.plot(even, 1, "o",

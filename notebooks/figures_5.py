@@ -75,7 +75,7 @@ def draw_levels(after, before):
     for axis, (title, t, colour) in zip(axes, cases):
         axis.hist(t.numpy(), bins=20, range=(0, 1000),
                   color=colour)
-        # How often is not shared: there are fewer of the second. Their number says so.
+        # The heights are not shared: the second case is rarer. The titles say how rare.
         axis.set_title(f"{title}: {len(t)} pictures")
         axis.set_xlabel("t")
         axis.set_ylabel("how often")
@@ -133,8 +133,9 @@ def draw_by_level(lines, simple):
         axis.bar(places, line["by_t"], 0.25,
                  color=colour, label=f"up to step {step}")
 
-    # 2. Over each range the level of who has not looked at a single picture. What a bar stays
-    # below it has been learned. The empty line puts it into the legend once, not five times.
+    # 2. A line over each range: the loss of one who has never looked at a picture. As far as a bar
+    # stays below it, something was learned. The empty line names it in the legend once, not five
+    # times.
     for k, level in enumerate(simple):
         left = k - 0.42
         right = k + 0.42
@@ -167,13 +168,13 @@ def draw_answers_to(captions, learned, drawn, right):
     for axis in axes.flat:
         bare(axis)
 
-    # 1. One column per caption. At its top what the caption stood beside in training.
+    # 1. One column per caption. At its top is the picture that it had in training.
     for axis, picture, caption in zip(axes[0], learned, captions):
         axis.imshow(picture)
         axis.set_title(caption, fontsize=13)
 
-    # 2. Below, what it calls up now. The frame is the parser's word: it judges what was asked
-    # for, not whether the picture is the one above.
+    # 2. Below is what the model draws for it. The frame is the parser's verdict: is it what was
+    # asked for? It need not be the picture above.
     places = axes[1:].flat
     for axis, picture, good in zip(places, drawn, right):
         axis.imshow(picture)
@@ -212,7 +213,7 @@ def draw_runs(gaps, right):
     # The colour is the process, as in draw_worth.
     colours = [ORANGE if name.startswith("ε") else GREEN for name in gaps]
 
-    # One row per run, through both panels: who has a gap draws what was asked for.
+    # One row per run, through both panels: a run that has a gap draws what was asked for.
     cases = ((gap, gaps, " {:.3f}"), (asked, right, " {} of 12"))
     for axis, numbers, form in cases:
         names = list(numbers)

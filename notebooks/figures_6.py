@@ -117,8 +117,8 @@ def draw_growth(events):
              "picture": "picture finished"}
     axis = one_panel(WIDTH, 3.8)
 
-    # To see: a word makes the next bar one higher. Diffusion steps leave the height as it is,
-    # for each writes over the last one.
+    # To see: each word makes the bars one higher. Diffusion steps leave the height as it is,
+    # because each of them writes over the one before.
     for mode, colour in colours.items():
         places = [k for k, event in enumerate(events) if event.mode == mode]
         heights = [events[k].filled[0] for k in places]
