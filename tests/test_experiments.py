@@ -310,6 +310,16 @@ def test_tables_of_what_there_is(tiny, tmp_path, capsys):
     assert not list(tmp_path.glob("*_seed0"))           # no run was begun
 
 
+def test_a_table_without_claims_has_no_verdicts(tiny, tmp_path, capsys, monkeypatch):
+    """A table of one's own, of which the paper says nothing. Catches a heading with nothing below."""
+    monkeypatch.setitem(experiments.TABLES, "mine", ("my forks", {"the base": ""}, []))
+    experiments.main(["mine", "9", "--no-train", "--out", str(tmp_path)])
+    mine, papers = capsys.readouterr().out.split("| a table", 1)
+    assert "| my forks" in mine
+    assert "verdict" not in mine
+    assert "verdict" in papers
+
+
 # ------------------------------------------------------------------------------------- broken files
 def results_file(numbers, seed="0"):
     """The text of a results.json with one run."""

@@ -83,12 +83,16 @@ CHECKS = {
                 network, noise, trained.diffusion, 3, "ddim", None, x0_max)
         assert torch.allclose(fast, plain, atol=1e-4)
         """,
-    # The convolutions are in the model, and learn.
+    # The convolutions are in the model, and learn. The tests of patchify.py take a new row of
+    # PATCHES without being told.
     "conv_patches": """
+        import pytest
         from support.checkpoint import load_trained
         encoder = load_trained("run/model.pt").model.patch_encoder
         assert encoder.before.weight.shape == (4, 4, 3, 3)
         assert encoder.after.bias.any()
+        tests = ["tests/test_patchify.py", "-k", "conv"]
+        assert pytest.main(["-p", "no:cacheprovider", *tests]) == 0
         """,
     # The report counts with the judge that came with the data. No other file knows of them.
     "bars": """
@@ -152,7 +156,7 @@ def copy(tmp_path):
         for room in ROOMS:
             skip = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / room, folder / room, ignore=skip)
-        for test in ("conftest.py", "test_diffusion.py"):
+        for test in ("conftest.py", "test_diffusion.py", "test_patchify.py"):
             shutil.copy(ROOT / "tests" / test, folder / "tests")
         (folder / "assets").symlink_to(ROOT / "assets", target_is_directory=True)
 
