@@ -39,11 +39,13 @@ def digit_network():
         layers.append(nn.ReLU())
         layers.append(nn.MaxPool2d(2))
         width = wider
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 10))
+    numbers = width * 4 * 4                             # of the last map, as one row
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(numbers, 10))
 
 
 def train_classifier(train, test, path=CLASSIFIER, epochs=3, seed=0):
     """Train the judge on Pairs `train`, save it in 16 bits, print its accuracy on Pairs `test`."""
+    # 1. Train: a rate that climbs and falls once, for a few passes over the digits.
     torch.manual_seed(seed)
     net = digit_network()
     rng = np.random.default_rng(seed)
@@ -59,13 +61,17 @@ def train_classifier(train, test, path=CLASSIFIER, epochs=3, seed=0):
         optimizer.step()
         schedule.step()
 
+    # 2. Save. BatchNorm's counters are whole numbers, and stay so.
     weights = {}
-    for name, tensor in net.state_dict().items():       # BatchNorm's counters are whole numbers
+    for name, tensor in net.state_dict().items():
         weights[name] = tensor.half() if tensor.is_floating_point() else tensor
     checkpoint.save(path, {"kind": "classifier", "weights": weights})
-    # Measured as it will be used: read back from the file, in 16 bits.
-    right = classify(load_classifier(path), test.pixels) == test.labels
-    print(f"wrote {path}: {right.mean():.2%} of the test digits")
+
+    # 3. Measure it as it will be used: read back from the file, in 16 bits.
+    judge = load_classifier(path)
+    right = classify(judge, test.pixels) == test.labels
+    share = right.mean()
+    print(f"wrote {path}: {share:.2%} of the test digits")
 
 
 def load_classifier(path=CLASSIFIER):
@@ -96,6 +102,7 @@ def digits(trained, test, n=200, seed=0, guidance=3.0, **options):
     guided picture, right)]).
 
     test: Pairs of unseen digits; options: as `sample.draw`. Every process must call it."""
+    # 1. Draw, twice from the same noise: with guidance, and as the plain model answers.
     net = load_classifier()
     wanted = np.arange(n) % 10                          # every digit equally often
     prompts = [f"the digit {mnist.DIGITS[k]}" for k in wanted]
@@ -105,16 +112,22 @@ def digits(trained, test, n=200, seed=0, guidance=3.0, **options):
         return pictures, classify(net, pictures) == wanted
 
     pictures, guided = draw(guidance)
-    _, unguided = draw(1.0)                             # the same noise
+    _, unguided = draw(1.0)
 
-    # Captions cost little beside pictures, so of a thousand, though fewer are drawn.
+    # 2. Describe. Captions cost little beside pictures, so of a thousand, though fewer are drawn.
     rng = np.random.default_rng(seed)
-    chosen = rng.permutation(len(test.pixels))[:max(n, 1000)]
+    order = rng.permutation(len(test.pixels))
+    most = max(n, 1000)
+    chosen = order[:most]
     captions = []
     for part in np.array_split(chosen, 4):              # in four parts: their caches take memory
-        captions += drawing.describe(trained, encode_pixels(trained, test.pixels[part]))
-    right = [text == test.captions[k] for text, k in zip(captions, chosen, strict=True)]
+        latents = encode_pixels(trained, test.pixels[part])
+        captions += drawing.describe(trained, latents)
+    right = []
+    for text, k in zip(captions, chosen, strict=True):
+        right.append(text == test.captions[k])
 
+    # 3. How far the judge itself can be trusted: on real digits, whose labels are known.
     own = classify(net, test.pixels) == test.labels
     numbers = {
         "guided": float(guided.mean()),

@@ -38,7 +38,8 @@ def log_line(window, run, lr, seconds):
     width = run.diffusion.T // BINS
     groups = [loss]
     for low in range(0, run.diffusion.T, width):
-        groups.append(loss[(t > low) & (t <= low + width)])
+        inside = (t > low) & (t <= low + width)
+        groups.append(loss[inside])
 
     # 2. The sums of all processes, in one message.
     sums = []
@@ -48,13 +49,18 @@ def log_line(window, run, lr, seconds):
         sums += [group.sum().item(), len(group)]
     lm, words, tokens, *pairs = distributed.total(sums)
 
+    # 3. Means. None: no picture had such noise, or there was no picture at all.
     means = []
-    for total, n in zip(pairs[::2], pairs[1::2], strict=True):
-        means.append(total / n if n else None)          # None: no picture had such noise
+    totals = pairs[::2]
+    counts = pairs[1::2]
+    for total, n in zip(totals, counts, strict=True):
+        means.append(total / n if n else None)
     diffusion, *by_t = means
 
+    # 4. How fast, and how much of what the device could do.
     flops = plan.flops_per_token(run.average)
     device = plan.device_name(run.ranks.device)
+    speed = tokens / seconds
     row = {
         "step": run.step,
         "lm": lm / words,
@@ -62,8 +68,8 @@ def log_line(window, run, lr, seconds):
         "by_t": [mean and round(mean, 4) for mean in by_t],
         "grad_norm": window[-1]["grad_norm"],
         "lr": lr,
-        "tokens_per_s": round(tokens / seconds),
-        "mfu": plan.mfu(flops, tokens / seconds, device, distributed.size()),
+        "tokens_per_s": round(speed),
+        "mfu": plan.mfu(flops, speed, device, distributed.size()),
     }
     return row | spike(window, run.step)
 
@@ -77,7 +83,8 @@ def spike(window, step):
     if longest <= SPIKE * median(norms):
         return {}
     first = step - len(norms) + 1
-    return {"spike": {"step": first + norms.index(longest), "grad_norm": longest}}
+    at = first + norms.index(longest)
+    return {"spike": {"step": at, "grad_norm": longest}}
 
 
 def is_log_line(row):
@@ -86,7 +93,9 @@ def is_log_line(row):
     by_t = row.get("by_t")
     if not isinstance(by_t, list) or len(by_t) != BINS:
         return False
-    numbers = [number for number in (row.get("diffusion"), *by_t) if number is not None]
+    # None where no picture was seen. The words' loss is always there, the gap now and then.
+    of_pictures = [row.get("diffusion"), *by_t]
+    numbers = [number for number in of_pictures if number is not None]
     numbers += [row.get("lm"), row.get("gap", 0.0)]
     return all(type(number) in (int, float) for number in numbers)
 
@@ -110,10 +119,16 @@ def keep_model(run, out, draw=True):
 
     run: scale.run.Run; out: its folder"""
     trained = run.gather_trained()
+
+    # 1. Draw, all processes together. A Llama has no pictures.
+    config = run.config
     shown = []
-    if draw and run.config.samples and run.config.model != "llama":
+    if draw and config.samples and config.model != "llama":
+        prompts = run.feed.prompts(12)
         with run.explain_memory(*WHOLE_MODEL):
-            shown = drawing.glance(trained, run.feed.prompts(12), run.config.seed, **run.drawing())
+            shown = drawing.glance(trained, prompts, config.seed, **run.drawing())
+
+    # 2. Write, one process alone.
     if distributed.rank() == 0:
         checkpoint.save_trained(out / "model.pt", trained)
         if shown:
