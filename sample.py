@@ -25,7 +25,7 @@ PAPER/HERE  same: both modes, overwriting, BOI chosen by the model, EOI appended
             unconditional row then reads noise, at t = 1000, in place of the picture.
 READ NEXT   evaluate.py        TRY IT  python sample.py "a red circle left of a blue square"
 NOTEBOOK    notebooks/6_write_and_draw.ipynb
-TEST        tests/test_sample.py
+TEST        tests/test_sample.py, tests/test_sample_batches.py, tests/test_sample_command_line.py
 """
 import re
 import time

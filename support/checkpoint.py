@@ -15,7 +15,7 @@ THE RULE    Every file is a dict with a "kind": "model", "parts" (a model withou
 SHAPES      pictures (M, h, w, 3 or 1) uint8 --encode_pixels--> latents (M, c, h, w) float32
             latents (M, c, h, w) --decode_latents--> pictures (M, h, w, 3) uint8
 READ NEXT   sample.py        TRY IT  python -m support.checkpoint
-TEST        tests/test_sample.py, tests/test_vae.py, tests/test_errors.py,
+TEST        tests/test_sample_command_line.py, tests/test_vae.py, tests/test_errors.py,
             tests/test_damaged_files.py
 """
 import math

@@ -6,7 +6,7 @@ THE IDEA    A tiny random Chameleon: a picture of 8x8 pixels is 4x4 codes, each 
             decoder, which has a cache, must draw the codes that one forward of the whole sequence
             for each code would have it draw. Its blocks are written out once more, and compared
             with transformers' Chameleon. Then whole runs of both rivals, and the user's mistakes.
-RUN         pytest -n 0 tests/test_chameleon.py
+TRY IT      pytest -n 0 tests/test_chameleon.py
 """
 import json
 import signal

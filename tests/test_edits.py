@@ -5,7 +5,7 @@ THE IDEA    Three parts. The grammar of instructions and the judge of edits, on 
             is held to the other. Then the documents that are learned from, counted over many draws:
             shares must be those stated. Then folders of the user's own triples, and their mistakes.
 BUGS        "PAPER §4.8" is docs/PAPER.md §4.8, where each bug was met by somebody.
-RUN         pytest -n 0 tests/test_edits.py
+TRY IT      pytest -n 0 tests/test_edits.py
 """
 import json
 from collections import Counter

@@ -6,7 +6,7 @@ THE IDEA    The losses are computed once more, in plain loops, from the words of
             says, it can be brought down, and its gradient reaches every weight.
 BUGS        "PAPER §4.1" is docs/PAPER.md §4.1, where each bug was met by somebody.
 DOCUMENTS   LONG, SHORT, DROPPED and TEXT, and the model, are those of tests/test_model.py.
-RUN         pytest -n 0 tests/test_losses.py
+TRY IT      pytest -n 0 tests/test_losses.py
 """
 import math
 

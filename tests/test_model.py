@@ -8,7 +8,7 @@ THE IDEA    Three ways to find out whether a network does what it should, none o
 SHAPES      The model has 2 layers of width 32. A picture is a latent of (4, 4, 4): P = 4 patches.
 BUGS        "PAPER §4.1" is docs/PAPER.md §4.1, where each bug was met by somebody.
 LOSSES      tests/test_losses.py
-RUN         pytest -n 0 tests/test_model.py
+TRY IT      pytest -n 0 tests/test_model.py
 """
 import math
 

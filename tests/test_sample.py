@@ -10,7 +10,7 @@ THE IDEA    Three ways to compute the same document must agree.
 BUGS        "PAPER §4.7" is docs/PAPER.md §4.7, where each bug was met by somebody.
 SEE ALSO    tests/test_sample_batches.py: many documents, and where they stop;
             tests/test_sample_command_line.py
-RUN         pytest -n 0 tests/test_sample.py
+TRY IT      pytest -n 0 tests/test_sample.py
 """
 import pytest
 import torch

@@ -6,7 +6,7 @@ THE IDEA    A document must not depend on its neighbours: what a prompt and a se
             are in different modes and wait for each other.
             Then the limits: words, pictures, the context, the cache. And the caller's mistakes.
 BUGS        "PAPER §4.2" is docs/PAPER.md §4.2, where each bug was met by somebody.
-RUN         pytest -n 0 tests/test_sample_batches.py
+TRY IT      pytest -n 0 tests/test_sample_batches.py
 """
 import re
 

@@ -5,7 +5,7 @@ THE IDEA    A tiny model.pt and a few pictures lie in a folder of the test's own
             there, and the test looks at what it says and what it leaves behind.
 PARTS       films, titles, `draw` and `edit` from Python; then the command line; then the memory
             that reading a checkpoint takes.
-RUN         pytest -n 0 tests/test_sample_command_line.py
+TRY IT      pytest -n 0 tests/test_sample_command_line.py
 """
 import io
 import multiprocessing

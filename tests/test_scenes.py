@@ -7,7 +7,7 @@ THE IDEA    Every number that evaluate.py reports rests on four things, tested h
               a caption is true of its own picture and of no other;
               held-out pairs never reach training;
               the grammar's probabilities are those with which it speaks.
-RUN         pytest -n 0 tests/test_scenes.py
+TRY IT      pytest -n 0 tests/test_scenes.py
 """
 import math
 from collections import Counter
