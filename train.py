@@ -88,7 +88,8 @@ def train_step(run):
         # FSDP averages gradients over processes, but this loss is already divided by global
         # counts: undo the average.
         (part * processes).backward()
-        # Detached, or the log would keep the whole graph alive.
+        # Detached, or the log would keep the whole graph alive. The log has eq. 3 as it is: a fork
+        # that gives some pictures more weight does so in the sum above.
         lm_sum += lm.detach()
         diff_each.append(diff.detach())
         parts.append(part.detach())

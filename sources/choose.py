@@ -7,8 +7,8 @@ A PICTURE   def load_bars(size=32, split="train", **unused):
                 ...
                 return Pairs("bars", captions, pixels, judge=reads_as)
             SOURCES = {..., "bars": load_bars}        python train.py --data bars --preset flow
-            No preset is made for it, so name one. flow's VAE learns in a minute; folder's has more
-            to keep, of photographs, and takes 4,500 steps before the first of --steps.
+            No preset is made for it, so name one. flow's VAE learns for 400 steps; folder's is for
+            photographs, and learns for 4,500 before the first of --steps.
 THE RULE    A source is called with all of these by name, and takes those that it needs:
               folder      where its files lie, or None      split   "train" or "test"
               size        pixels per side                   n       how many, if it draws them
