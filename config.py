@@ -387,7 +387,7 @@ def build_parser():
     add("--dry-run", action="store_true",
         help="only print what the run will cost (a paper's size; no GPU needed)")
     add("--gpus", type=int, default=1, help="of --dry-run: how many")
-    add("--mfu", type=float, default=0.46, help="of --dry-run: share of the GPUs' peak to assume")
+    add("--mfu", type=float, default=0.43, help="of --dry-run: share of the GPUs' peak to assume")
     add("--device", default="H100", help="of --dry-run: a name in scale/plan.py's DEVICES")
 
     for f in fields(Config):

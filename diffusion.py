@@ -27,7 +27,8 @@ PAPER/HERE  same: cosine schedule (offset 0.008, beta <= 0.999), T = 1000, eps l
             steps, guidance.
             our choice: eq. 3's norm is a mean over elements; estimates of x0 are clipped to the
             range that latents have.
-            our choice: `noise_skip`, a path for the noisy picture beside the network.
+            our choice: `noise_skip`: the network says v (Salimans & Ho 2022), and eps, of which the
+            loss is, follows from v and xt.
             our choice: `flow`, which §3 names as future work, and `shift`, which moves the schedule
             to more noise (1 = the paper's). docs/RESULTS.md "What it took" says when they pay.
 READ NEXT   patchify.py
@@ -197,7 +198,8 @@ class Diffusion:
         if not self.noise_skip:
             return out                                  # Paper: eq. 3. For DDPM it is eps.
         # Our choice: the noisy picture passes beside the network, which only adds the rest, v.
-        # That is exact: eps = s xt + a v, with v = a eps - s x0. The loss stays eq. 3, of the sum.
+        # That is exact: eps = s xt + a v, with v = a eps - s x0, the v of Salimans & Ho 2022. The
+        # loss stays eq. 3, of eps. In terms of v it is a^2 (v - out)^2: little weight near t = T.
         # Why: near t = T, x0 = (xt - s eps) / a, and a is almost 0. So eps must be right to the
         # last digit, and a network has to copy xt through its RMSNorm to say it. With v,
         # x0 = a xt - s v: nothing is divided. Colours as asked went from 4% to 62%

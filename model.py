@@ -345,8 +345,9 @@ class Transfusion(nn.Module):
             nn.init.normal_(block.gate_up.weight, std=std)
             nn.init.normal_(block.out.weight, std=smaller)
             nn.init.normal_(block.down.weight, std=smaller)
-        # 2. Words, patches and their place in the picture enter the row about equally loud. Faint
-        #    words beside loud patches are heard late: docs/RESULTS.md "What it took".
+        # 2. Words and patches enter the row with deviations of the same order: 0.5 for words and for
+        #    places, about 1 for patches. Much smaller words are learned late: docs/RESULTS.md "What
+        #    it took".
         nn.init.normal_(self.embedding.weight, std=0.5)
         if self.place is not None:
             nn.init.normal_(self.place, std=0.5)
@@ -355,6 +356,7 @@ class Transfusion(nn.Module):
         nn.init.normal_(into, std=numbers ** -0.5)
         # 3. The outputs start near zero. So the losses start at those of knowing nothing: ln V for
         #    words, and for pictures the size of the target: 1 for eps, about 2 for flow's velocity.
+        #    (With noise_skip eps is half known from the start: the mean of a^2, about 0.5.)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.patch_encoder.out.weight)
         nn.init.zeros_(self.patch_encoder.out.bias)
