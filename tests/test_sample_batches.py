@@ -179,12 +179,15 @@ def test_mixed_prompts_are_the_same_one_at_a_time(make_trained, eager, encoder, 
 
 def test_a_seed_is_one_per_row(make_trained):
     """Catches a seed that is not the row's own: two rows with one seed must be twins, with two
-    seeds not; an int gives every row its own."""
+    seeds not; an int gives every row its own, which no row of another int has."""
     trained = make_trained()
     prompts = [["a red circle"]] * 2
     assert equal(*generate(trained, prompts, seed=[7, 7], **GROWING))
     assert not equal(*generate(trained, prompts, seed=[7, 8], **GROWING))
-    assert not equal(*generate(trained, prompts, seed=7, **GROWING))
+    seven = generate(trained, prompts, seed=7, **GROWING)
+    eight = generate(trained, prompts, seed=8, **GROWING)
+    assert not equal(*seven)
+    assert not equal(seven[1], eight[0])                # as seed + row would have it
 
 
 def test_events_tell_the_truth(make_trained, eager):
