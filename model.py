@@ -345,9 +345,9 @@ class Transfusion(nn.Module):
             nn.init.normal_(block.gate_up.weight, std=std)
             nn.init.normal_(block.out.weight, std=smaller)
             nn.init.normal_(block.down.weight, std=smaller)
-        # 2. Words and patches enter the row with deviations of the same order: 0.5 for words and for
-        #    places, about 1 for patches. Much smaller words are learned late: docs/RESULTS.md "What
-        #    it took".
+        # 2. Words and patches enter the row with deviations of the same order: 0.5 for words and
+        #    for places, about 1 for patches. Much smaller words are learned late: docs/RESULTS.md
+        #    "What it took".
         nn.init.normal_(self.embedding.weight, std=0.5)
         if self.place is not None:
             nn.init.normal_(self.place, std=0.5)

@@ -358,7 +358,7 @@ class Plan:
     micro_batches: int
     steps: int
     gpus: int
-    mfu: float = 0.43                                   # measured, of 4 layers of the 7B (SCALE.md)
+    mfu: float = 0.43                                   # four layers of the 7B, docs/SCALE.md
     device: str = "H100"
     ema: bool = False
     shard: int = 0

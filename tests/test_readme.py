@@ -61,8 +61,8 @@ RUN = {
         (FEW + " --vae out/mnist/vae.pt --samples 0", ["out/mnist-minute/model.pt"]),
     "python train.py --preset edit":
         (FEW, ["out/edit/model.pt", "out/edit/report.json"]),
-    "python experiments.py 3 --flow --seeds 2":
-        ("--seeds 1 --jobs 1", ["out/experiments_flow/table_3.md"]),
+    "python train.py --no-noise-skip":
+        (FEW + " --samples 0 --out out/plain", ["out/plain/model.pt"]),
     "python train.py --preset flagship --dry-run --gpus 512":
         ("", []),
     "python -m autoencoder.train":
