@@ -437,7 +437,7 @@ def test_the_first_run_has_the_papers_objective():
     assert not parse_arguments(["--diffusion", "flow"])[0].noise_skip   # it is for the eps loss
 
     readme = Path(train.__file__).with_name("README.md").read_text(encoding="utf-8")
-    assert "trains the paper's own objective" in readme
+    assert "trains eq. 3, the paper's ε loss" in readme
     assert preset("flow").diffusion == "flow"
 
 
