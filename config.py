@@ -22,6 +22,7 @@ from model import PAPER_SIZES
 from patchify import PATCHES
 from sources.choose import SOURCES
 from sources.scenes import WORLDS
+from support.checkpoint import shipped_vae
 from support.common import ASSETS, Parser, UserError, run_command
 
 MODELS = ("transfusion", "chameleon", "llama")
@@ -63,6 +64,7 @@ class Config:
 
     # How it sees pictures.
     vae: str = option("", "a vae.pt to use; default: assets/<data>_vae.pt (_vq.pt), or a new one")
+    # The next five are refused where a VAE is there already: see `check_new_vae`.
     vae_steps: int = option(400, "training steps of a new VAE", at_least=1)
     vae_lr: float = option(2e-3, "highest learning rate of a new VAE", at_least=0)
     vae_channels: int = option(8, "width of a new VAE's first stage", at_least=4)
@@ -368,6 +370,8 @@ def parse_arguments(argv=None):
     config.named = frozenset(given)
     check_ranges(config)
     check_together(config, given)
+    if not resume:                                      # a run that goes on may have its own VAE
+        check_new_vae(config)
     return config, resume, overwrite, plan if dry_run else None
 
 
@@ -458,11 +462,6 @@ def check_together(config, given):
                         f"not for --diffusion {config.diffusion}")
     if config.codes and config.model != "chameleon":
         raise UserError(f"--codes is for --model chameleon, not for {config.model}")
-    if config.init or config.vae:
-        for name in ("vae_steps", "vae_lr", "vae_channels", "vae_z", "vae_balance"):
-            if name in given:
-                raise UserError(f"{option_name(name)} is for a new VAE, but "
-                                f"{config.init or config.vae} brings its own: leave it out")
     if not config.out:                                  # a dozen files among the user's own
         raise UserError("--out must name a folder, but it is empty")
     if config.data != "shards" and (config.mixture or config.mixture_end):
@@ -474,6 +473,22 @@ def check_together(config, given):
         raise UserError(f"--vae-channels must be a multiple of 4, got {config.vae_channels}")
     if config.codes == 1:
         raise UserError("--codes must be at least 2, got 1: a picture of one code says nothing")
+
+
+def check_new_vae(config):
+    """Raise UserError if the command line describes a new VAE, and a new run would train none."""
+    brings = config.init or config.vae
+    if not brings and config.data == "shards":
+        brings = f"the folder of shards {config.data_dir or 'packed'}"
+    if not brings:
+        shipped = shipped_vae(config.data, codes=config.model == "chameleon")
+        brings = shipped if shipped.exists() else ""
+    if not brings:
+        return
+    for name in ("vae_steps", "vae_lr", "vae_channels", "vae_z", "vae_balance"):
+        if name in config.named:
+            raise UserError(f"{option_name(name)} is for a new VAE, but {brings} brings its own: "
+                            f"leave it out")
 
 
 def main():

@@ -360,6 +360,12 @@ def load_vae(path, kind="vae"):
         raise of_another_version(path, problem) from None
 
 
+def shipped_vae(source, codes=False):
+    """The path of the VAE, or with `codes` of the VQ-VAE, that is shipped for these data. There may
+    be no such file. source: name of the data."""
+    return ASSETS / f"{source}_{'vq' if codes else 'vae'}.pt"
+
+
 def find_vae(source, given="", kept=None, codes=False):
     """The VAE, or with `codes` the VQ-VAE, or None if there is none.
 
@@ -367,9 +373,8 @@ def find_vae(source, given="", kept=None, codes=False):
     given     a file that the user names; it comes first
     kept      the file that a run keeps, which comes before the shipped one
     """
-    shipped = ASSETS / f"{source}_{'vq' if codes else 'vae'}.pt"
     kind = "vqvae" if codes else "vae"
-    for path in (given, kept, shipped):
+    for path in (given, kept, shipped_vae(source, codes)):
         # A file that the user names must exist: `load_vae` says so if it does not.
         if path and (path == given or path.exists()):
             return load_vae(path, kind)

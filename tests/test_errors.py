@@ -336,6 +336,33 @@ def test_train(capsys, monkeypatch, tmp_path, shelf, arguments, words):
     mistake(capsys, monkeypatch, tmp_path, "train.py", command, *words)
 
 
+NEW_VAE = ("--vae-steps=9", "--vae-lr=9", "--vae-channels=8", "--vae-z=16", "--vae-balance")
+
+
+@pytest.mark.parametrize("option", NEW_VAE)
+def test_options_of_a_new_vae_where_one_is_shipped(option):
+    """Catches an option that is ignored: scenes_vae.pt has 4 latent channels, and config.json would
+    say 16. The paths of pictures, codes and shards each find another VAE."""
+    name = option.split("=")[0]
+    for options, owner in (
+        (["--data", "scenes"], "scenes_vae.pt"),
+        (["--model", "chameleon"], "scenes_vq.pt"),
+        (["--data", "shards", "--data-dir", "mine"], "mine"),
+    ):
+        with pytest.raises(UserError, match=f"{name} is for a new VAE, but .*{owner} brings its"):
+            config.parse_arguments([*options, option])
+
+
+@pytest.mark.parametrize("option", NEW_VAE)
+def test_options_of_a_new_vae_where_one_is_trained(option):
+    """Catches a refusal where the option counts: digits have no VAE, and a run that goes on has
+    trained its own."""
+    name = option.split("=")[0].removeprefix("--").replace("-", "_")
+    for words in (["--data", "mnist"], ["--data", "scenes", "--resume"]):
+        options, *_ = config.parse_arguments([*words, option])
+        assert getattr(options, name) in (9, 8, 16, True)
+
+
 def test_data_without_a_preset():
     """Catches StopIteration where a fork has a data set of its own, and no preset for it."""
     with pytest.raises(UserError, match="--data photos.*--preset"):
