@@ -181,7 +181,9 @@ class UNetBlock(nn.Module):
         self.attention = None
         self.norm3 = None
         if attention:
-            heads = max(1, C // 64)
+            heads = max(1, C // 64)                     # of about 64 channels each
+            while C % heads:
+                heads -= 1
             self.attention = nn.MultiheadAttention(C, heads, batch_first=True)
             self.norm3 = nn.LayerNorm(C)
 

@@ -78,9 +78,11 @@ def paper_config(codes=0):
 
 # ------------------------------------------------------------------------------------------- blocks
 def norm(channels):
-    """GroupNorm over up to 32 groups of at least 4 channels."""
+    """GroupNorm over up to 32 groups of at least 4 channels. channels: a multiple of 4."""
     # Not BatchNorm: the latents of a picture must not depend on its neighbours in the batch.
     groups = min(32, channels // 4)
+    while channels % groups:                            # of 144 channels: 24 groups of 6
+        groups -= 1
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 

@@ -13,7 +13,7 @@ RUN IT      pytest -n 0 tests/test_patchify.py
 import pytest
 import torch
 
-from patchify import PATCHES, TimeEmbedding, UNetPatches, patchify, unpatchify
+from patchify import PATCHES, TimeEmbedding, UNetBlock, UNetPatches, patchify, unpatchify
 
 BOTH = tuple(PATCHES)                                   # and a fork's
 
@@ -297,3 +297,16 @@ def test_time_embedding_is_sines_and_cosines_of_t():
 
     # The slowest still tells the ends apart.
     assert largest_change(sines[0, 63], sines[1000, 63]) > 0.1
+
+
+@pytest.mark.parametrize("channels", [40, 64, 128, 200, 640])
+def test_a_unet_of_any_width(channels):
+    """Catches heads that do not divide the channels: 200 of them had 3. The toy's and the paper's
+    widths keep one head for 64 channels."""
+    block = UNetBlock(channels, channels, 8, attention=True)
+    heads = block.attention.num_heads
+    assert channels % heads == 0
+    if channels % 64 == 0:
+        assert heads == channels // 64
+    x = torch.randn(1, channels, 2, 2)
+    assert block(x, torch.zeros(1, 8)).shape == x.shape

@@ -514,3 +514,21 @@ def test_grid():
 
     # The sixth place is empty: background.
     assert (sheet[-6:, -8:] == 96).all()
+
+
+@pytest.mark.parametrize("channels", range(4, 132, 4))
+@torch.no_grad()
+def test_every_width_that_train_takes(channels):
+    """Catches groups that do not divide the channels: --vae-channels 36 has 144 of them in its last
+    stage, and 32 groups ended in torch's words. Where 32 divide, as in the paper's VAE, they stay."""
+    for multiplier in (1, 2, 4):
+        width = channels * multiplier
+        layer = vae_module.norm(width)
+        assert width % layer.num_groups == 0
+        assert width // layer.num_groups >= 4
+        largest = min(32, width // 4)
+        if width % largest == 0:
+            assert layer.num_groups == largest
+    if channels in (36, 44, 68):
+        vae = VAE(VAEConfig(channels=channels, z=2)).eval()
+        assert vae.reconstruct(torch.zeros(1, 3, 8, 8)).shape == (1, 3, 8, 8)
