@@ -203,7 +203,10 @@ def lay_out(document, tokenizer, patches, ends=True):
             # Paper: §3. EOI is appended when the diffusion is done. So nothing predicts it, not
             # even the last patch; but it does predict what follows the picture.
             out.add([EOI])
-            _, index, t_max, *t_min = part
+            kind, index, t_max, *t_min = part
+            if kind != "image" or t_min > [t_max]:      # [] is below: none is given
+                raise ValueError(f'wanted ("image", index, t_max, t_min) with t_min <= t_max, or '
+                                 f'("dropped", caption), got {part}')
             out.images.append(index)
             out.t_max.append(t_max)
             out.t_min.append(t_min[0] if t_min else 1)

@@ -604,3 +604,19 @@ def test_every_world_has_the_same_words():
     for category in scenes.WORLDS["six"]:
         for text, _ in scenes.captions(category, True):
             assert set(text.split()) <= six
+
+
+@pytest.mark.parametrize("part", [
+    ("imgae", 0, 1000),
+    ("dropt", "a circle", 3),
+    ("image", 0, 500, 501),
+])
+def test_a_part_that_is_none(part):
+    """Catches a misspelt part that is laid out as a picture, and a picture whose t_min is above its
+    t_max: train.draw_noise would draw a t out of range."""
+    with pytest.raises(ValueError, match=f'wanted .*"image", index.*t_min.*{part[0]}'):
+        lay_out(["a circle", part], WORDS, P)
+
+    # t_max = 0: a finished picture, which sampling lays out. t_min may be t_max.
+    assert lay_out([("image", 0, 0)], WORDS, P).t_max == [0]
+    assert lay_out([("image", 0, 500, 500)], WORDS, P).t_min == [500]
