@@ -99,7 +99,7 @@ def run_command(words, folder):
     return seconds, *json.loads(done.stdout)
 
 
-# ------------------------------------------------------------------------------------ training steps
+# ----------------------------------------------------------------------------------- training steps
 def make_run(width, folder):
     """scale.run.Run of the toy of --preset flow, with another width; heads of 32, as the toy's."""
     config, *_ = parse_arguments(["--preset", "flow", "--pairs", "400", "--out", str(folder)])

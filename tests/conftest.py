@@ -219,7 +219,7 @@ def short_run(one_layer, vae_file, tmp_path):
     return arguments
 
 
-# --------------------------------------------- tiny random models that write: see small_documents.py
+# -------------------------------------------- tiny random models that write: see small_documents.py
 @pytest.fixture
 def make_trained(make_model):
     """A function (encoder, kind, **ModelConfig) -> checkpoint.Trained, with a random model and a

@@ -2,12 +2,13 @@
 endure.py: kills a hundred runs at random, and lets one run for 20,000 steps
 
     python tests/endure.py kill --n 100         train.py, packing, and a VAE's training
-    python tests/endure.py soak --steps 20000   memory, open files, threads and the log of a long run
+    python tests/endure.py soak --steps 20000   a long run's memory, open files, threads and log
 
 THE IDEA    Whoever trains for weeks is killed: by a full queue, a power cut, an operator. What was
-            killed and begun again must end as if nothing had happened, to the bit, and leave nothing
-            lying about. And what is fine for a minute may leak for a week.
-A PICTURE   begin --SIGKILL--> again, --resume --SIGKILL--> ... --> its end  =  that of an undisturbed one
+            killed and begun again must end as if nothing had happened, to the bit, and leave
+            nothing lying about. And what is fine for a minute may leak for a week.
+A PICTURE   begin --SIGKILL--> again, --resume --SIGKILL--> ... --> its end
+            begin ------------------- undisturbed ----------------> its end, the same
 THE RULE    A kill comes at any time of a run, every third as soon as a file is being written.
             docs/RESULTS.md has the numbers.
 """
@@ -74,7 +75,9 @@ def status_of(child):
 def is_writing(folder):
     """Whether a file or a checkpoint in a folder is half written."""
     for path in folder.rglob("*"):
-        if path.suffix == ".tmp" or (path.name.startswith("step_") and not (path / ".metadata").exists()):
+        if path.suffix == ".tmp":
+            return True
+        if path.name.startswith("step_") and not (path / ".metadata").exists():
             return True
     return False
 
@@ -84,7 +87,10 @@ class Program:
     (folder) -> what must be the same in the end."""
 
     def __init__(self, name, main, argv, ends):
-        self.name, self.main, self.argv, self.ends = name, main, argv, ends
+        self.name = name
+        self.main = main
+        self.argv = argv
+        self.ends = ends
 
     def run(self, folder, more=()):
         """Run it to its end. Returns (exit status, what it said)."""
@@ -96,23 +102,34 @@ class Program:
         """The options with which a user goes on after a kill: what the program itself asks for."""
         if self.name == "scale.pack":                   # the same command goes on
             return []
-        saved = folder.glob("checkpoints/step_*/.metadata")
-        half = [folder / "vae.pt", folder / "vae/last.pt", folder / "last.pt"]
-        return ["--resume"] if any(saved) or any(path.exists() for path in half) else []
+        saved = list(folder.glob("checkpoints/step_*/.metadata"))
+        for name in ("vae.pt", "vae/last.pt", "last.pt"):
+            if (folder / name).exists():
+                saved.append(name)
+        return ["--resume"] if saved else []
 
 
 def programs(shelf):
     """The three programs, at their smallest."""
-    scenes = ["--pairs", "40", "--documents", "2", "--seq-len", "64", "--patch", "4"]
-    run = [*scenes, "--vae-steps", "6", "--steps", "8", "--save-every", "2", "--log-every", "1", "--gap-every", "4",
-           "--samples", "2", "--sample-steps", "2"]
-    packing = ["--text", "scenes", "--pairs", "scenes", "--scenes", "200", "--vae", str(shelf / "vae.pt"), "--seq-len", "64",
-               "--image-size", "32", "--shard-rows", "8"]
+    def writing_to(options):
+        """A function (folder) -> the options, and --out with that folder."""
+        return lambda out: [*options, "--out", str(out)]
+
+    run = ["--pairs", "40", "--documents", "2", "--seq-len", "64", "--patch", "4"]
+    run += ["--vae-steps", "6", "--steps", "8"]
+    run += ["--save-every", "2", "--log-every", "1", "--gap-every", "4"]
+    run += ["--samples", "2", "--sample-steps", "2"]
+
+    packing = ["--text", "scenes", "--pairs", "scenes", "--scenes", "200"]
+    packing += ["--vae", str(shelf / "vae.pt"), "--image-size", "32"]
+    packing += ["--seq-len", "64", "--shard-rows", "8"]
+
     learning = ["--steps", "8", "--batch", "4", "--save-every", "1"]
+
     return [
-        Program("train.py", train.main, lambda out: [*run, "--out", str(out)], ends_of_run),
-        Program("scale.pack", pack.main, lambda out: [*packing, "--out", str(out)], ends_of_packing),
-        Program("autoencoder.train", vae_training.main, lambda out: [*learning, "--out", str(out)], ends_of_vae),
+        Program("train.py", train.main, writing_to(run), ends_of_run),
+        Program("scale.pack", pack.main, writing_to(packing), ends_of_packing),
+        Program("autoencoder.train", vae_training.main, writing_to(learning), ends_of_vae),
     ]
 
 
@@ -132,8 +149,12 @@ def ends_of_run(out):
 
 def ends_of_packing(out):
     """The same of packed shards: every byte."""
-    return {str(path.relative_to(out)): hashlib.blake2b(path.read_bytes()).hexdigest()
-            for path in out.rglob("*") if path.is_file()}
+    found = {}
+    for path in out.rglob("*"):
+        if path.is_file():
+            digest = hashlib.blake2b(path.read_bytes()).hexdigest()
+            found[str(path.relative_to(out))] = digest
+    return found
 
 
 def ends_of_vae(out):
@@ -146,38 +167,54 @@ def files_of(out):
     return sorted(str(path.relative_to(out)) for path in out.rglob("*"))
 
 
+def save_small_vae(path):
+    """Write the smallest VAE, with random weights."""
+    small = vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2)
+    checkpoint.save(path, checkpoint.pack_vae(vae_module.VAE(small)))
+
+
 # ------------------------------------------------------------------------------------------- kills
 def kill(args):
-    """Kill args.n times, and print a line per program."""
+    """Kill args.n times, and print a line per program. Returns how many runs ended wrongly."""
     torch.manual_seed(0)
     model.SIZES["toy"] = (1, 16, 2)
     checkpoint.ASSETS = Path("/nowhere")                # no VAE is shipped: the run trains its own
-    few = choose.load_pairs
-    choose.load_pairs = lambda *a, **k: few(*a, **{**k, "n": min(k["n"], 40)})
+    load_pairs = choose.load_pairs
+
+    def load_few_pairs(*given, **options):
+        options["n"] = min(options["n"], 40)
+        return load_pairs(*given, **options)
+
+    choose.load_pairs = load_few_pairs
     rng = random.Random(args.seed)
     results = {}
     with tempfile.TemporaryDirectory(prefix="endure_") as place:
         shelf = Path(place)
-        small = vae_module.VAEConfig(channels=4, multipliers=(1, 1, 1), z=2)
-        checkpoint.save(shelf / "vae.pt", checkpoint.pack_vae(vae_module.VAE(small)))
+        save_small_vae(shelf / "vae.pt")
         for program, share in zip(programs(shelf), (0.6, 0.2, 0.2)):
             began = time.time()
             status, said = program.run(shelf / "whole")
             seconds = time.time() - began
             assert status == 0, said
+
             wanted = program.ends(shelf / "whole")
-            results[program.name] = killed(program, wanted, shelf / "run", round(share * args.n), seconds, rng)
-            print(json.dumps({program.name: results[program.name]}), flush=True)
+            n = round(share * args.n)
+            counts = killed(program, wanted, shelf / "run", n, seconds, rng)
+            results[program.name] = counts
+            print(json.dumps({program.name: counts}), flush=True)
             shutil.rmtree(shelf / "whole")
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1))
-    wrong = sum(result["different"] + result["refused"] + result["left over"] for result in results.values())
+    wrong = 0
+    for counts in results.values():
+        wrong += counts["different"] + counts["refused"] + counts["left over"]
     return wrong
 
 
 def killed(program, wanted, out, n, seconds, rng):
     """Kill a program n times, about three times per run, and compare every end. Returns counts."""
-    counts = {"kills": 0, "while writing": 0, "runs": 0, "identical": 0, "different": 0, "refused": 0, "left over": 0}
+    what = ("kills", "while writing", "runs", "identical", "different", "refused", "left over")
+    counts = dict.fromkeys(what, 0)
     while counts["kills"] < n or out.exists():
         more = program.again(out) if out.exists() else []
         child = begin(program.main, [*program.argv(out), *more], out.with_suffix(".txt"))
@@ -208,8 +245,8 @@ def killed(program, wanted, out, n, seconds, rng):
 
 
 def kill_at_random(child, out, seconds, while_writing, rng, counts):
-    """Send SIGKILL at some time of the run; with `while_writing` as soon after it as a file is half
-    written. Returns what os.waitpid says; the child may have ended before."""
+    """Send SIGKILL at some time of the run; with `while_writing`, as soon after it as a file is
+    half written. Returns what os.waitpid says; the child may have ended before."""
     moment = time.time() + rng.uniform(0, 1.1 * seconds)
     while True:
         done = os.waitpid(child, os.WNOHANG)
@@ -236,11 +273,12 @@ def soak(args):
     with tempfile.TemporaryDirectory(prefix="endure_") as place:
         out = Path(place) / "run"
         torch.manual_seed(0)
-        checkpoint.save(Path(place) / "vae.pt", checkpoint.pack_vae(vae_module.VAE(vae_module.VAEConfig(
-            channels=4, multipliers=(1, 1, 1), z=2))))
-        argv = ["--vae", f"{place}/vae.pt", "--pairs", "40", "--documents", "1", "--seq-len", "32", "--patch", "8",
-                "--steps", str(args.steps), "--save-every", "500", "--log-every", "50", "--gap-every", "1000", "--samples", "0",
-                "--out", str(out)]
+        save_small_vae(Path(place) / "vae.pt")
+        argv = ["--vae", f"{place}/vae.pt", "--pairs", "40", "--documents", "1"]
+        argv += ["--seq-len", "32", "--patch", "8", "--steps", str(args.steps), "--samples", "0"]
+        argv += ["--save-every", "500", "--log-every", "50", "--gap-every", "1000"]
+        argv += ["--out", str(out)]
+
         began = time.time()
         child = begin(train.main, argv, Path(place) / "said.txt")
         while True:
@@ -249,19 +287,26 @@ def soak(args):
                 break
             rows.append(look(child, out))
             time.sleep(max(0.5, (time.time() - began) / 400))
+
         said = (Path(place) / "said.txt").read_text()
         assert os.waitstatus_to_exitcode(status) == 0, said[-1000:]
         lines = (out / "log.jsonl").read_bytes().split(b"\n")[:-1]
         kept, _ = distributed.list_checkpoints(out)
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
     rows = [row for row in rows if row and row["step"] > 0]
     tenth = max(1, len(rows) // 10)
-    print(f"{args.steps} steps, {usage.ru_utime + usage.ru_stime:.0f} s of a core; {len(rows)} looks")
+    seconds = usage.ru_utime + usage.ru_stime
+    print(f"{args.steps} steps, {seconds:.0f} s of a core; {len(rows)} looks")
     for name in ("megabytes", "files", "threads"):
-        parts = [rows[k * tenth: (k + 1) * tenth] for k in (1, 5, 9)]
-        print(f"{name:10s}" + "".join(f"  {np.median([row[name] for row in part]):8.1f}" for part in parts),
-              f"  largest {max(row[name] for row in rows)}")
-    print(f"log: {len(lines)} lines; bytes of the tenth line {len(lines[9])}, of the last {len(lines[-1])}; "
+        medians = ""
+        for k in (1, 5, 9):                             # the second, the sixth and the last tenth
+            part = [row[name] for row in rows[k * tenth: (k + 1) * tenth]]
+            medians += f"  {np.median(part):8.1f}"
+        largest = max(row[name] for row in rows)
+        print(f"{name:10s}{medians}   largest {largest}")
+    print(f"log: {len(lines)} lines; "
+          f"bytes of the tenth line {len(lines[9])}, of the last {len(lines[-1])}; "
           f"said {len(said)} bytes; checkpoints kept {kept}; the folder {size / 1e6:.1f} MB")
     return 0
 
@@ -271,14 +316,20 @@ def look(child, out):
     try:
         status = Path(f"/proc/{child}/status").read_text()
         files = len(os.listdir(f"/proc/{child}/fd"))
-        lines = (out / "log.jsonl").read_bytes().count(b"\n") if (out / "log.jsonl").exists() else 0
+        lines = 0
+        if (out / "log.jsonl").exists():
+            lines = (out / "log.jsonl").read_bytes().count(b"\n")
     except OSError:
         return None
     values = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
     if "VmRSS" not in values:
         return None
-    return {"step": 50 * lines, "files": files, "threads": int(values["Threads"]),
-            "megabytes": int(values["VmRSS"].split()[0]) / 1024}
+    return {
+        "step": 50 * lines,                             # --log-every 50
+        "files": files,
+        "threads": int(values["Threads"]),
+        "megabytes": int(values["VmRSS"].split()[0]) / 1024,
+    }
 
 
 def main():

@@ -1,4 +1,5 @@
-"""Answers to the exercises, right and wrong ones: what test_exercises.py holds the checks to. Spoilers!"""
+"""Answers to the exercises, right and wrong ones: test_exercises.py holds the checks to them.
+Spoilers!"""
 import math
 
 import numpy as np
@@ -139,8 +140,13 @@ def _(q, k, i, d):
 
 @rule("text is bidirectional", "-1 == -1")
 def _(q, k, i, d):
-    return same_doc(q, k, d) and (k <= q or (i[q] == i[k] and -1 not in (i[q: k] if i[q] >= 0 else [])
-                                            and all(x == i[q] for x in i[q: k])))
+    if not same_doc(q, k, d):
+        return False
+    if k <= q:
+        return True
+    if i[q] != i[k] or i[q] >= 0 and -1 in i[q: k]:
+        return False
+    return all(x == i[q] for x in i[q: k])
 
 
 @rule("both are patches", "same picture")
@@ -218,7 +224,8 @@ def _(image_id, doc_id, bidirectional=True):
 
 @from_module("padding sees nothing", "Padding", "NaN")
 def _(lo, hi, image_id, doc_id, _):
-    padding = (doc_id == doc_id.max(1, keepdim=True).values) & (doc_id.max(1, keepdim=True).values > 2)
+    last = doc_id.max(1, keepdim=True).values
+    padding = (doc_id == last) & (last > 2)
     return torch.where(padding, 1, lo), torch.where(padding, 0, hi)
 
 
@@ -493,7 +500,8 @@ def _(x, p):
 
 @wrong("patchify", "pictures mixed", "another")
 def _(x, p):
-    return patchify_module.patchify(x, p).transpose(0, 1).reshape(x.shape[0], -1, x.shape[1] * p * p)
+    patches = patchify_module.patchify(x, p).transpose(0, 1)
+    return patches.reshape(x.shape[0], -1, x.shape[1] * p * p)
 
 
 @right("patchify", "pixel_unshuffle")
@@ -515,7 +523,11 @@ def _(x, p):
 def squares(x, p):
     """The patches of all pictures, (M, c*p*p) each, in raster order."""
     M, c, h, w = checked(x, p)
-    return [x[:, :, y: y + p, k: k + p].reshape(M, -1) for y in range(0, h, p) for k in range(0, w, p)]
+    found = []
+    for y in range(0, h, p):
+        for k in range(0, w, p):
+            found.append(x[:, :, y: y + p, k: k + p].reshape(M, -1))
+    return found
 
 
 @wrong("patchify", "a list", "list")
@@ -1071,35 +1083,41 @@ def spread(at, st, au, su, least=0.0):
 
 @changed_step("weights exchanged", "weights have changed places")
 def _(at, st, au, su):
-    return at / au * beta_of(at, st, au, su) / st ** 2, au * su ** 2 / st ** 2, spread(at, st, au, su)
+    beta = beta_of(at, st, au, su)
+    return at / au * beta / st ** 2, au * su ** 2 / st ** 2, spread(at, st, au, su)
 
 
 @changed_step("a_t for a_u", "has the factor a_t")
 def _(at, st, au, su):
-    return at / au * su ** 2 / st ** 2, at * beta_of(at, st, au, su) / st ** 2, spread(at, st, au, su)
+    beta = beta_of(at, st, au, su)
+    return at / au * su ** 2 / st ** 2, at * beta / st ** 2, spread(at, st, au, su)
 
 
 @changed_step("keep twice", "twice")
 def _(at, st, au, su):
-    return (at / au) ** 2 * su ** 2 / st ** 2, au * beta_of(at, st, au, su) / st ** 2, spread(at, st, au, su)
+    beta = beta_of(at, st, au, su)
+    return (at / au) ** 2 * su ** 2 / st ** 2, au * beta / st ** 2, spread(at, st, au, su)
 
 
 @changed_step("keep not squared in beta", "square of a_t / a_u is missing")
 def _(at, st, au, su):
     beta = st ** 2 - at / au * su ** 2
-    return at / au * su ** 2 / st ** 2, au * beta / st ** 2, (beta * su ** 2 / st ** 2).clamp(min=0).sqrt()
+    std = (beta * su ** 2 / st ** 2).clamp(min=0).sqrt()
+    return at / au * su ** 2 / st ** 2, au * beta / st ** 2, std
 
 
 @changed_step("keep upside down everywhere", "upside down")
 def _(at, st, au, su):
     keep = (au / at).nan_to_num(posinf=0)
     beta = st ** 2 - keep ** 2 * su ** 2
-    return keep * su ** 2 / st ** 2, au * beta / st ** 2, (beta * su ** 2 / st ** 2).clamp(min=0).sqrt()
+    std = (beta * su ** 2 / st ** 2).clamp(min=0).sqrt()
+    return keep * su ** 2 / st ** 2, au * beta / st ** 2, std
 
 
 @changed_step("variance clamped at 1e-5", "little noise is left")
 def _(at, st, au, su):
-    return at / au * su ** 2 / st ** 2, au * beta_of(at, st, au, su) / st ** 2, spread(at, st, au, su, 1e-5)
+    beta = beta_of(at, st, au, su)
+    return at / au * su ** 2 / st ** 2, au * beta / st ** 2, spread(at, st, au, su, 1e-5)
 
 
 @step("four steps at a time", "step of four")
@@ -1157,7 +1175,8 @@ def _(at, st, au, su):
 def _(diffusion_, xt, x0, t, u, noise):
     (at, st), (au, su) = diffusion_.at(t - 1, xt), diffusion_.at(u - 1, xt)
     var = beta_of(at, st, au, su)
-    return (at / au * su ** 2 * xt + au * var * x0) / st ** 2 + (var * su ** 2 / st ** 2).sqrt() * noise
+    mean = (at / au * su ** 2 * xt + au * var * x0) / st ** 2
+    return mean + (var * su ** 2 / st ** 2).sqrt() * noise
 
 
 @step("float64", "the result torch.float64")
@@ -1407,7 +1426,8 @@ def _(model, batch, diffusion, stable=False):
 def _(model, batch, diffusion, stable=False):
     logits, out = told(model, batch, diffusion)
     _, n, each = all_three(logits, out, batch, diffusion)
-    return F.cross_entropy(logits, batch.tokens.roll(1, 1)[batch.has_loss], reduction="sum"), n, each
+    targets = batch.tokens.roll(1, 1)[batch.has_loss]
+    return F.cross_entropy(logits, targets, reduction="sum"), n, each
 
 
 @loss("chosen first, shifted then", "shift the whole rows first")
@@ -1591,7 +1611,8 @@ def _(model, batch, diffusion, stable=False):
 def _(model, batch, diffusion, stable=False):
     t = batch.t.view(-1, 1, 1, 1)
     xt = diffusion.a[t].float() * batch.latents + diffusion.s[t].float() * batch.eps
-    logits, out = model.forward(batch.tokens, batch.image_id, batch.doc_id, batch.has_loss, xt, batch.t)
+    logits, out = model.forward(
+        batch.tokens, batch.image_id, batch.doc_id, batch.has_loss, xt, batch.t)
     b, q = batch.has_loss.nonzero(as_tuple=True)
     lm = (logits.logsumexp(-1) - logits.gather(-1, batch.tokens[b, q + 1][:, None])[:, 0]).sum()
     target = batch.eps if diffusion.kind == "ddpm" else batch.eps - batch.latents
@@ -1698,8 +1719,9 @@ def parts(e, codebook):
     return vectors, codebook[nearest], nearest, back
 
 
-def quantised(e, codebook, beta, codes=None, straight=None, first=None, second=None, weights=(1, None)):
-    """The right answer, with some parts of one's own: functions (vectors, chosen) -> rows or loss."""
+def quantised(e, codebook, beta, codes=None, straight=None, first=None, second=None,
+              weights=(1, None)):
+    """The right answer, with parts of one's own: functions (vectors, chosen) -> rows or loss."""
     vectors, chosen, nearest, back = parts(e, codebook)
     if codes is not None:
         nearest = codes(vectors, codebook)
@@ -1728,19 +1750,26 @@ def _(e, codebook, beta=0.25):
 
 def quantiser(what, *words, **changes):
     """A wrong answer to quantise."""
-    wrong("quantise", what, *words)(lambda e, codebook, beta=0.25: quantised(e, codebook, beta, **changes))
+    def answer(e, codebook, beta=0.25):
+        return quantised(e, codebook, beta, **changes)
+
+    wrong("quantise", what, *words)(answer)
 
 
 quantiser("dot product", "dot product", codes=lambda v, c: (v @ c.T).argmax(1))
-quantiser("cosine", "direction", codes=lambda v, c: (F.normalize(v) @ F.normalize(c).T).argmax(1))
+quantiser("cosine", "direction",
+          codes=lambda v, c: (F.normalize(v) @ F.normalize(c).T).argmax(1))
 quantiser("absolute differences", "absolute", codes=lambda v, c: torch.cdist(v, c, p=1).argmin(1))
 quantiser("argmax", "argmin", codes=lambda v, c: torch.cdist(v, c).argmax(1))
-quantiser("the 2 forgotten", "2 is missing", codes=lambda v, c: (c.square().sum(1) - v @ c.T).argmin(1))
+quantiser("the 2 forgotten", "2 is missing",
+          codes=lambda v, c: (c.square().sum(1) - v @ c.T).argmin(1))
 quantiser("no straight-through", "No straight-through", straight=lambda v, c: c)
 quantiser("everything detached", "ends here", straight=lambda v, c: c.detach())
-quantiser("straight-through the wrong way", "wrong sign", straight=lambda v, c: v + (v - c).detach())
+quantiser("straight-through the wrong way", "wrong sign",
+          straight=lambda v, c: v + (v - c).detach())
 quantiser("nothing quantised", "as if nothing were quantised", straight=lambda v, c: v)
-quantiser("the codebook gets it too", "moves the codebook", straight=lambda v, c: v + c - v.detach())
+quantiser("the codebook gets it too", "moves the codebook",
+          straight=lambda v, c: v + c - v.detach())
 quantiser("beta on the other term", "other term", weights=(0.25, 1))
 quantiser("codebook term missing", "codebook term is missing", first=lambda v, c: 0)
 quantiser("commitment missing", "commitment is missing", second=lambda v, c: 0)
@@ -1751,10 +1780,12 @@ quantiser("beta on both", "both terms", weights=(0.25, 0.25))
 quantiser("sums", "sum", weights=(48, 12))
 quantiser("summed over z", "summed over z", weights=(3, 0.75))
 quantiser("beta written in", "0.25 written", weights=(1, 0.25))
-quantiser("both detached", "no gradient", first=lambda v, c: (v - c).detach().square().mean(),
+quantiser("both detached", "no gradient",
+          first=lambda v, c: (v - c).detach().square().mean(),
           second=lambda v, c: (v - c).detach().square().mean())
 quantiser("sg on the wrong sides", "other term",
-          first=lambda v, c: (v - c.detach()).square().mean(), second=lambda v, c: (c - v.detach()).square().mean())
+          first=lambda v, c: (v - c.detach()).square().mean(),
+          second=lambda v, c: (c - v.detach()).square().mean())
 
 
 class Through(torch.autograd.Function):
@@ -1835,8 +1866,10 @@ quantiser("a mixture", "mixture", straight=lambda v, c: v + (c.flip(0) - v).deta
 quantiser("no sg in the codebook term", "sg(e)", first=lambda v, c: (c - v).square().mean())
 quantiser("no sg in the commitment", "sg(c)", second=lambda v, c: (c - v).square().mean())
 quantiser("commitment subtracted", "subtracted", weights=(1, -0.25))
-quantiser("straight-through and back", "as if nothing were quantised", straight=lambda v, c: c + (v - c))
-quantiser("vectors made of length 1", "not the nearest", codes=lambda v, c: torch.cdist(F.normalize(v), c).argmin(1))
+quantiser("straight-through and back", "as if nothing were quantised",
+          straight=lambda v, c: c + (v - c))
+quantiser("vectors made of length 1", "not the nearest",
+          codes=lambda v, c: torch.cdist(F.normalize(v), c).argmin(1))
 
 
 @wrong("quantise", "terms after the straight-through line", "after the straight-through line")
@@ -1844,7 +1877,9 @@ def _(e, codebook, beta=0.25):
     v, c, code, back = parts(e, codebook)
     c = v + (c - v).detach()
     M, z, h, w = e.shape
-    return back(c), code.view(M, h, w), (c - v.detach()).square().mean() + beta * (v - c.detach()).square().mean()
+    to_codes = (c - v.detach()).square().mean()
+    to_vectors = (v - c.detach()).square().mean()
+    return back(c), code.view(M, h, w), to_codes + beta * to_vectors
 
 
 @wrong("quantise", "codes in a row", "grid")
@@ -1965,8 +2000,11 @@ def _(document, tokenizer, patches, ends=True):
 def layout(what, *words, **changes):
     """A wrong answer to lay_out."""
     o = type("Changed", (Options,), changes)
-    wrong("lay_out", what, *words)(
-        lambda document, tokenizer, patches, ends=True: laid_out(document, tokenizer, patches, ends, o))
+
+    def answer(document, tokenizer, patches, ends=True):
+        return laid_out(document, tokenizer, patches, ends, o)
+
+    wrong("lay_out", what, *words)(answer)
 
 
 layout("loss at BOI", "BOI has no LM loss", boi_loss=True)
@@ -2116,14 +2154,22 @@ def _(document, tokenizer, patches, ends=True):
 
 @wrong("lay_out", "one DROP per letter", "counts its letters")
 def _(document, tokenizer, patches, ends=True):
-    document = [("dropped", [0] * len(part[1])) if part[0] == "dropped" else part for part in document]
-    return data.lay_out(document, tokenizer, patches, ends)
+    changed = []
+    for part in document:
+        if part[0] == "dropped":
+            part = ("dropped", [0] * len(part[1]))
+        changed.append(part)
+    return data.lay_out(changed, tokenizer, patches, ends)
 
 
 @wrong("lay_out", "dropped ids encoded", "AttributeError")
 def _(document, tokenizer, patches, ends=True):
-    document = [("dropped", tokenizer.encode(part[1])) if part[0] == "dropped" else part for part in document]
-    return data.lay_out(document, tokenizer, patches, ends)
+    changed = []
+    for part in document:
+        if part[0] == "dropped":
+            part = ("dropped", tokenizer.encode(part[1]))
+        changed.append(part)
+    return data.lay_out(changed, tokenizer, patches, ends)
 
 
 @after("words have no loss", "Words have no loss")

@@ -63,11 +63,11 @@ from support import checkpoint
 from support.common import UserError, open_picture, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-MEMORY = 700 * 2 ** 20                                  # bytes; every command has 300 MB of libraries
+MEMORY = 700 * 2 ** 20                      # bytes; every command has 300 MB of libraries
 CPU_SECONDS = 30
 WALL_SECONDS = 300
-WAIT_SECONDS = 10                                       # without computing: for a pipe, say
-WORK_SECONDS = 0.5                                      # of real work; then it counts as accepted
+WAIT_SECONDS = 10                           # without computing: for a pipe, say
+WORK_SECONDS = 0.5                          # of real work; then it counts as accepted
 GOOD = ("accepted", "refused")
 VERDICTS = (*GOOD, "library", "traceback", "memory", "hang", "changed", "wrong")
 EITHER, MUST, NEVER = "either", "must be accepted", "must be refused"
@@ -106,7 +106,8 @@ class Running:
         self.place.mkdir(exist_ok=True)
         self.answer = self.place / "answer.json"
         self.looked = time.time()
-        self.lived = self.waited = 0.0                  # seconds; `waited`: since it was last seen to compute
+        self.lived = 0.0                                # seconds
+        self.waited = 0.0                               # seconds since it was last seen to compute
         self.ticks = 0
         self.inherited = rss()
         self.child = os.fork()
@@ -130,11 +131,15 @@ class Running:
         if not done:
             fields = Path(f"/proc/{self.child}/stat").read_text().rsplit(")", 1)[1].split()
             ticks = int(fields[11]) + int(fields[12])
-            # Where other programs have the processor, this one looks seldom: such a gap is nobody's waiting.
+            # Where other programs have the processor, this one looks seldom: such a gap is
+            # nobody's waiting.
             passed = min(0.1, time.time() - self.looked)
             self.looked = time.time()
             self.lived += passed
-            self.waited = self.waited + passed if fields[0] == "S" and ticks == self.ticks else 0.0
+            if fields[0] == "S" and ticks == self.ticks:
+                self.waited += passed
+            else:
+                self.waited = 0.0
             self.ticks = ticks
             if self.waited < WAIT_SECONDS and self.lived < WALL_SECONDS:
                 return None
@@ -188,7 +193,7 @@ def run_cases(cases, shelf, jobs, seconds=float("inf")):
 
 
 def with_limits():
-    """Limit this process: processor time, memory, the size of a file, no input from the terminal."""
+    """Limit this process: processor time, memory, no core file, no input from the terminal."""
     os.setsid()                                         # what it starts can be killed with it
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     # Address space, above what is mapped already: most of that is libraries and is never touched.
@@ -234,7 +239,8 @@ def judge(kind, number, shelf, place):
         outcome.text = f"a file that was given is not what it was: {differing(before, after)}"
     elif stamps(shelf) != shared:
         outcome.verdict = "changed"
-        outcome.text = f"a file that all cases share is not what it was: {differing(shared, stamps(shelf))}"
+        changed = differing(shared, stamps(shelf))
+        outcome.text = f"a file that all cases share is not what it was: {changed}"
     elif outcome.verdict == "accepted" and case.wanted == NEVER:
         outcome.verdict = "wrong"
         outcome.text = "accepted, but it is broken"
@@ -279,7 +285,9 @@ def verdict_of(action, words):
         return "memory", sentence[:300], trace
     if status != 2 or not found:
         return "traceback", f"exit status {status}: {lines[-1]}"[:300], trace
-    long = len(sentence) > 1000 and not isinstance(raised[0], SystemExit)       # argparse repeats what was typed
+    long = len(sentence) > 1000
+    if isinstance(raised[0], SystemExit):               # argparse repeats what was typed
+        long = False
     if not is_ours(raised[0]) or len(sentence) < 15 or long or not sentence.isprintable():
         return "library", sentence[:300], trace
     return "refused", sentence[:300], trace
@@ -320,7 +328,8 @@ def stamps(folder):
 
 def differing(before, after):
     """The paths that two dicts do not have in common, or that differ."""
-    return sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    paths = before.keys() | after.keys()
+    return sorted(path for path in paths if before.get(path) != after.get(path))
 
 
 def stop_after_a_while():
@@ -350,7 +359,7 @@ WORK = [(train, "train_step"), (sample, "generate"), (sample, "draw"), (pack, "p
         (coco, "draw_scenes"), (questions, "deduction_questions"), (likelihood, "read_texts")]
 
 
-# ----------------------------------------------------------------------------- what inputs are made of
+# -------------------------------------------------------------------------- what inputs are made of
 @dataclass
 class Case:
     """An input. action: function () that reads it; wanted: EITHER, MUST or NEVER; about: the input
@@ -372,8 +381,9 @@ def damage(rng, raw):
     """(bytes that are damaged in one of many ways, how)."""
     raw = bytearray(raw)
     n = len(raw)
-    how = pick(rng, ("flip", "flips", "cut", "longer", "insert", "delete", "zeros", "empty", "noise",
-                     "text", "twice", "head", "swap"))
+    ways = ("flip", "flips", "cut", "longer", "insert", "delete", "zeros", "empty", "noise", "text",
+            "twice", "head", "swap")
+    how = pick(rng, ways)
     k = int(rng.integers(max(1, n)))
     if how == "flip" and n:
         raw[k] ^= 1 << rng.integers(8)
@@ -406,11 +416,18 @@ def damage(rng, raw):
     return bytes(raw), how
 
 
-ODD_TEXTS = ("", " ", "\0", "a\0b", "\ud800", "\u2028", "\x85", "\ufeffa", "a\nb", "猫", "<boi>", "[x]",
-             "é" * 3000, "a" * 100000, "../../etc/passwd", "/dev/zero", "/", ".", "{}", "%s %d {0}",
-             "$\\frac{$", "\x1b[31m", "NaN", "null", "-1", "\U0001f600")
-ODD_VALUES = (None, True, False, 0, -1, 1, 7, 2 ** 31, 2 ** 63, 2 ** 64, 10 ** 400, -2 ** 63, 0.5, -0.0,
-              1e308, float("nan"), float("inf"), [], {}, [[]], [0], [None], {"a": 1}, *ODD_TEXTS)
+ODD_TEXTS = (
+    "", " ", "\0", "a\0b", "\ud800", "\u2028", "\x85", "\ufeffa", "a\nb", "猫", "<boi>", "[x]",
+    "é" * 3000, "a" * 100000, "../../etc/passwd", "/dev/zero", "/", ".", "{}", "%s %d {0}",
+    "$\\frac{$", "\x1b[31m", "NaN", "null", "-1", "\U0001f600",
+)
+ODD_VALUES = (
+    None, True, False,
+    0, -1, 1, 7, 2 ** 31, 2 ** 63, 2 ** 64, 10 ** 400, -2 ** 63,
+    0.5, -0.0, 1e308, float("nan"), float("inf"),
+    [], {}, [[]], [0], [None], {"a": 1},
+    *ODD_TEXTS,
+)
 
 
 def nested(rng):
@@ -524,7 +541,8 @@ def make_shelf(place):
     shape = model.ModelConfig(vocabulary=len(words), layers=1, width=16, heads=2, latent=(2, 8, 8),
                               patch=4, context=40)
     network = model.Transfusion(shape).eval()
-    checkpoint.save_trained(place / "model.pt", checkpoint.Trained(network, words, vae, Diffusion()))
+    trained = checkpoint.Trained(network, words, vae, Diffusion())
+    checkpoint.save_trained(place / "model.pt", trained)
 
     for mode, kind in PICTURES:
         noise = rng.integers(0, 256, (24, 30, 3), dtype=np.uint8)
@@ -533,15 +551,16 @@ def make_shelf(place):
     write_mnist(place / "mnist", rng)
     (place / "a.txt").write_text("a red circle\na blue square\n" * 30)
     (place / "a.jsonl").write_text('{"text": "a red circle"}\n' * 30)
-    (place / "questions.jsonl").write_text(
-        '{"context": "a red circle is", "choices": ["left of a square", "above"], "answer": 1}\n' * 3)
+    question = {"context": "a red circle is", "choices": ["left of a square", "above"], "answer": 1}
+    (place / "questions.jsonl").write_text((json.dumps(question) + "\n") * 3)
     (place / "prompts.jsonl").write_text('{"tag": "x", "prompt": "a red circle"}\n' * 2)
     with tarfile.open(place / "a.tar", "w") as tar:
         for k in range(4):
             tar.add(place / "pictures/0.png", f"x/{k}.png")
             add_text(tar, f"x/{k}.txt", "a red circle")
-    pack.main(["--text", "scenes", "--pairs", "scenes", "--scenes", "60", "--vae", str(place / "vae.pt"),
-               "--seq-len", "64", "--image-size", "32", "--shard-rows", "8",
+    pack.main(["--text", "scenes", "--pairs", "scenes", "--scenes", "60",
+               "--vae", str(place / "vae.pt"), "--image-size", "32",
+               "--seq-len", "64", "--shard-rows", "8",
                "--out", str(place / "packed")])
     add_pieces(place)
     model.SIZES["toy"] = (1, 16, 2)
@@ -552,9 +571,13 @@ def make_shelf(place):
         {"alone": 0.01, "captions": 0.9, "exact": 0.8, "geneval": {"colors": {"exact": 0.5}}}))
 
 
-PICTURES = [("RGB", "PNG"), ("P", "PNG"), ("1", "PNG"), ("RGBA", "PNG"), ("RGB", "JPEG"), ("CMYK", "JPEG"),
-            ("RGB", "GIF"), ("RGB", "BMP"), ("RGB", "WEBP"), ("RGB", "TIFF"), ("RGB", "PPM"), ("RGB", "TGA"),
-            ("RGB", "ICO"), ("RGB", "AVIF"), ("RGB", "DDS"), ("RGB", "PCX"), ("RGB", "JPEG2000")]
+# (mode, format), as Pillow calls them.
+PICTURES = [
+    ("RGB", "PNG"), ("P", "PNG"), ("1", "PNG"), ("RGBA", "PNG"), ("RGB", "JPEG"), ("CMYK", "JPEG"),
+    ("RGB", "GIF"), ("RGB", "BMP"), ("RGB", "WEBP"), ("RGB", "TIFF"), ("RGB", "PPM"),
+    ("RGB", "TGA"), ("RGB", "ICO"), ("RGB", "AVIF"), ("RGB", "DDS"), ("RGB", "PCX"),
+    ("RGB", "JPEG2000"),
+]
 
 
 def small_run(place):
@@ -570,9 +593,10 @@ def write_pictures(folder, rng):
     triples = []
     for k in range(12):
         noise = rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(folder / f"{k}.png")
-        captions.append({"image": f"{k}.png", "caption": "a red circle"})
-        triples.append({"before": f"{k}.png", "instruction": "make the circle red", "after": f"{k}.png"})
+        name = f"{k}.png"
+        Image.fromarray(noise).save(folder / name)
+        captions.append({"image": name, "caption": "a red circle"})
+        triples.append({"before": name, "instruction": "make the circle red", "after": name})
     for name, entries in (("captions", captions), ("edits", triples)):
         lines = [json.dumps(entry) for entry in entries]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
@@ -607,7 +631,10 @@ def add_pieces(place):
         import sentencepiece
     except ImportError:
         return
-    lines = [text for text, _ in (read() for _, read in streams.scenes_of("text", "six", 200, 32))]
+    lines = []
+    for _, read in streams.scenes_of("text", "six", 200, 32):
+        text, _ = read()
+        lines.append(text)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(place / "pieces"), vocab_size=60,
         hard_vocab_limit=False, minloglevel=2)
@@ -626,8 +653,9 @@ def idx_case(rng, given, shelf):
     if how == "damage":
         raw, how = damage(rng, raw)
     elif how == "shape":
-        shape = pick(rng, ((6, 28, 27), (6,), (6, 1), (5,), (5, 28, 28), (0, 28, 28), (0,), (28, 28), (1, 1, 1, 1),
-                           (6, 10, 10), ()))
+        shapes = ((6, 28, 27), (6,), (6, 1), (5,), (5, 28, 28), (0, 28, 28), (0,), (28, 28),
+                  (1, 1, 1, 1), (6, 10, 10), ())
+        shape = pick(rng, shapes)
         raw = idx_bytes(rng.integers(0, 256, shape)) if shape else b"\0\0\x08\0\x07"
         how = str(shape)
         wanted = NEVER if shape != (6,) else EITHER
@@ -667,7 +695,8 @@ def lines_case(rng, given, shelf):
     lines = path.read_bytes().split(b"\n")[:-1]
     k = int(rng.integers(len(lines)))
     wanted = EITHER
-    how = pick(rng, ("line", "line", "line", "line", "value", "value", "damage", "odd", "ends", "blank"))
+    ways = ["line"] * 4 + ["value"] * 2 + ["damage", "odd", "ends", "blank"]
+    how = pick(rng, ways)
     if how == "line" and keys:
         lines[k], how = odd_json(rng, json.loads(lines[k]))
         if how in ("cut", "nested", "twice", "utf-16", "latin", "digits") and strict:
@@ -717,7 +746,8 @@ def yardstick(what):
 
 def read_geneval(base, path, shelf):
     """Draw GenEval's prompts."""
-    coco.main([str(path), "--checkpoint", str(shelf / "model.pt"), "--steps", "1", "--out", "pictures"])
+    coco.main([str(path), "--checkpoint", str(shelf / "model.pt"), "--steps", "1",
+               "--out", "pictures"])
 
 
 def read_photos(base, path, shelf):
@@ -726,12 +756,22 @@ def read_photos(base, path, shelf):
                "--vae", str(shelf / "vae.pt"), "--limit", "5"])
 
 
+def read_captions(base, path, shelf):
+    """Load a folder of pictures with captions."""
+    folder.load_folder(base, 8)
+
+
+def read_edits(base, path, shelf):
+    """Load a folder of edits."""
+    edits.load_triples(base, 8)
+
+
 # (file, its keys, function that reads it, whether any bad line is refused)
 LINES = [
-    ("pictures/captions.jsonl", ("image", "caption"), lambda base, *_: folder.load_folder(base, 8), True),
+    ("pictures/captions.jsonl", ("image", "caption"), read_captions, True),
     ("pictures/captions.jsonl", ("image", "caption"), read_pairs_stream, False),
     ("pictures/captions.jsonl", ("image", "caption"), read_photos, True),
-    ("pictures/edits.jsonl", ("before", "instruction", "after"), lambda base, *_: edits.load_triples(base, 8), True),
+    ("pictures/edits.jsonl", ("before", "instruction", "after"), read_edits, True),
     ("a.jsonl", ("text",), read_text_stream, False),
     ("a.txt", (), read_text_stream, False),
     ("a.txt", (), yardstick("perplexity"), True),
@@ -750,9 +790,15 @@ def picture_case(rng, given, shelf):
     if how == "damage":
         raw, how = damage(rng, raw)
     elif how == "bomb":
-        width, height = pick(rng, ((13300, 13300), (60000, 60000), (1, 2 ** 31 - 1), (2 ** 31 - 1, 1), (0, 5), (100000, 600)))
-        header = struct.pack(">IIBBBBB", width, height, int(pick(rng, (1, 8, 16))), int(pick(rng, (0, 2, 6))), 0, 0, 0)
-        raw = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10 ** 6)))
+        sizes = ((13300, 13300), (60000, 60000), (1, 2 ** 31 - 1), (2 ** 31 - 1, 1), (0, 5),
+                 (100000, 600))
+        width, height = pick(rng, sizes)
+        bits = int(pick(rng, (1, 8, 16)))
+        colours = int(pick(rng, (0, 2, 6)))             # grey, RGB, RGBA
+        header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
+        raw = b"\x89PNG\r\n\x1a\n"
+        raw += chunk(b"IHDR", header)
+        raw += chunk(b"IDAT", zlib.compress(bytes(10 ** 6)))
         how = f"{width}x{height}"
     path.write_bytes(raw)
     if how == "odd":
@@ -767,7 +813,9 @@ def picture_case(rng, given, shelf):
 
 def chunk(kind, content):
     """A chunk of a PNG."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    length = struct.pack(">I", len(content))
+    check = struct.pack(">I", zlib.crc32(kind + content))
+    return length + kind + content + check
 
 
 def shard_case(rng, given, shelf):
@@ -794,11 +842,11 @@ def shard_case(rng, given, shelf):
         wanted = MUST
     if path.name == "vae.pt":                           # the rows can be verified without it
         wanted = EITHER
-    run = ["--data", "shards", "--data-dir", str(given / "packed"), "--seq-len", "64", "--documents", "1",
-           "--steps", "1", "--samples", "0", "--out", "run"]
+    run = ["--data", "shards", "--data-dir", str(given / "packed"), "--seq-len", "64",
+           "--documents", "1", "--steps", "1", "--samples", "0", "--out", "run"]
     main, argv = pick(rng, [(shards.main, [str(given / "packed")]), (train.main, run)])
     if wanted == NEVER and main == train.main and path.parent != given / "packed":
-        wanted = EITHER                                 # a shard is looked into when one of its rows is read
+        wanted = EITHER                                 # a shard is opened when a row of it is read
     return Case(lambda: main(argv), wanted, f"{path.relative_to(given)}: {how}")
 
 
@@ -821,6 +869,11 @@ def tar_case(rng, given, shelf):
     return Case(lambda: read_pairs_stream(given, path, shelf), EITHER, f"a.tar: {how}")
 
 
+ODD_NAMES = ("", "/", "../x", "x.y/z", "\u2028", "é" * 120, "x/" * 60, ".hidden", "a b", "x/1")
+ODD_MEMBERS = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
+               tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE, tarfile.CONTTYPE)
+
+
 def odd_tar(rng, shelf, how):
     """The bytes of a tar with odd names or odd members."""
     file = io.BytesIO()
@@ -829,13 +882,14 @@ def odd_tar(rng, shelf, how):
         for k in range(3):
             name = f"x/{k}"
             if how == "name":
-                name = pick(rng, ("", "/", "../x", "x.y/z", "\u2028", "é" * 120, "x/" * 60, ".hidden", "a b", "x/1"))
-            tar.add(shelf / "pictures/0.png", name + pick(rng, (".png", ".PNG", ".seg.png", ".jpg", "")))
-            add_text(tar, name + pick(rng, (".txt", ".json", ".cap.txt")), pick(rng, ("a red circle", '{"caption": "x"}', "")))
+                name = pick(rng, ODD_NAMES)
+            picture = name + pick(rng, (".png", ".PNG", ".seg.png", ".jpg", ""))
+            tar.add(shelf / "pictures/0.png", picture)
+            caption = name + pick(rng, (".txt", ".json", ".cap.txt"))
+            add_text(tar, caption, pick(rng, ("a red circle", '{"caption": "x"}', "")))
             if how == "kind":
                 info = tarfile.TarInfo(name + pick(rng, (".png", ".txt")))
-                info.type = pick(rng, (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE,
-                                       tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE, tarfile.CONTTYPE))
+                info.type = pick(rng, ODD_MEMBERS)
                 info.linkname = pick(rng, ("/etc/passwd", "../..", "x/0.png", info.name))
                 info.size = int(pick(rng, (0, 10, 2 ** 33)))
                 tar.addfile(info)
@@ -861,7 +915,8 @@ def tokenizer_case(rng, given, shelf):
         path = given / "pieces.model"
         raw, how = damage(rng, (shelf / "pieces.model").read_bytes())
         path.write_bytes(raw)
-    argv = ["--text", str(given / "a.txt"), "--tokenizer", str(path), "--seq-len", "32", "--out", "packed"]
+    argv = ["--text", str(given / "a.txt"), "--tokenizer", str(path), "--seq-len", "32",
+            "--out", "packed"]
     return Case(lambda: pack.main(argv), EITHER, f"{path.name}: {how}")
 
 
@@ -871,7 +926,8 @@ def checkpoint_case(rng, given, shelf):
     path = given / name
     raw = (shelf / name).read_bytes()
     wanted = EITHER
-    how = pick(rng, ("damage", "damage", "content", "content", "content", "odd", "weights", "whole"))
+    ways = ["damage"] * 2 + ["content"] * 3 + ["odd", "weights", "whole"]
+    how = pick(rng, ways)
     if how == "damage":
         damaged, how = damage(rng, raw)
         path.write_bytes(damaged)
@@ -892,8 +948,9 @@ def checkpoint_case(rng, given, shelf):
         if how == "odd":
             how = odd_file(rng, path)
     if name == "model.pt":
-        ways = [lambda: sample.main(["a red circle", "--steps", "1", "--checkpoint", str(path)]),
-                lambda: likelihood.main(["choices", "scenes", "--limit", "2", "--checkpoint", str(path)]),
+        trained = ["--checkpoint", str(path)]
+        ways = [lambda: sample.main(["a red circle", "--steps", "1", *trained]),
+                lambda: likelihood.main(["choices", "scenes", "--limit", "2", *trained]),
                 lambda: doctor.main([str(path), "--n", "2"])]
     elif name == "vae.pt":
         argv = [*small_run(shelf), "--steps", "1", "--vae", str(path), "--out", "run"]
@@ -913,9 +970,11 @@ def odd_content(rng, content):
         key = pick(rng, holder)
         trail.append(str(key))
     value = holder[key]
-    options = [*ODD_VALUES, torch.zeros(3), torch.zeros(0), torch.zeros(2, 2, dtype=torch.int64), b"bytes"]
+    numbers = torch.zeros(2, 2, dtype=torch.int64)
+    options = [*ODD_VALUES, torch.zeros(3), torch.zeros(0), numbers, b"bytes"]
     if isinstance(value, torch.Tensor):
-        options += [value[:1], value.double(), value.to(torch.complex64), value.bool(), value[None], value.to_sparse()]
+        options += [value[:1], value.double(), value.to(torch.complex64)]
+        options += [value.bool(), value[None], value.to_sparse()]
     if rng.random() < 0.15:
         del holder[key]
         return f"without {'/'.join(trail)}"
@@ -951,8 +1010,9 @@ def run_case_of_folder(rng, given, shelf):
         path = pick(rng, files)
         path.unlink()
     else:
-        path = run / "checkpoints" / pick(rng, ("step_", "step_x", "step_000002.bak", "step_-00001", "step_1e5",
-                                                      "step_999999", ".DS_Store", "step_000002 copy", "step_٣"))
+        names = ("step_", "step_x", "step_000002.bak", "step_-00001", "step_1e5", "step_999999",
+                 ".DS_Store", "step_000002 copy", "step_٣")
+        path = run / "checkpoints" / pick(rng, names)
         path.mkdir()
 
     def resume():
@@ -987,8 +1047,9 @@ def report_case(rng, given, shelf):
                 about = odd_file(rng, path)
     if rng.random() < 0.3:                              # or what was kept of earlier runs
         path = root / "results.json"
-        kept = {"runs": [{"options": experiments.written_out(base, ""), "seed": 0, "numbers": {"alone": 0.5}}]}
-        raw, about = odd_json(rng, kept)
+        options = experiments.written_out(base, "")
+        finished = {"options": options, "seed": 0, "numbers": {"alone": 0.5}}
+        raw, about = odd_json(rng, {"runs": [finished]})
         path.write_bytes(raw)
 
     def tables():
@@ -1006,8 +1067,13 @@ def scaling_case(rng, given, shelf):
     """A list of runs, and the numbers that --json wrote."""
     runs = []
     for k in range(4):
-        runs.append({"model": scaling.RIVALS[k % 2], "parameters": 10 ** (6 + k // 2), "tokens": 1e9, "seed": 0,
-                     "files": {"toy": f"{k}.json"}})
+        runs.append({
+            "model": scaling.RIVALS[k % 2],
+            "parameters": 10 ** (6 + k // 2),
+            "tokens": 1e9,
+            "seed": 0,
+            "files": {"toy": f"{k}.json"},
+        })
         numbers = {"alone": 0.5 / (1 + k), "captions": 0.5 + k / 10, "exact": 0.1 * (1 + k)}
         (given / f"{k}.json").write_text(json.dumps(numbers))
     path = given / "runs.json"
@@ -1022,10 +1088,12 @@ def scaling_case(rng, given, shelf):
 
 def prompt_case(rng, given, shelf):
     """What people may write to sample.py, with odd letters, brackets, and lengths."""
+    picture = str(shelf / "RGB.png")
+    words = ["a", "red", "circle", "A", "<boi>", "<eos>", "[", "]", "[]", "[x.png]", "purple"]
+    words += [picture, f"[{picture}]", " " * 50, *ODD_TEXTS]
     parts = []
     for _ in range(int(rng.integers(0, 6))):
-        parts.append(pick(rng, ("a", "red", "circle", "A", "<boi>", "<eos>", "[", "]", "[]", "[x.png]", "purple",
-                                str(shelf / "RGB.png"), f"[{shelf / 'RGB.png'}]", " " * 50, *ODD_TEXTS)))
+        parts.append(pick(rng, words))
     text = pick(rng, (" ", "", "\n")).join(parts)
     text = text.replace("\0", "")                       # no command line can hold it
     argv = [text, "--steps", "1", "--checkpoint", str(shelf / "model.pt")]
@@ -1036,13 +1104,20 @@ def prompt_case(rng, given, shelf):
     return Case(lambda: sample.main(argv), EITHER, " ".join(argv)[:80], words=tuple(argv))
 
 
-NUMBERS = ("-1", "0", "1", "2", "3", "many", "", " ", "1.5", "1e3", "nan", "inf", "-inf", "1e308", "1e-320", "0x10", "１２",
-           "99999999999999999999", "2147483648", "1000000000", "1000000000000", "18446744073709551616", "-0.0", "1_000", "+5",
-           "True", "9" * 5000)
-OUTPUTS = {"json": ".json", "out": ".png", "film": ".png"}                      # a user may overwrite a file of that kind
-PLACES = ("", " ", ".", "..", "/", "absent", "absent/x", "/dev/null", "/dev/full", "/dev/zero", "/proc/self/mem", "a\nb", "ü/猫",
-          "x" * 300, "x/" * 3000, "[1]", "-", "--", "~", "\udcff", "con:", "GIVEN/pipe", "GIVEN/folder", "GIVEN/good.png",
-          "GIVEN/text.json", "GIVEN/loop", "GIVEN/model.pt", "GIVEN/vae.pt", "GIVEN/pictures", "GIVEN/packed", "GIVEN/mnist")
+# Odd values of options: for numbers, and for files and folders.
+NUMBERS = (
+    "-1", "0", "1", "2", "3", "many", "", " ", "1.5", "1e3", "nan", "inf", "-inf", "1e308",
+    "1e-320", "0x10", "１２", "99999999999999999999", "2147483648", "1000000000", "1000000000000",
+    "18446744073709551616", "-0.0", "1_000", "+5", "True", "9" * 5000,
+)
+PLACES = (
+    "", " ", ".", "..", "/", "absent", "absent/x", "/dev/null", "/dev/full", "/dev/zero",
+    "/proc/self/mem", "a\nb", "ü/猫", "x" * 300, "x/" * 3000, "[1]", "-", "--", "~", "\udcff",
+    "con:", "GIVEN/pipe", "GIVEN/folder", "GIVEN/good.png", "GIVEN/text.json", "GIVEN/loop",
+    "GIVEN/model.pt", "GIVEN/vae.pt", "GIVEN/pictures", "GIVEN/packed", "GIVEN/mnist",
+)
+# {option: what it writes}: a user may overwrite a file of that kind.
+OUTPUTS = {"json": ".json", "out": ".png", "film": ".png"}
 
 
 def flag_case(rng, given, shelf):
@@ -1128,21 +1203,26 @@ def program(main, *base):
 MODEL = ("--checkpoint", "SHELF/model.pt")
 PROGRAMS = {
     "sample.py": program(sample.main, "a red circle", "--steps", "1", *MODEL),
-    "train.py": program(train.main, "--vae", "SHELF/vae.pt", "--patch", "4", "--seq-len", "64", "--pairs", "20", "--documents", "2",
-                        "--samples", "0", "--steps", "1", "--out", "run"),
-    "train.py shards": program(train.main, "--data", "shards", "--data-dir", "SHELF/packed", "--seq-len", "64", "--steps", "1",
-                               "--samples", "0", "--out", "run"),
+    "train.py": program(
+        train.main, "--vae", "SHELF/vae.pt", "--patch", "4", "--seq-len", "64", "--pairs", "20",
+        "--documents", "2", "--samples", "0", "--steps", "1", "--out", "run"),
+    "train.py shards": program(
+        train.main, "--data", "shards", "--data-dir", "SHELF/packed", "--seq-len", "64",
+        "--steps", "1", "--samples", "0", "--out", "run"),
     "train.py dry": program(train.main, "--preset", "7b", "--dry-run", "--gpus", "512"),
     "evaluate.py": program(evaluate.main, "--n", "6", "--steps", "1", *MODEL),
     "experiments.py": program(experiments.main, "--seeds", "1", "--jobs", "1"),
-    "scale.pack": program(pack.main, "--text", "scenes", "--pairs", "scenes", "--scenes", "20", "--vae", "SHELF/vae.pt",
-                          "--seq-len", "64", "--image-size", "32"),
+    "scale.pack": program(
+        pack.main, "--text", "scenes", "--pairs", "scenes", "--scenes", "20",
+        "--vae", "SHELF/vae.pt", "--seq-len", "64", "--image-size", "32"),
     "autoencoder.train": program(vae_training.main, "--steps", "1", "--batch", "2"),
-    "metrics.coco": program(coco.main, "scenes", "--limit", "4", "--steps", "1", "--vae", "SHELF/vae.pt", *MODEL),
+    "metrics.coco": program(
+        coco.main, "scenes", "--limit", "4", "--steps", "1", "--vae", "SHELF/vae.pt", *MODEL),
     "metrics.likelihood": program(likelihood.main, *MODEL, "choices", "scenes", "--limit", "2"),
     "metrics.doctor": program(doctor.main, "SHELF/model.pt", "--n", "2"),
     "metrics.scaling": program(scaling.main),
-    "scale.export": program(export.main, "SHELF/run/checkpoints/step_000002", "--out", "exported.pt"),
+    "scale.export": program(
+        export.main, "SHELF/run/checkpoints/step_000002", "--out", "exported.pt"),
     "chameleon.py": program(chameleon.main, "a red circle", "--steps", "1", *MODEL),
 }
 
@@ -1163,7 +1243,7 @@ KINDS = {
 SHARE = {"flags": 4, "lines": 2}                        # of the cases; the others have 1 each
 
 
-# ----------------------------------------------------------------------------- as real commands, too
+# ---------------------------------------------------------------------------- as real commands, too
 def real_commands(shelf):
     """[Outcome] of a few cases as commands of their own: what a fork cannot show."""
     bad = shelf / "bad"
@@ -1183,13 +1263,20 @@ def real_commands(shelf):
         ["-m", "autoencoder.train", "--steps", "0"],
     ]
     outcomes = []
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for number, words in enumerate(commands):
         if words[0] != "-m":
             words = [str(ROOT / words[0]), *words[1:]]
         with tempfile.TemporaryDirectory() as out:
             done = subprocess.run(
-                [sys.executable, *words], cwd=out, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-                timeout=WALL_SECONDS, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+                [sys.executable, *words],
+                cwd=out,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=WALL_SECONDS,
+            )
         last = (done.stderr.strip().splitlines() or [""])[-1]
         right = done.returncode == 2 and "error: " in last and "Traceback" not in done.stderr
         verdict = "refused" if right else "traceback"
@@ -1197,7 +1284,7 @@ def real_commands(shelf):
     return outcomes
 
 
-# ------------------------------------------------------------------------------------------ the table
+# ---------------------------------------------------------------------------------------- the table
 def table(outcomes):
     """The verdicts by kind, as lines."""
     counts = collections.defaultdict(collections.Counter)
@@ -1214,7 +1301,8 @@ def table(outcomes):
 
 def describe(outcome):
     """What went wrong with a case, and how to run it again."""
-    return (f"{outcome.verdict:9s} --case {outcome.kind} {outcome.number}: {outcome.input[:160]!r}\n"
+    case = f"--case {outcome.kind} {outcome.number}"
+    return (f"{outcome.verdict:9s} {case}: {outcome.input[:160]!r}\n"
             f"          {outcome.text[:200]!r}")
 
 
@@ -1229,7 +1317,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Thousands of bad and odd inputs.")
     add = parser.add_argument
     add("--n", type=int, default=6000, help="how many cases")
-    add("--seed", type=int, default=0, help="the first case's number; n cases of other numbers: --seed n")
+    add("--seed", type=int, default=0,
+        help="the first case's number; n cases of other numbers: --seed n")
     add("--only", choices=tuple(KINDS), help="one kind alone")
     add("--case", nargs=2, metavar=("KIND", "NUMBER"), help="one case again, with its traceback")
     add("--keep", help="of --case: a new folder in which to leave the input")
@@ -1248,10 +1337,13 @@ def main(argv=None):
             while not (outcome := running.poll()):
                 time.sleep(0.01)
             print(outcome.traceback)
-            print(outcome.input, outcome.verdict, outcome.text, f"{outcome.seconds} s, {outcome.megabytes} MB", sep="\n")
+            print(outcome.input, outcome.verdict, outcome.text, sep="\n")
+            print(f"{outcome.seconds} s, {outcome.megabytes} MB")
             return int(outcome.verdict not in GOOD)
 
-        kinds = [args.only] if args.only else [kind for kind in KINDS for _ in range(SHARE.get(kind, 1))]
+        kinds = []
+        for kind in [args.only] if args.only else KINDS:
+            kinds += [kind] * SHARE.get(kind, 1)
         numbers = collections.Counter()
         outcomes = []
         cases = []

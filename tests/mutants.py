@@ -5,14 +5,17 @@ mutants.py: plants bugs, one at a time, and asks whether a module's own tests se
     python tests/mutants.py --jobs 16 --seconds 540 --json mutants.json     all of them, on 16
     python tests/mutants.py --table mutants.json            the score of each module, as a table
 
-THE IDEA    A test that cannot fail proves nothing. So a copy of the repository gets one small bug, such as
-            a comparison turned round, a sign swapped, a term dropped, an index shifted, a detach lost;
-            then the tests of that module run. A bug that no test sees "survives" and is listed.
+THE IDEA    A test that cannot fail proves nothing. So a copy of the repository gets one small bug:
+            a comparison turned round, a sign swapped, a term dropped, an index shifted, a detach
+            lost. Then the tests of that module run. A bug that no test sees "survives" and is
+            listed.
 A PICTURE   module --its tests, watched--> which test runs which line, and how long it takes
-            module --one bug in line 41--> the tests that run line 41, the quickest first, until one fails
-THE RULE    score = bugs seen / bugs planted. A bug that changes nothing (an equivalent one) has to be
-            argued away by hand, in docs/RESULTS.md.
-            Time is counted in processor seconds: another program beside this one makes no bug "seen".
+            module --one bug in line 41--> the tests that run line 41, the quickest first, until
+                                           one fails
+THE RULE    score = bugs seen / bugs planted. A bug that changes nothing (an equivalent one) has to
+            be argued away by hand, in docs/RESULTS.md.
+            Time is counted in processor seconds: another program beside this one makes no bug
+            "seen".
 """
 import argparse
 import ast
@@ -36,15 +39,20 @@ from pathlib import Path
 import pytest
 
 HOME = Path(__file__).resolve().parents[1]
-TESTS = {                                               # module: the tests that are its own
-    "data": "test_data", "attention_mask": "test_attention_mask", "diffusion": "test_diffusion",
+
+# {module: the tests that are its own}.
+TESTS = {
+    "data": "test_data",
+    "attention_mask": "test_attention_mask",
+    "diffusion": "test_diffusion",
     "patchify": "test_patchify",
     "vae": "test_vae test_train_vae",
     "model": "test_model test_losses test_chameleon",
     "train": "test_train test_train_runs test_fine_tuning",
     "sample": "test_sample test_sample_batches test_sample_command_line",
     "evaluate": "test_evaluate",
-    "chameleon": "test_chameleon", "experiments": "test_experiments",
+    "chameleon": "test_chameleon",
+    "experiments": "test_experiments",
     "config": "test_not_finite test_errors test_train test_train_runs test_plan",
     "scale/run": "test_not_finite test_stop test_damaged_files test_train test_train_runs "
                  "test_fine_tuning test_distributed test_errors",
@@ -61,17 +69,23 @@ TESTS = {                                               # module: the tests that
     "autoencoder/train": "test_not_finite test_stop test_damaged_files test_train_vae test_on_disk",
     "autoencoder/processes": "test_vae_processes",
     "autoencoder/quality": "test_folder",
-    "sources/scenes": "test_scenes", "sources/edits": "test_edits", "sources/mnist": "test_mnist",
+    "sources/scenes": "test_scenes",
+    "sources/edits": "test_edits",
+    "sources/mnist": "test_mnist",
     "sources/folder": "test_picture_folder",
     "sources/pairs": "test_sources test_picture_folder test_data",
-    "sources/on_disk": "test_on_disk", "sources/documents": "test_documents",
+    "sources/on_disk": "test_on_disk",
+    "sources/documents": "test_documents",
     "sources/choose": "test_sources test_errors test_stop",
     "sources/feed": "test_picture_folder test_sources test_train test_fine_tuning test_chameleon",
-    "metrics/gap": "test_gap test_evaluate test_chameleon", "metrics/scenes": "test_evaluate",
-    "metrics/digits": "test_digits test_evaluate", "metrics/drawing": "test_evaluate test_folder",
+    "metrics/gap": "test_gap test_evaluate test_chameleon",
+    "metrics/scenes": "test_evaluate",
+    "metrics/digits": "test_digits test_evaluate",
+    "metrics/drawing": "test_evaluate test_folder",
     "metrics/progress": "test_not_finite test_train test_train_runs",
     "metrics/mixtures": "test_mixtures",
-    "metrics/doctor": "test_doctor", "metrics/likelihood": "test_likelihood test_errors",
+    "metrics/doctor": "test_doctor",
+    "metrics/likelihood": "test_likelihood test_errors",
     "metrics/questions": "test_questions",
     "metrics/coco": "test_coco",
     "metrics/sweep": "test_sweep",
@@ -90,23 +104,60 @@ TESTS = {                                               # module: the tests that
     "support/convert": "test_convert",
     "support/origin": "test_origin",
     "support/reference": "test_reference",
-    "notebooks/page": "test_page", "docs/voices": "test_house",
-} | {f"exercises/{name}": "test_exercises" for name in (
-    "checks", "codes", "grade", "guidance", "layout", "loss", "mask", "patches", "rewards", "schedule", "step", "stubs",
-    "trial", "writing")}
-FLIPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
-           ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot,
-           ast.IsNot: ast.Is}
-SWAPPED = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
-           ast.FloorDiv: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd}
-TURNED = {"min": "max", "max": "min", "cumsum": "cumprod", "any": "all", "all": "any", "minimum": "maximum",
-          "maximum": "minimum", "zeros": "ones", "ones": "zeros", "zeros_like": "ones_like", "ones_like": "zeros_like"}
-DROPPED = ("detach", "clamp", "sqrt", "square", "flip", "clone", "round", "floor", "ceil", "sort", "exp", "log")
-HEAVY = ("numpy", "torch", "torch.nn.functional", "torch.distributed.checkpoint", "torch.distributed.fsdp", "PIL.Image",
-         "einops", "tqdm", "matplotlib.pyplot", "filelock")
-CPU_SECONDS = 20                                        # at least, of one bug; more for slow tests
-QUICK = 0.2                                             # seconds of a test that need not run the line
-WAIT_SECONDS = 90                                       # in which nothing computes: it waits for ever
+    "notebooks/page": "test_page",
+    "docs/voices": "test_house",
+}
+EXERCISES = ("checks", "codes", "grade", "guidance", "layout", "loss", "mask", "patches", "rewards",
+             "schedule", "step", "stubs", "trial", "writing")
+for exercise in EXERCISES:
+    TESTS[f"exercises/{exercise}"] = "test_exercises"
+
+# The bugs: {what stands in the source: what stands there instead}.
+FLIPPED = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+}
+SWAPPED = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+}
+TURNED = {
+    "min": "max",
+    "max": "min",
+    "cumsum": "cumprod",
+    "any": "all",
+    "all": "any",
+    "minimum": "maximum",
+    "maximum": "minimum",
+    "zeros": "ones",
+    "ones": "zeros",
+    "zeros_like": "ones_like",
+    "ones_like": "zeros_like",
+}
+# Calls that are left out: x.detach() becomes x.
+DROPPED = ("detach", "clamp", "sqrt", "square", "flip", "clone", "round", "floor", "ceil", "sort",
+           "exp", "log")
+
+# Imported once, before any test runs in a fork.
+HEAVY = ("numpy", "torch", "torch.nn.functional", "torch.distributed.checkpoint",
+         "torch.distributed.fsdp", "PIL.Image", "einops", "tqdm", "matplotlib.pyplot", "filelock")
+
+CPU_SECONDS = 20                            # at least, of one bug; more for slow tests
+QUICK = 0.2                                 # seconds of a test that need not run the line
+WAIT_SECONDS = 90                           # in which nothing computes: it waits for ever
 
 
 # ------------------------------------------------------------------------------------- planting
@@ -143,9 +194,10 @@ def name_of(call):
 
 def kept_of(call):
     """What is left of a call that is dropped: x of x.detach(), torch.sqrt(x), round(x)."""
-    of_module = isinstance(call.func, ast.Attribute) and getattr(call.func.value, "id", "") in ("torch", "np", "math", "F")
-    if isinstance(call.func, ast.Attribute) and not of_module:
-        return call.func.value
+    if isinstance(call.func, ast.Attribute):
+        owner = getattr(call.func.value, "id", "")
+        if owner not in ("torch", "np", "math", "F"):
+            return call.func.value
     return call.args[0] if call.args else None
 
 
@@ -153,27 +205,41 @@ def is_arithmetic(node):
     """Whether an expression is no text or list: those are added up, too, but seldom compute."""
     texts = (ast.JoinedStr, ast.List, ast.ListComp, ast.Tuple)
     for part in ast.walk(node):
-        if isinstance(part, texts) or isinstance(part, ast.Constant) and not isinstance(part.value, (int, float)):
+        if isinstance(part, texts):
+            return False
+        if isinstance(part, ast.Constant) and not isinstance(part.value, (int, float)):
             return False
     return True
 
 
 def ignored(tree):
-    """Ids of nodes in which a bug would be no bug: messages, what draws a figure, and what runs only
-    when the file itself is run."""
+    """Ids of nodes in which a bug would be no bug: messages, what draws a figure, and what runs
+    only when the file itself is run."""
     skip = set()
     shows = shown_only(tree)
     for node in ast.walk(tree):
         demo = isinstance(node, ast.If) and "__main__" in ast.dump(node.test)
         if isinstance(node, ast.FunctionDef):
-            names = {arg.arg for arg in node.args.args}
-            makes = {name_of(part) for part in ast.walk(node) if isinstance(part, ast.Call)}
-            demo = node.name in shows or bool(names & {"ax", "axis"}) or bool(makes & {"Figure", "new_figure"})
+            demo = node.name in shows or draws(node)
         message = isinstance(node, (ast.Raise, ast.JoinedStr))
-        printing = isinstance(node, ast.Call) and name_of(node) in ("print", "tqdm", "say", "UserError", "add_argument", "add")
+        printing = isinstance(node, ast.Call) and name_of(node) in PRINTING
         if demo or message or printing:
             skip |= {id(part) for part in ast.walk(node)}
     return skip
+
+
+PRINTING = ("print", "tqdm", "say", "UserError", "add_argument", "add")
+
+
+def draws(function):
+    """Whether a function, a node of ast, is given the axes of a figure or makes one."""
+    for arg in function.args.args:
+        if arg.arg in ("ax", "axis"):
+            return True
+    for part in ast.walk(function):
+        if isinstance(part, ast.Call) and name_of(part) in ("Figure", "new_figure"):
+            return True
+    return False
 
 
 @functools.cache
@@ -195,18 +261,30 @@ def shown_only(tree):
             names.discard(node.name)                    # a real program's
         elif node.name in ("main", "demo"):
             names.add(node.name)
+
+    def shows(node):
+        return isinstance(node, ast.If) or getattr(node, "name", "") in names
+
+    # A function that real code uses is real, too; without it, the next one may turn out to be.
     while True:
         used = set()
         for node in tree.body:
-            shows = isinstance(node, ast.If) or getattr(node, "name", "") in names
-            if not shows:
-                used |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+            if not shows(node):
+                used |= names_in(node)
         if not names & used:
             break
         names -= used
-    called = {part.id for node in tree.body if isinstance(node, ast.If) or getattr(node, "name", "") in names
-              for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+    called = set()
+    for node in tree.body:
+        if shows(node):
+            called |= names_in(node)
     return names & called
+
+
+def names_in(node):
+    """The names that are used below a node of ast."""
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
 def plant(node, kind):
@@ -216,7 +294,10 @@ def plant(node, kind):
     elif kind == "operator":
         node.op = SWAPPED[type(node.op)]()
     elif kind == "number":
-        node.value = node.value + 1 if isinstance(node.value, int) else node.value * 1.5 + (node.value == 0)
+        if isinstance(node.value, int):
+            node.value = node.value + 1
+        else:
+            node.value = node.value * 1.5 + (node.value == 0)
     elif kind == "and / or":
         node.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
     elif kind == "function":
@@ -243,16 +324,22 @@ def mutants(source, n, seed):
     for k in order[:n]:
         tree = ast.parse(source)
         node, kind = places(tree)[k]
-        begin, end = offset(source, node.lineno, node.col_offset), offset(source, node.end_lineno, node.end_col_offset)
-        first, last = statement_of(tree, node)
+        begin = offset(source, node.lineno, node.col_offset)
+        end = offset(source, node.end_lineno, node.end_col_offset)
+        lines = statement_of(tree, node)
         before = ast.unparse(node)
         after = ast.unparse(plant(node, kind))
         raw = source.encode()
         # Within brackets: it keeps its place among the other operators. Its lines stay, too.
         blank = "\n" * raw[begin:end].count(b"\n")
         text = raw[:begin] + f"({after}{blank})".encode() + raw[end:]
-        chosen.append(dict(line=node.lineno, lines=(first, last), kind=kind, change=f"{before}  ->  {after}",
-                           text=text.decode()))
+        chosen.append(dict(
+            line=node.lineno,
+            lines=lines,
+            kind=kind,
+            change=f"{before}  ->  {after}",
+            text=text.decode(),
+        ))
     return chosen
 
 
@@ -263,9 +350,13 @@ def offset(source, line, column):
 
 
 def statement_of(tree, node):
-    """(first, last) line of the innermost statement around a node; of its head, if it has a body."""
-    inside = [part for part in ast.walk(tree) if isinstance(part, ast.stmt)
-              and part.lineno <= node.lineno and node.end_lineno <= part.end_lineno]
+    """(first, last) line of the innermost statement around a node; of its head if it has a body."""
+    inside = []
+    for part in ast.walk(tree):
+        if not isinstance(part, ast.stmt):
+            continue
+        if part.lineno <= node.lineno and node.end_lineno <= part.end_lineno:
+            inside.append(part)
     inner = min(inside, key=lambda part: part.end_lineno - part.lineno)
     body = getattr(inner, "body", None)
     if body:
@@ -283,9 +374,10 @@ class Watch:
     def __init__(self, house, order):
         self.house = f"{house}/"
         self.order = order
-        self.lines = collections.defaultdict(set)       # {name of a test, "import" or "shared": (module, line)s}
-        self.seconds = {}
-        self.starts = set()                             # tests that start a process: it is not watched
+        # {name of a test, "import" or "shared": {(path of a module, line)}}
+        self.lines = collections.defaultdict(set)
+        self.seconds = {}                               # {name of a test: what it takes of a core}
+        self.starts = set()                             # tests that start a process: not watched
         self.failed = []
         self.now = self.lines["import"]
         self.name = "import"
@@ -296,7 +388,9 @@ class Watch:
 
     def on_call(self, frame, event, _):
         path = frame.f_code.co_filename
-        return self.on_line if path.startswith(self.house) and "/tests/" not in path else None
+        if path.startswith(self.house) and "/tests/" not in path:
+            return self.on_line
+        return None
 
     def on_line(self, frame, event, _):
         self.now.add((frame.f_code.co_filename, frame.f_lineno))
@@ -309,7 +403,8 @@ class Watch:
     def pytest_collection_modifyitems(self, items):
         if self.order is not None:
             place = {name: k for k, name in enumerate(self.order)}
-            items[:] = sorted((item for item in items if item.nodeid in place), key=lambda item: place[item.nodeid])
+            wanted = [item for item in items if item.nodeid in place]
+            items[:] = sorted(wanted, key=lambda item: place[item.nodeid])
 
     def pytest_runtest_logstart(self, nodeid):
         self.name = nodeid
@@ -317,7 +412,7 @@ class Watch:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item):
-        self.now = self.lines["shared"]                 # a fixture may prepare something for all tests
+        self.now = self.lines["shared"]                 # a fixture may prepare it for all tests
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_call(self, item):
@@ -335,27 +430,32 @@ class Watch:
             self.failed.append(report.nodeid)
 
     def seen(self):
-        """What was watched, as JSON: "seconds", "starts", and the "lines" of every test by module."""
+        """What was watched, for JSON: "seconds", "starts", and by module the "lines" of a test."""
         by_test = {}
         for name, lines in self.lines.items():
             by_module = collections.defaultdict(list)
             for path, line in sorted(lines):
-                by_module[path.removeprefix(self.house).removesuffix(".py")].append(line)
+                module = path.removeprefix(self.house).removesuffix(".py")
+                by_module[module].append(line)
             by_test[name] = by_module
         return dict(seconds=self.seconds, starts=sorted(self.starts), lines=by_test)
 
 
 def tests_for(watched, module, first, last):
-    """The names of the tests to run for a bug in these lines of a module: those that run one of them,
-    the quickest first; then quick ones that do not. watched: one `Watch.seen` per file of tests."""
+    """The names of the tests to run for a bug in these lines of a module: those that run one of
+    them, the quickest first; then quick ones that do not. watched: one `Watch.seen` per file of
+    tests."""
     wanted = set(range(first, last + 1))
     near = []
     far = []
     for file in watched:
         for name, seconds in file["seconds"].items():
-            runs = any(wanted & set(file["lines"].get(part, {}).get(module, ())) for part in ("import", "shared", name))
-            if runs or name in file["starts"]:
-                near.append((name in file["starts"], seconds, name))
+            lines = set()
+            for part in ("import", "shared", name):
+                lines |= set(file["lines"].get(part, {}).get(module, ()))
+            starts = name in file["starts"]
+            if starts or wanted & lines:
+                near.append((starts, seconds, name))
             elif seconds < QUICK:                       # a cached result hides what it ran through
                 far.append((False, seconds, name))
     return [name for *_, name in sorted(near) + sorted(far)]
@@ -379,27 +479,34 @@ def run_tests(house, files, order, seconds, answer):
     said = os.open(house.parent / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(said, 1)
     os.dup2(said, 2)
-    sys.path[:] = [str(house), str(house / "tests"), *(path for path in sys.path if not path.startswith(str(HOME)))]
+    others = [path for path in sys.path if not path.startswith(str(HOME))]
+    sys.path[:] = [str(house), str(house / "tests"), *others]
     os.environ["OMP_NUM_THREADS"] = "1"
     paths = [f"tests/{name}.py" for name in files]
     if order is not None:
         paths = [path for path in paths if any(test.startswith(f"{path}::") for test in order)]
     watch = Watch(house if order is None else None, order)
-    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=",
-                          "--basetemp", str(house.parent / "pytest"), *paths], plugins=[watch])
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
+    options += ["--basetemp", str(house.parent / "pytest")]
+    status = pytest.main([*options, *paths], plugins=[watch])
     sys.settrace(None)
     result = dict(status=int(status), failed=watch.failed[:1])
-    answer.write_text(json.dumps(result | watch.seen() if order is None else result))
+    if order is None:
+        result |= watch.seen()
+    answer.write_text(json.dumps(result))
 
 
 class Running:
     """Tests at work in a fork.
 
-    name        of the module in which the mutant is; without a mutant, of the file of tests that is watched
-    order, seconds      as in `run_tests`"""
+    name            of the module in which the mutant is; without a mutant, of the file of tests
+                    that is watched
+    order, seconds  as in `run_tests`"""
 
     def __init__(self, house, name, mutant, order, seconds):
-        self.house, self.name, self.mutant = house, name, mutant
+        self.house = house
+        self.name = name
+        self.mutant = mutant
         files = [name]
         if mutant:
             files = TESTS[name].split()
@@ -425,7 +532,8 @@ class Running:
         if not done:
             used = cpu_of_session(self.child)
             if used > self.used:
-                self.used, self.seen_at = used, time.time()
+                self.used = used
+                self.seen_at = time.time()
             if time.time() - self.seen_at < WAIT_SECONDS:
                 return None
         try:
@@ -436,7 +544,9 @@ class Running:
             _, _, usage = os.wait4(self.child, 0)
         if self.mutant:
             put(self.path, self.source)
-        result = json.loads(self.answer.read_text()) if self.answer.exists() else {"status": "hang", "failed": []}
+        result = {"status": "hang", "failed": []}
+        if self.answer.exists():
+            result = json.loads(self.answer.read_text())
         return result | {"cpu": round(usage.ru_utime + usage.ru_stime, 1)}
 
 
@@ -474,9 +584,9 @@ def run_all(args, place):
     """Yields a dict for every bug of every module that is not in args.done."""
     free = [copy_of_the_house(place / str(k)) for k in range(args.jobs)]
     house = free[0]
-    watched = {}                                        # {file of tests: Watch.seen, or None while it runs}
+    watched = {}                            # {file of tests: Watch.seen, or None while it runs}
     bugs = collections.deque(bugs_of(args, house))
-    waiting = collections.deque()                       # [(name, bug or None, tests, seconds)]
+    waiting = collections.deque()           # [(name, bug or None, tests, seconds)]
     running = []
     began = time.time()
     while running or waiting or bugs:
@@ -495,13 +605,21 @@ def run_all(args, place):
             running.remove(case)
             free.append(case.house)
             if case.mutant:
-                shown = {name: case.mutant[name] for name in ("line", "kind", "change")}
-                yield dict(module=case.name, **shown, seen=result["status"] != 0, by=result["failed"], cpu=result["cpu"])
-            else:
-                if result["status"] != 0:
-                    said = (case.house.parent / "said.txt").read_text()[-2000:]
-                    raise SystemExit(f"{case.name}: its tests fail without a bug ({result['failed']})\n{said}")
+                yield dict(
+                    module=case.name,
+                    line=case.mutant["line"],
+                    kind=case.mutant["kind"],
+                    change=case.mutant["change"],
+                    seen=result["status"] != 0,
+                    by=result["failed"],
+                    cpu=result["cpu"],
+                )
+            elif result["status"] == 0:
                 watched[case.name] = result
+            else:
+                said = (case.house.parent / "said.txt").read_text()[-2000:]
+                failed = result["failed"]
+                raise SystemExit(f"{case.name}: its tests fail without a bug ({failed})\n{said}")
         time.sleep(0.05)
 
 
@@ -525,20 +643,26 @@ def prepare(bugs, watched, waiting):
     if all(watched[name] for name in files):
         bugs.popleft()
         order = tests_for([watched[name] for name in files], module, *bug["lines"])
-        seconds = sum(watched[name.split("/")[1].split(".py")[0]]["seconds"][name] for name in order)
+        seconds = 0.0
+        for name in order:                              # "tests/test_vae.py::test_shapes"
+            file = name.split("/")[1].split(".py")[0]
+            seconds += watched[file]["seconds"][name]
         waiting.append((module, bug, order, CPU_SECONDS + 3 * seconds))
 
 
 def table(outcomes):
     """The score of each module, as lines of markdown."""
-    planted, seen = collections.Counter(), collections.Counter()
+    planted = collections.Counter()
+    seen = collections.Counter()
     for outcome in outcomes:
         for name in (outcome["module"], "all"):
             planted[name] += 1
             seen[name] += outcome["seen"]
     lines = ["| module | planted | seen | |", "|---|---|---|---|"]
-    for name in [*(name for name in TESTS if planted[name]), "all"]:
-        lines.append(f"| {name} | {planted[name]} | {seen[name]} | {seen[name] / max(1, planted[name]):.0%} |")
+    modules = [name for name in TESTS if planted[name]]
+    for name in [*modules, "all"]:
+        score = seen[name] / max(1, planted[name])
+        lines.append(f"| {name} | {planted[name]} | {seen[name]} | {score:.0%} |")
     return lines
 
 
@@ -551,7 +675,7 @@ def main():
     add("--seed", type=int, default=0)
     add("--jobs", type=int, default=1, help="how many at a time, each on a core")
     add("--seconds", type=float, default=1e9, help="start no more after this time")
-    add("--json", help="write every outcome here; those that are there already are not planted again")
+    add("--json", help="write every outcome here; those that are there are not planted again")
     add("--table", help="only print the table of such a file")
     args = parser.parse_args()
     if args.table:
@@ -569,7 +693,8 @@ def main():
             if kept:
                 kept.write_text(json.dumps(outcomes, indent=1))
             if not outcome["seen"]:
-                print("  survives: {module}.py line {line}, {kind}: {change:.150}".format(**outcome), flush=True)
+                text = "  survives: {module}.py line {line}, {kind}: {change:.150}"
+                print(text.format(**outcome), flush=True)
     print(*table(outcomes), sep="\n")
 
 

@@ -543,8 +543,9 @@ def a_whole_run(n, ranks):
     does it end with the same weights?"""
     compiled = ["--compile"] if ranks.device.type == "cuda" else []
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--out", folder, "--seq-len", "640", "--pairs", "256", "--steps", "4",
-                   "--documents", str(4 * n.toy[0]), "--save-every", "2", "--samples", "0", *compiled]
+        options = ["--out", folder, "--seq-len", "640", "--pairs", "256", "--steps", "4"]
+        options += ["--documents", str(4 * n.toy[0]), "--save-every", "2", "--samples", "0"]
+        options += compiled
         ends = []
         for resume in ([], ["--resume"]):
             train.main(options + resume)
@@ -586,7 +587,8 @@ def read_losses(folder):
 
 # ------------------------------------------------------------------------------------- the report
 # What is worth most comes first. The seconds are what an H100 with 16 CPU cores took, the last
-# five guessed; the compiler takes most of them. `case`: 0 is the small size, 1 the middle one, 2 layers of the 7B.
+# five guessed; the compiler takes most of them.
+# `case`: 0 is the small size, 1 the middle one, 2 layers of the 7B.
 NO_COMPILE = "--no-compile"
 AGAIN = "--checkpointing"
 MEASUREMENTS = {
