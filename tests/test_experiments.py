@@ -311,7 +311,8 @@ def test_tables_of_what_there_is(tiny, tmp_path, capsys):
 
 
 def test_a_table_without_claims_has_no_verdicts(tiny, tmp_path, capsys, monkeypatch):
-    """A table of one's own, of which the paper says nothing. Catches a heading with nothing below."""
+    """A table of one's own, of which the paper says nothing. Catches a heading with nothing below
+    it."""
     monkeypatch.setitem(experiments.TABLES, "mine", ("my forks", {"the base": ""}, []))
     experiments.main(["mine", "9", "--no-train", "--out", str(tmp_path)])
     mine, papers = capsys.readouterr().out.split("| a table", 1)
