@@ -449,6 +449,7 @@ def build_loss(args, pairs):
 def parse_arguments(argv):
     """The command line's options. --paper changes the defaults of the others."""
     parser = Parser(
+        prog="python -m autoencoder.train",
         description="Train the VAE or VQ-VAE and show reconstructions.", allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument

@@ -482,6 +482,7 @@ def plot(waves, pictures, path):
 def main(argv=None):
     """Train the model of three modalities, draw, and say how much is right."""
     parser = argparse.ArgumentParser(
+        prog="python -m forks.waves",
         description="Words, pictures and waves in one transformer.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")

@@ -275,7 +275,8 @@ def demo():
 
 def main(argv=None):
     """Print the table of some runs of any size, and draw the figure. Without a file: the demo."""
-    parser = Parser(description="Scaling laws of runs of any size (Fig. 5).")
+    parser = Parser(prog="python -m metrics.scaling",
+                    description="Scaling laws of runs of any size (Fig. 5).")
     parser.add_argument("runs", nargs="?", help="a JSON file of runs: see the top of this file")
     parser.add_argument("-o", "--out", default="scaling.png", help="the figure")
     args = parser.parse_args(argv)

@@ -7,6 +7,7 @@ THE IDEA    Each case is a command line with one mistake in it, and words that t
             the command line does; a few start a real one.
 TRY IT      python -m pytest -n 0 tests/test_errors.py -k test_sample
 """
+import importlib
 import json
 import os
 import subprocess
@@ -568,6 +569,30 @@ def test_help_names_every_option_with_its_default(program, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     assert printed.count("default:") >= 4
+
+
+def modules_with_options():
+    """The names of all modules in folders that have a command line, as in "scale.pack"."""
+    found = []
+    for room in ("autoencoder", "forks", "metrics", "notebooks", "scale", "sources", "support"):
+        for path in sorted((ROOT / room).glob("*.py")):
+            text = path.read_text(encoding="utf-8")
+            if "Parser(\n" in text or "Parser(prog" in text or "Parser(desc" in text:
+                found.append(f"{room}.{path.stem}")
+    return found
+
+
+@pytest.mark.parametrize("name", [
+    name for name in modules_with_options() if name != "support.sample_options"     # of sample.py
+])
+def test_help_says_how_to_start_it(name, monkeypatch, capsys):
+    """Catches "usage: train.py" of autoencoder/train.py, which sends the reader to another program:
+    argparse takes the name of the file."""
+    program = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", ["x.py", "--help"])
+    with pytest.raises(SystemExit):
+        program.main()
+    assert capsys.readouterr().out.startswith(f"usage: python -m {name} ")
 
 
 def test_bugs_keep_their_traceback():
