@@ -116,6 +116,7 @@ def prompt_tokens(trained, prompt, draw_now=False):
 
     prompt: list of str and latents. draw_now, for Decoder: a picture follows, BOI ends the list.
     Raises UserError for an unknown word, or if the prompt (and that picture) has no room."""
+    check_list(prompt, 'each prompt is a list of words and pictures: [["a red circle"]]')
     config = trained.model.config
     parts = []
     for part in prompt:
@@ -227,6 +228,12 @@ def to_document(tokens, pictures, tokenizer):
         elif token == EOI:                              # the end of a picture
             document.append(next(remaining).cpu())
     return document
+
+
+def check_list(value, sentence):
+    """Raise UserError with the sentence for a text: Python would take it for a list of letters."""
+    if isinstance(value, str):
+        raise UserError(f"{sentence}, got the text {value!r}")
 
 
 def check_fits(tokens, need, context):
@@ -562,6 +569,8 @@ def generate(trained, prompts, draw_now=False, max_words=64, max_pictures=1, see
     decoder       the class that reads and draws: Decoder, or a rival's (chameleon.Decoder)
     options       temperature, top_p, steps, sampler, guidance, over
     """
+    if len(prompts) == 0:
+        return []
     # The cache has room for what may come, and not for the whole context: words, pictures with BOI
     # and EOI, and one token that ends the document, which is EOS or a BOI too many.
     pictures = max(1, max_pictures) if draw_now else max_pictures
@@ -588,10 +597,12 @@ def generate(trained, prompts, draw_now=False, max_words=64, max_pictures=1, see
 # --------------------------------------------------------------------------- what it is used for
 def draw(trained, captions, **options):
     """(M, h, w, 3) uint8: one picture per caption. options: as `generate`, without the limits."""
+    check_list(captions, 'captions is a list: ["a red circle"]')
     prompts = [[caption] for caption in captions]
     # No word is written: the caption, BOI, one picture, EOI.
     documents = generate(trained, prompts, draw_now=True, max_words=0, **options)
-    return decode_latents(trained, torch.stack([document[-1] for document in documents]))
+    pictures = [document[-1] for document in documents]
+    return decode_latents(trained, stack(pictures, trained.model.config.latent))
 
 
 def edit(trained, latents, instructions, over="both", **options):
@@ -600,11 +611,12 @@ def edit(trained, latents, instructions, over="both", **options):
     latents: (M, c, h, w) before; instructions: M strings; over: what guidance leaves out, see
     `Decoder.unconditional` (docs/RESULTS.md says what each gives); options: as `draw`."""
     # Paper: §4.5, fine-tuned on (picture, instruction, edited picture): a document of these three.
+    check_list(instructions, 'instructions is a list: ["remove the circle"]')
     prompts = []
     for before, text in zip(latents, instructions):
         prompts.append([before, text])
     documents = generate(trained, prompts, draw_now=True, max_words=0, over=over, **options)
-    return torch.stack([document[-1] for document in documents])
+    return stack([document[-1] for document in documents], trained.model.config.latent)
 
 
 def describe(trained, latents, **options):

@@ -314,7 +314,7 @@ class VAE(nn.Module):
 
         # Our choice: summed over a picture's latents, averaged over pictures; so it is in nats.
         each = mean.square() + logvar.exp() - 1 - logvar                    # (M, z, h/f, w/f)
-        kl = 0.5 * each.sum() / len(x)
+        kl = 0.5 * each.sum() / max(1, len(x))          # of no pictures: 0
         return self.decoder(latents), kl
 
     def run_encoder(self, x):
@@ -404,7 +404,7 @@ def batches(vae, pixels, progress=False):
     on_cpu = vae.shift.device.type == "cpu"
     most = 2 ** 16 if on_cpu else 2 ** 18               # pixels at once
     n = max(1, most // (h * w))
-    starts = range(0, N, n)
+    starts = range(0, max(1, N), n)                     # no pictures: one batch of none
     for k in tqdm(starts, desc="encoding pictures", disable=not progress, leave=False):
         x = to_float(pixels[k: k + n])
         yield x.to(vae.shift.device)

@@ -399,6 +399,9 @@ def encode_pixels(trained, pixels):
 def decode_latents(trained, latents):
     """(M, h, w, 3) uint8 pictures of latents (M, c, h, w), or of codes (M, h, w)."""
     vae = trained.vae
+    if len(latents) == 0:
+        h, w = latents.shape[-2:]
+        return np.zeros((0, h * vae.f, w * vae.f, 3), dtype=np.uint8)
     latents = latents.to(device_of(vae))
     x = vae.decode_codes(latents) if vae.quantiser else vae.decode(latents)
     pixels = vae_module.to_pixels(x)

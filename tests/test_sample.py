@@ -498,3 +498,33 @@ def test_guidance_over_a_picture_needs_one(make_trained, prompt, over):
 
     (document,) = generate(make_trained(), [prompt], guidance=1, **options)
     assert document[-1].shape == (4, 4, 4)
+
+
+# ------------------------------------------------------------------------------- the caller's lists
+def test_a_text_is_no_list(make_trained):
+    """Catches a text where a list is wanted: Python takes it for a list of letters, and the model
+    would complain of the word 'r', or draw the letter "a"."""
+    trained = make_trained()
+    sentence = "each prompt is a list of words and pictures: .*got the text 'a red circle'"
+    with pytest.raises(UserError, match=sentence):
+        generate(trained, ["a red circle"])
+    with pytest.raises(UserError, match=sentence):
+        sample.write(trained, "a red circle")
+    with pytest.raises(UserError, match="each prompt is a list"):
+        generate(trained, "a red circle")
+    with pytest.raises(UserError, match="captions is a list: .*got the text 'a'"):
+        sample.draw(trained, "a")
+    with pytest.raises(UserError, match="instructions is a list: .*got the text 'a'"):
+        sample.edit(trained, noise(), "a")
+
+
+def test_no_documents(make_trained):
+    """Catches a crash where a list is empty: no caption, no picture, no prompt. The shapes say what
+    pictures would have had."""
+    trained = make_trained()
+    c, h, w = trained.model.config.latent
+    f = trained.vae.f
+    assert generate(trained, []) == []
+    assert sample.draw(trained, []).shape == (0, f * h, f * w, 3)
+    assert sample.edit(trained, noise()[:0], []).shape == (0, c, h, w)
+    assert sample.describe(trained, noise()[:0]) == []

@@ -532,3 +532,20 @@ def test_every_width_that_train_takes(channels):
     if channels in (36, 44, 68):
         vae = VAE(VAEConfig(channels=channels, z=2)).eval()
         assert vae.reconstruct(torch.zeros(1, 3, 8, 8)).shape == (1, 3, 8, 8)
+
+
+@torch.no_grad()
+def test_no_pictures():
+    """Catches a crash, or a KL of NaN, where there is nothing to encode: documents of words alone.
+    The shapes say what pictures would have had."""
+    x = torch.zeros(0, 3, 32, 32)
+    pixels = np.zeros((0, 32, 32, 3), dtype=np.uint8)
+    vae = VAE(TINY)
+    mean, deviation = encode_all(vae, pixels)
+    assert mean.shape == deviation.shape == (0, 4, 8, 8)
+    drawn, kl = vae(x)
+    assert drawn.shape == x.shape
+    assert kl == 0
+
+    vq = VAE(VAEConfig(channels=8, multipliers=(1, 2, 2), codes=16))
+    assert encode_all_codes(vq, pixels).shape == (0, 8, 8)
