@@ -520,7 +520,8 @@ def test_grid():
 @torch.no_grad()
 def test_every_width_that_train_takes(channels):
     """Catches groups that do not divide the channels: --vae-channels 36 has 144 of them in its last
-    stage, and 32 groups ended in torch's words. Where 32 divide, as in the paper's VAE, they stay."""
+    stage, and 32 groups ended in torch's words. Where 32 divide, as in the paper's VAE, they stay.
+    """
     for multiplier in (1, 2, 4):
         width = channels * multiplier
         layer = vae_module.norm(width)
