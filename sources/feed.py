@@ -252,15 +252,16 @@ def build_documents(config, source, patches, limits, tokenizer):
 
 def noise_limits(config, diffusion):
     """The rules about noise that documents follow: {"drop": share of captions dropped,
-    "t_limit": the largest t of a picture before its caption}."""
+    "t_limit": the largest t of a picture before its caption, "noisiest": that of any other}."""
     # Paper: App. B.2. t <= 500 where the picture comes first: its caption must be able to see it.
     # Our choice: 100 before an edit. On a shifted schedule, the t with the same amount of noise.
     limit = 100 if config.data == "edits" else config.t_limit
     if config.t_limit == 1000:                          # no limit at all: the ablation of Table 11
         t_limit = diffusion.T
     else:
-        t_limit = same_noise(diffusion, limit)
-    return {"drop": config.drop, "t_limit": t_limit}
+        share = limit / 1000                            # of the paper's 1,000 steps
+        t_limit = same_noise(diffusion, max(1, round(share * diffusion.T)))
+    return {"drop": config.drop, "t_limit": t_limit, "noisiest": diffusion.T}
 
 
 def same_noise(diffusion, t):

@@ -15,7 +15,8 @@ import pytest
 
 import vae as vae_module
 from config import Config, parse_arguments
-from sources import choose, feed, scenes
+from diffusion import Diffusion
+from sources import choose, edits, feed, scenes
 from sources.pairs import Pairs, check_room, choose_test, hash_name, print_skipped, split_items
 from support.common import UserError
 
@@ -202,6 +203,30 @@ def test_a_chameleon_has_a_code_for_every_place(name, patch):
     config.patch = 2
     shape = feed.shape_of(config, 30, (4, 8, 8), None)
     assert shape.patch == patch
+
+
+@pytest.mark.parametrize("T", [10, 100, 1000, 4000])
+@pytest.mark.parametrize("data", ["scenes", "edits"])
+def test_one_T_decides_how_noisy_a_document_is(data, T):
+    """Catches pictures of t = 1000 for a diffusion of 100 steps, which has no such t, and a limit
+    of 500 of its 100 steps."""
+    config = parse_arguments(["--data", data, "--preset", "flow"])[0]
+    limits = feed.noise_limits(config, Diffusion(T=T))
+    assert limits["noisiest"] == T
+    share = 0.1 if data == "edits" else 0.5             # App. B.2: 500 of 1,000
+    assert limits["t_limit"] == max(1, share * T)
+
+    # What draws the documents listens to it.
+    pairs = scenes.load_scenes(20, 0, progress=False)
+    if data == "edits":
+        pairs = edits.scene_edits(20, 0, progress=False)
+    documents = feed.build_documents(config, pairs, 16, limits, None)
+    rng = np.random.default_rng(0)
+    found = set()
+    for _ in range(100):
+        pictures = [part for part in documents.draw(rng) if part[0] == "image"]
+        found |= {t_max for _, _, t_max, *_ in pictures}
+    assert found == {limits["t_limit"], T}
 
 
 def test_half_of_the_pictures_to_look_at_are_unseen():
