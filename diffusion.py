@@ -153,8 +153,12 @@ class Diffusion:
         self.target_of, self.x0_from = TARGETS[target]
 
     def at(self, t, x):
-        """(a, s) at t, shaped to multiply x. t: (M,) int64, or one int for all; x: (M, c, h, w)."""
+        """(a, s) at t, shaped to multiply x. t: (M,) int64, or one int for all; x: (M, c, h, w).
+        Raises ValueError for a t outside 0 .. T, if t is on the CPU."""
         t = torch.as_tensor(t)
+        # A negative t would count from the table's end. On a GPU, to ask would be to wait for it.
+        if t.device.type == "cpu" and ((t < 0) | (t > self.T)).any():
+            raise ValueError(f"t must be between 0 and {self.T}, got {t.tolist()}")
         a, s = self.tables(t.device)                    # each (T + 1,)
         t = t.to(a.device)
         shape = (-1,) + (1,) * (x.ndim - 1)             # (M, 1, 1, 1)

@@ -649,3 +649,14 @@ def test_dpm_steps_equal_diffusers():
 
     for k, (our_x, their_x) in enumerate(zip(ours, theirs, strict=True)):
         assert torch.allclose(our_x, their_x, atol=2e-3), k
+
+
+@pytest.mark.parametrize("t", [-1, 101, torch.tensor([5, -1]), torch.tensor([101, 5])])
+def test_a_t_that_no_table_has(t):
+    """Catches t = -1, which Python takes for the last entry: pure noise in place of an error."""
+    d = Diffusion(T=100)
+    x = torch.zeros(2, 1, 1, 1)
+    with pytest.raises(ValueError, match="t must be between 0 and 100"):
+        d.at(t, x)
+    for edge in (0, 100, torch.tensor([0, 100])):
+        d.at(edge, x)
