@@ -66,7 +66,8 @@ def test_only_runs_like_it_are_compared():
                                     "--samples", "0", "--out", "out/mine"))
 
     # 2. Each of these has a log. The first run is the one without options.
-    for run in ([], ["--data", "mnist"], ["--preset", "mnist-flow"], ["--preset", "six-paper"],
+    for run in ([], ["--data", "mnist"], ["--preset", "mnist-flow"],
+                ["--preset", "mnist-minute"], ["--preset", "six-paper"],
                 ["--preset", "llama"]):
         assert reference.find(config_of(*run)), run
 
