@@ -16,6 +16,8 @@ TWICE       write     as the paper says it: one document, and every word and eve
                       whole sequence anew.
             generate  the same for a batch, with a cache: the past is read once, and the patches'
                       keys and values are overwritten at every step. A test holds it to `write`.
+IN PYTHON   trained = load_trained("assets/scenes.pt")
+            pictures = draw(trained, ["a red circle", "three squares"])     # (2, 32, 32, 3) uint8
 SHAPES      B rows (documents), P patches per picture, V vocabulary; latents (c, h, w) float32.
             A document is a list of str and latents. b is the number of a row.
 PAPER/HERE  same: both modes, overwriting, BOI chosen by the model, EOI appended, greedy text, 250

@@ -415,6 +415,19 @@ def test_the_recipe_of_a_file_works(name, result, shape):
     assert names[result].isfinite().all()
 
 
+def test_two_lines_of_python_draw(monkeypatch):
+    """The two lines in the docstring of sample.py, as they stand. Catches a name that has moved."""
+    monkeypatch.chdir(ROOT)
+    sample = importlib.import_module("sample")
+    below = sample.__doc__.split("IN PYTHON", 1)[1].split("\nSHAPES", 1)[0]
+    lines = [line.strip() for line in below.splitlines()]
+
+    names = dict(vars(sample))
+    exec("\n".join(lines), names)
+    assert names["pictures"].shape == (2, 32, 32, 3)
+    assert str(names["pictures"].dtype) == "uint8"
+
+
 # Files and names of the house before this one, and of places that are not in the repository.
 OLD_NAMES = re.compile("|".join([
     r"\bDESIGN\b",
