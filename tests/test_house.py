@@ -321,6 +321,17 @@ def test_the_readme_can_be_read():
     assert [number for number, line in enumerate(lines, 1) if len(line) > 110] == []
 
 
+def test_the_readme_says_what_the_results_say():
+    """Catches a number at the front door whose run was repeated, or never made."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    results = (ROOT / "docs/RESULTS.md").read_text(encoding="utf-8")
+    below = readme.split("## What it reaches", 1)[1]
+    rows = [line for line in below.split("\n## ", 1)[0].splitlines() if line.startswith("|")]
+    numbers = re.findall(r"\d+\.\d+|\d:\d\d", " ".join(rows))     # 96.5, 4:43
+    assert len(numbers) > 10
+    assert [number for number in numbers if number not in results] == []
+
+
 # --------------------------------------------------------------------------------- how files speak
 VOICES = ("# Paper: ", "# Our choice: ", "# Differs from the paper: ", "# TRAP: ")
 

@@ -257,6 +257,22 @@ def test_the_teachers_table_says_what_the_pages_say():
         assert re.findall(r"\d", before) == re.findall(r"\d", needs), path
 
 
+def test_typed_tables_say_what_the_results_say():
+    """A table that is typed, and not printed by a cell, is a copy of docs/RESULTS.md. Catches a
+    copy that went stale when a run was repeated."""
+    results = (FOLDER.parent / "docs/RESULTS.md").read_text(encoding="utf-8")
+    compared = 0
+    for path in NOTEBOOKS:
+        for text in text_cells(path):
+            if "docs/RESULTS.md" not in text:
+                continue
+            rows = [line for line in text.splitlines() if line.startswith("|")]
+            for number in re.findall(r"\d+\.\d+", " ".join(rows)):
+                assert number in results, (path.name, number)
+                compared += 1
+    assert compared > 20                                # else nothing was found to compare
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_predicts_fails_and_checks(path):
     """Predict, naive, see it fail, right, see it work; and at least three numbers are derived
