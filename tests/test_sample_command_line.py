@@ -70,8 +70,9 @@ def test_a_title_has_two_lines_if_it_is_long():
     assert figures.two_lines(long) == "a red circle\nabove a blue square"
 
 
-def test_draw_draws_and_writes_nothing(monkeypatch):
+def test_draw_draws_and_writes_nothing(monkeypatch, make_trained):
     """Catches words after the picture: the last part of the document would be no picture."""
+    trained = make_trained()
     asked = []
 
     def generate(trained, prompts, **options):
@@ -80,7 +81,7 @@ def test_draw_draws_and_writes_nothing(monkeypatch):
 
     monkeypatch.setattr(sample, "generate", generate)
     monkeypatch.setattr(sample, "decode_latents", lambda trained, latents: latents)
-    assert sample.draw(None, ["a", "abc"], steps=3).tolist() == [[1], [3]]
+    assert sample.draw(trained, ["a", "abc"], steps=3).tolist() == [[1], [3]]
     assert asked == [([["a"], ["abc"]], dict(draw_now=True, max_words=0, steps=3))]
 
 
