@@ -170,6 +170,15 @@ FLOW_DEFAULTS = dict(
     documents=32,
     ema=0.999,
 )
+# Handwritten digits, with flow.
+DIGITS_DEFAULTS = dict(
+    FLOW_DEFAULTS,
+    data="mnist",
+    shift=2.0,
+    lam=1.0,
+    patch=4,
+    documents=64,
+)
 # Pictures of your own have more in them than the toys' shapes: their VAE keeps 16 numbers of every
 # 4 x 4 pixels, and rare colours (docs/RESULTS.md).
 OWN_DEFAULTS = dict(
@@ -215,26 +224,16 @@ PRESETS = {
     ),
     # The same with rectified flow.
     "mnist-flow": dict(
-        FLOW_DEFAULTS,
-        data="mnist",
+        DIGITS_DEFAULTS,
         steps=2250,
-        shift=2.0,
-        lam=1.0,
-        patch=4,
-        documents=64,
         vae_steps=350,
     ),
     # The same in a minute, its VAE included: for a class. Few steps want a higher rate and an
     # average that forgets sooner. Guidance 5 is the paper's for its comparisons (App. B.1).
     "mnist-minute": dict(
-        FLOW_DEFAULTS,
-        data="mnist",
+        DIGITS_DEFAULTS,
         steps=400,
         lr=4e-3,
-        shift=2.0,
-        lam=1.0,
-        patch=4,
-        documents=64,
         ema=0.996,
         vae_steps=150,
         log_every=10,

@@ -204,7 +204,8 @@ def lay_out(document, tokenizer, patches, ends=True):
             # even the last patch; but it does predict what follows the picture.
             out.add([EOI])
             kind, index, t_max, *t_min = part
-            if kind != "image" or t_min > [t_max]:      # [] is below: none is given
+            t_range_is_empty = t_min and t_min[0] > t_max
+            if kind != "image" or t_range_is_empty:
                 raise ValueError(f'wanted ("image", index, t_max, t_min) with t_min <= t_max, or '
                                  f'("dropped", caption), got {part}')
             out.images.append(index)

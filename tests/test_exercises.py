@@ -90,7 +90,7 @@ def test_a_check_takes_40_ms(name):
     """Catches a check that makes a student wait."""
     verdict(name, EXERCISES[name].reference)            # warm
     times = []
-    for _ in range(5):
+    for _ in range(20):                                 # the host has other guests: take the best
         before = time.process_time()
         verdict(name, EXERCISES[name].reference)
         times.append(time.process_time() - before)

@@ -329,7 +329,8 @@ def test_the_readme_says_what_the_results_say():
     rows = [line for line in below.split("\n## ", 1)[0].splitlines() if line.startswith("|")]
     numbers = re.findall(r"\d+\.\d+|\d:\d\d", " ".join(rows))     # 96.5, 4:43
     assert len(numbers) > 10
-    assert [number for number in numbers if number not in results] == []
+    measured = re.findall(r"\d+\.\d+|\d:\d\d", results)
+    assert [number for number in numbers if number not in measured] == []
 
 
 # --------------------------------------------------------------------------------- how files speak
